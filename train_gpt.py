@@ -16,6 +16,7 @@ An entry to OpenAI's Parameter Golf, built on thwu1's 1.1428-bpb record and on P
 import bisect
 import difflib
 import hashlib
+import io
 import json
 import math
 import os
@@ -54,16 +55,13 @@ def setting(default, doc: str, low=None, high=None, choices=None, tiny=None):
 @dataclass(frozen=True)
 class Settings:
     preset: str = setting("record", "record, or tiny: a CPU-sized model on the bundled sample", choices=("record", "tiny"))
-    # files
     data_path: str = setting("./data/datasets/fineweb10B_sp1024", "folder of fineweb_{train,val}_*.bin", tiny=str(SAMPLE))
-    tokenizer_path: str = setting("./data/tokenizers/fineweb_1024_bpe.model", "SentencePiece model",
-                                  tiny=str(SAMPLE / "sample_1024_bpe.model"))
+    tokenizer_path: str = setting("./data/tokenizers/fineweb_1024_bpe.model", "SentencePiece model", tiny=str(SAMPLE / "sample_1024_bpe.model"))
     run_id: str = setting("", "name of the run; empty: random")
     output_dir: str = setting("", "where log, weights and results go; empty: runs/RUN_ID")
     eval_only: str = setting("", "score this file and train nothing: a .ptz artifact, or a .pt state dict as it is")
     resume: bool = setting(False, "go on from OUTPUT_DIR's checkpoint, if there is one")
     checkpoint_every: int = setting(0, "steps between training checkpoints; 0: only when stopped and at the end", 0)
-    # model
     vocab_size: int = setting(1024, "tokens in the vocabulary", 260, 65536)
     num_layers: int = setting(10, "transformer blocks", 2, 256, tiny=4)
     model_dim: int = setting(512, "width of the residual stream", 8, 16384, tiny=96)
@@ -77,7 +75,6 @@ class Settings:
     bigram_vocab_size: int = setting(10240, "rows of the hashed bigram table", 2, 1 << 24, tiny=1024)
     bigram_dim: int = setting(128, "width of the bigram table", 1, 16384, tiny=32)
     tied_embed_init_std: float = setting(0.005, "standard deviation of the tied embedding at the start", 0.0)
-    # training
     seed: int = setting(42, "of the initial weights, the adapters and the audit", 0, 2**32 - 1)
     iterations: int = setting(20_000, "most optimiser steps", 0, tiny=160)
     warmdown_iters: int = setting(3_500, "length of the final decay to zero, in steps", 0, tiny=80)
@@ -107,20 +104,16 @@ class Settings:
     swa_start_frac: float = setting(0.35, "average while the lr multiplier is below this", 0.0, 1.0)
     swa_every: int = setting(50, "steps between samples of the average", 1, tiny=5)
     compile: int = setting(-1, "torch.compile; -1: on CUDA only", choices=(-1, 0, 1))
-    # export
     fp16_keep_name_patterns: str = setting("tok_emb,blocks.8.attn.c_k", "tensors kept in fp16, comma separated")
     prune_fraction: float = setting(0.03, "smallest weights set to zero before quantising", 0.0, 0.15)
     artifact_max_bytes: int = setting(16_000_000, "cap on the artifact and this file together", 1)
-    # evaluation
     val_docs: int = setting(0, "score only the first n validation documents; 0: all", 0)
     eval_stride: int = setting(64, "stride of the sliding window", 1)
     eval_batch_seqs: int = setting(32, "windows per batch and rank of the sliding evaluation", 1)
     eval_max_seconds: float = setting(600.0, "evaluation time from the artifact's load; 0: no limit", 0.0)
     ttt_enabled: bool = setting(True, "test-time training; 0: the final evaluation is the sliding window")
-    ttt_protocol: str = setting("replay", "replay: whole-document epochs; single_pass: valid at any number of epochs",
-                                choices=("replay", "single_pass"))
-    ttt_context: str = setting("cached", "cached keys and values, or recompute each window as PR #467",
-                               choices=("cached", "recompute"))
+    ttt_protocol: str = setting("replay", "replay: epochs over the document; single_pass: valid at any number", choices=("replay", "single_pass"))
+    ttt_context: str = setting("cached", "cached keys and values, or recompute each window", choices=("cached", "recompute"))
     ttt_lora_rank: int = setting(8, "rank of the adapters", 1, 4096)
     ttt_lora_lr: float = setting(0.001, "peak of the adapters' cosine", 0.0)
     ttt_n_epochs: int = setting(50, "epochs per document (replay) or steps per chunk (single_pass)", 1, 100_000)
@@ -137,8 +130,7 @@ class Settings:
         for f in fields(cls):
             raw, preset = env.get(f.name.upper()), f.metadata["tiny"] if tiny else None
             values[f.name] = parse_setting(f, raw) if raw is not None else f.default if preset is None else preset
-        settings = cls(**values)
-        check_combinations(settings)
+        check_combinations(settings := cls(**values))
         return settings
 
 MODEL_FIELDS = ("vocab_size num_layers model_dim num_heads num_kv_heads mlp_mult tie_embeddings rope_base logit_softcap "
@@ -233,13 +225,11 @@ class Runtime:
         except UserError as e:
             error = str(e)
         outcomes = self.gather((error, result if self.rank == 0 else None))
-        for error, _ in outcomes:
-            if error:
-                raise UserError(error)
+        if error := next((error for error, _ in outcomes if error), None):
+            raise UserError(error)
         return outcomes[0][1]
 
     def compiled(self, function: Callable, **options) -> Callable:
-        """`function` through torch.compile where that is switched on."""
         return torch.compile(function, **options) if self.compile else function
 
     def synchronize(self, lag: bool = False) -> None:
@@ -249,10 +239,7 @@ class Runtime:
         if self.device.type == "cuda":
             previous, self.event = self.event, torch.cuda.Event()
             self.event.record()
-            if not lag:
-                self.event.synchronize()
-            elif previous is not None:
-                previous.synchronize()
+            ((previous or self.event) if lag else self.event).synchronize()
 
 class Log:
     """Lines to the console and to OUTPUT_DIR/train.log, from rank 0 only."""
@@ -260,10 +247,9 @@ class Log:
         self.file = open(path, "a" if append else "w", encoding="utf-8") if path else None
 
     def __call__(self, line: str, console: bool = True) -> None:
-        if self.file:
-            print(line, file=self.file, flush=True)
-            if console:
-                print(line, flush=True)
+        for file in (self.file, sys.stdout if console else None) if self.file else ():
+            if file:
+                print(line, file=file, flush=True)
 
 def environment(run: Runtime) -> dict:
     """Versions, devices and thread count: what a run depends on besides its source and settings."""
@@ -629,18 +615,21 @@ def load_weights(model: GPT, state: dict[str, Tensor], origin: str) -> None:
 # ---- Optimiser: Muon for the matrices of the blocks, AdamW for the rest --------------------------------------------
 
 class Row(NamedTuple):
-    """How a parameter is updated."""
-    method: str  # "muon" or "adam"
+    """How a parameter is updated: by "muon" or "adam", and with what."""
+    method: str
     lr: float
     decay: float
 
+MUON = ("attn.c_q.weight", "attn.c_k.weight", "attn.c_v.weight", "attn.proj.weight", "mlp.fc.weight", "mlp.proj.weight", "bigram.proj.weight")
+
 def optimiser_table(s: Settings) -> list[tuple[tuple[str, ...], Row]]:
     """Endings of parameter names and their settings; the first row that matches counts."""
-    wd = s.weight_decay
-    return [(("attn.c_q.weight", "attn.c_k.weight", "attn.c_v.weight", "attn.proj.weight", "mlp.fc.weight", "mlp.proj.weight",
-          "bigram.proj.weight"), Row("muon", s.matrix_lr, wd)),
-        (("tok_emb.weight", "bigram.embed.weight"), Row("adam", s.tied_embed_lr if s.tie_embeddings else s.embed_lr, wd)),
-        (("lm_head.weight",), Row("adam", s.head_lr, 0.0)), (("",), Row("adam", s.scalar_lr, wd)),]
+    return [
+        (MUON, Row("muon", s.matrix_lr, s.weight_decay)),
+        (("tok_emb.weight", "bigram.embed.weight"), Row("adam", s.tied_embed_lr if s.tie_embeddings else s.embed_lr, s.weight_decay)),
+        (("lm_head.weight",), Row("adam", s.head_lr, 0.0)),
+        (("",), Row("adam", s.scalar_lr, s.weight_decay)),
+    ]
 
 def newton_schulz(g: Tensor, steps: int = 5) -> Tensor:
     """Nearest semi-orthogonal matrices of a stack (n, rows, cols), roughly, in bf16 (K. Jordan's Muon, 2024)."""
@@ -665,8 +654,8 @@ class Optimizer:
     """Owns the model's parameters as one flat float32 buffer and their gradients as another, both (n,).
 
     Parameters of one table row lie together, Muon's same-shape matrices as contiguous stacks, so that each update, the gradient's
-    norm, the all-reduce, averaging and checkpointing touch whole buffers. Buffers: `weights`, `grads`, `m` (both methods' first
-    moment), `v` (Adam's second)."""
+    norm, the all-reduce, averaging and checkpointing touch whole buffers. Besides `weights` and `grads`: `m`, both methods' first
+    moment, and `v`, Adam's second."""
     def __init__(self, model: GPT, s: Settings, run: Runtime):
         self.s, self.run = s, run
         table = optimiser_table(s)
@@ -687,13 +676,12 @@ class Optimizer:
                 at = pad(at)
             else:
                 self.adam.append((row, slice(start, at)))
-        self.weights, self.grads, self.m = (torch.zeros(at, device=run.device) for _ in range(3))
+        self.weights, self.grads, self.m, self.v = (torch.zeros(at, device=run.device) for _ in range(4))
         for p, at in offsets:
             span = slice(at, at + p.numel())
             self.weights[span].copy_(p.detach().flatten())
             p.data, p.grad = self.weights[span].view(p.shape), self.grads[span].view(p.shape)
-        self.first_adam = self.adam[0][1].start
-        self.v = torch.zeros_like(self.weights[self.first_adam :])
+        self.state = dict(weights=self.weights, m=self.m, v=self.v)
         self.newton_schulz, self.adam_ = run.compiled(newton_schulz), run.compiled(adam_)
 
     def step(self, step: int, multiplier: float) -> Tensor:
@@ -702,45 +690,38 @@ class Optimizer:
         if self.s.grad_clip_norm:
             self.grads.mul_((self.s.grad_clip_norm / (norm_ + 1e-6)).clamp_max(1.0))
         self.muon_step(step, multiplier)
-        count = torch.full((), step + 1.0, device=self.run.device)
+        scalar = lambda value: torch.full((), value, device=self.run.device)  # no tensor from the host: that would wait for the device
         for row, span in self.adam:
-            behind = slice(span.start - self.first_adam, span.stop - self.first_adam)
-            lr = torch.full((), row.lr * multiplier, device=self.run.device)
-            self.adam_(self.weights[span], self.grads[span], self.m[span], self.v[behind], count, lr,
+            self.adam_(self.weights[span], self.grads[span], self.m[span], self.v[span], scalar(step + 1.0), scalar(row.lr * multiplier),
                        self.s.beta1, self.s.beta2, self.s.adam_eps, row.decay)
         self.grads.zero_()
         return norm_
 
     def muon_step(self, step: int, multiplier: float) -> None:
-        """Nesterov momentum, then each stack's matrices orthogonalised, every rank its share, gathered while the next one runs."""
-        s, world, rank = self.s, self.run.world, self.run.rank
+        """Nesterov momentum, then each stack orthogonalised, every rank its share of matrices, gathered while the next one runs."""
+        s, world, rank, pending = self.s, self.run.world, self.run.rank, []
         warm = min(step / s.muon_momentum_warmup_steps, 1.0) if s.muon_momentum_warmup_steps else 1.0
         momentum = s.muon_momentum_warmup_start + warm * (s.muon_momentum - s.muon_momentum_warmup_start)
-        pending = []
         for row, span, (n, rows, cols) in self.muon:
-            g, m = self.grads[span], self.m[span]
-            g.add_(m.mul_(momentum).add_(g), alpha=momentum)
-            share = -(-n // world)
-            mine = g.view(n, rows, cols)[rank * share : (rank + 1) * share]
-            update = self.newton_schulz(mine, s.muon_backend_steps) if len(mine) else mine.bfloat16()
-            if world > 1:  # the last ranks' shares are padded to the size of the others
-                padded = torch.zeros(share, rows, cols, dtype=update.dtype, device=update.device)
-                padded[: len(mine)] = update
-                update = torch.empty(world * share, rows, cols, dtype=update.dtype, device=update.device)
-                pending.append((row, span, update, n, dist.all_gather_into_tensor(update, padded, async_op=True)))
-            else:
-                pending.append((row, span, update, n, None))
+            g, m, work = self.grads[span], self.m[span], None
+            update = g.add_(m.mul_(momentum).add_(g), alpha=momentum).view(n, rows, cols)
+            if world > 1:  # equal shares: zero matrices fill the last one
+                share = -(-n // world)
+                update = F.pad(update, (0, 0, 0, 0, 0, share * world - n))[rank * share : (rank + 1) * share]
+            update = self.newton_schulz(update, s.muon_backend_steps)
+            if world > 1:
+                mine, update = update.contiguous(), torch.empty(share * world, rows, cols, dtype=update.dtype, device=update.device)
+                work = dist.all_gather_into_tensor(update, mine, async_op=True)
+            pending.append((row, span, update, n, work))
         for row, span, update, n, work in pending:
             if work:
                 work.wait()
-            lr, (_, rows, cols) = row.lr * multiplier, update.shape
-            self.weights[span].mul_(1 - lr * row.decay).add_(update[:n].flatten().float(), alpha=-lr * max(1, rows / cols) ** 0.5)
-
-    def state(self) -> dict[str, Tensor]:
-        return dict(weights=self.weights, m=self.m, v=self.v)
+            lr, shape_factor = row.lr * multiplier, max(1, update.size(1) / update.size(2)) ** 0.5
+            self.weights[span].mul_(1 - lr * row.decay).add_(update[:n].flatten().float(), alpha=-lr * shape_factor)
 
     def restore(self, state: dict[str, Tensor]) -> None:
-        for name, tensor in self.state().items():
+        """Copy `state`'s tensors into the buffers that `self.state` names."""
+        for name, tensor in self.state.items():
             tensor.copy_(state[name])
         self.grads.zero_()
 
@@ -800,7 +781,7 @@ def forward_backward(forward: Callable, micro_batches: list, share: float) -> Te
 
 def warm_up(forward: Callable, loader: BatchLoader, optimizer: Optimizer, s: Settings, log: Log) -> None:
     """Run WARMUP_STEPS steps so that everything is compiled, then undo them: they train nothing."""
-    before = {name: tensor.clone() for name, tensor in optimizer.state().items()}
+    before = {name: tensor.clone() for name, tensor in optimizer.state.items()}
     for step in range(s.warmup_steps):
         forward_backward(forward, batch := loader.batch(step), 1 / (len(batch) * optimizer.run.world))
         optimizer.step(step, 1.0)
@@ -808,31 +789,31 @@ def warm_up(forward: Callable, loader: BatchLoader, optimizer: Optimizer, s: Set
     log(f"warmup_step:{s.warmup_steps}/{s.warmup_steps}")
 
 def train(model: GPT, optimizer: Optimizer, stream: Stream, s: Settings, run: Runtime, log: Log, output: Path) -> dict:
-    """Train until ITERATIONS or MAX_WALLCLOCK_SECONDS; the model ends with the averaged weights. Returns the account for
-    result.json.
+    """Train until ITERATIONS or MAX_WALLCLOCK_SECONDS; the model ends with the averaged weights. Returns the account for result.json.
 
     Raises Interrupted after writing a checkpoint, UserError on a non-finite gradient."""
     shards = open_shards(s.data_path, "train")
     check_tokens(shards, s.vocab_size, run)
-    loader = BatchLoader(shards, s, run)
+    loader, forward = BatchLoader(shards, s, run), run.compiled(model, dynamic=False)
     checkpoint = Checkpoint(output, s, f"{len(shards)} shards, {loader.ends[-1]} tokens")
-    saved = checkpoint.load() if s.resume else None
-    forward = run.compiled(model, dynamic=False)
-    average, averaged, step, elapsed = torch.zeros_like(optimizer.weights), 0, 0, 0.0
-    if saved:
+    average, averaged, step, elapsed, finished = torch.zeros_like(optimizer.weights), 0, 0, 0.0, False
+    if s.resume and (saved := checkpoint.load()):
         optimizer.restore(saved)
         average.copy_(saved["average"])
-        averaged, step, elapsed = saved["averaged"], saved["step"], saved["seconds"]
+        averaged, step, elapsed, finished = (saved[k] for k in ("averaged", "step", "elapsed", "finished"))
         log(f"resumed from {checkpoint.path} at step {step}")
-        if saved["finished"]:
-            return dict(steps=step, seconds=elapsed, averaged=averaged, resumed=True, peak_memory=0)
+    account = lambda: dict(steps=step, seconds=elapsed, averaged=averaged, resumed=bool(s.resume and saved), peak_memory=torch.cuda.max_memory_allocated())
+    if finished:
+        return account()
     log(f"training tokens:{loader.ends[-1]} rows per rank:{loader.rows} rows per micro-step:{loader.micro_rows}")
     warm_up(forward, loader, optimizer, s, log)
-    if run.device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-    save = lambda finished: run.rank or checkpoint.save(step=step, seconds=elapsed, averaged=averaged, finished=finished, average=average,
-                                                        **optimizer.state())
-    pending_norm, stop = None, False
+
+    def save(finished: bool) -> None:
+        run.synchronize()
+        check_finite(norms, step, s)
+        if run.rank == 0:
+            checkpoint.save(step=step, elapsed=elapsed, averaged=averaged, finished=finished, average=average, **optimizer.state)
+    norms, stop = [], False
     run.synchronize()
     began = time.perf_counter() - elapsed  # moved on by whatever is not training
     while True:
@@ -849,40 +830,35 @@ def train(model: GPT, optimizer: Optimizer, stream: Stream, s: Settings, run: Ru
         multiplier = lr_multiplier(step, elapsed, s)
         batch = loader.batch(step)
         loss = forward_backward(forward, batch, 1 / (len(batch) * run.world))
-        check_finite(pending_norm, step - 1, multiplier, s)
-        pending_norm = optimizer.step(step, multiplier)
+        norms.append(optimizer.step(step, multiplier).to("cpu", non_blocking=True))
         step += 1
         if s.swa_enabled and multiplier < s.swa_start_frac and step % s.swa_every == 0:
             average.add_(optimizer.weights)
             averaged += 1
-        run.synchronize(lag=True)
+        run.synchronize(lag=True)  # the step before this one has ended: its norm has arrived
+        check_finite(norms[:-1], step - 1, s)
+        norms = norms[-1:]
         elapsed, signal_number = run.agree(time.perf_counter() - began)
         stop = bool(s.max_wallclock_seconds) and elapsed >= s.max_wallclock_seconds
         if step <= 10 or step % s.train_log_every == 0 or stop or step == s.iterations:
             log(f"step:{step}/{s.iterations} train_loss:{run.sum(loss).item():.8f} train_time:{1000 * elapsed:.0f}ms "
                 f"step_avg:{1000 * elapsed / step:.2f}ms")
         if signal_number or (s.checkpoint_every and step % s.checkpoint_every == 0):
-            check_finite(pending_norm, step - 1, multiplier, s)
             save(finished=False)
-            if signal_number:
-                raise Interrupted(signal_number, f"after step {step}; checkpoint in {checkpoint.path}")
-    if pending_norm is not None:
-        check_finite(pending_norm, step - 1, multiplier, s)
+        if signal_number:
+            raise Interrupted(signal_number, f"after step {step}; checkpoint in {checkpoint.path}")
     if averaged >= 2:
         optimizer.weights.copy_(average / averaged)
-        log(f"swa: the mean of {averaged} checkpoints is the final model")
-    else:
-        log(f"swa: {averaged} checkpoints are too few to average; the last weights are the final model")
-        averaged = 0
+    log(f"swa: {averaged} checkpoints: " + ("their mean is the final model" if averaged >= 2 else "too few, the last weights are the final model"))
     save(finished=True)
-    peak = torch.cuda.max_memory_allocated() if run.device.type == "cuda" else 0
-    return dict(steps=step, seconds=elapsed, averaged=averaged, resumed=bool(saved), peak_memory=peak)
+    return account()
 
-def check_finite(gradient_norm: Tensor | None, step: int, multiplier: float, s: Settings) -> None:
-    """Raise UserError if the gradient of `step` was not finite. Called a step late, when the device has long computed it."""
-    if gradient_norm is not None and not math.isfinite(value := gradient_norm.item()):
-        raise UserError(f"the gradient's norm at step {step} is {value} (lr multiplier {multiplier:.4f}, batch from token "
-                        f"{step * s.train_batch_tokens}) — lower the learning rates, or RESUME=1 from the last checkpoint")
+def check_finite(norms: list[Tensor], steps: int, s: Settings) -> None:
+    """Raise UserError if a gradient norm that has arrived on the host, the last one of step `steps - 1`, is not finite."""
+    for norm_ in norms:
+        if not norm_.isfinite():
+            raise UserError(f"the gradient's norm at step {steps - 1} is {norm_.item()} (batch from token {(steps - 1) * s.train_batch_tokens}) — "
+                            "lower the learning rates, or go on from the last checkpoint with RESUME=1")
 
 # ---- Export: prune, quantise, pack ---------------------------------------------------------------------------------
 
@@ -933,10 +909,6 @@ def dequantize(values: Tensor, scale: Tensor | None) -> Tensor:
 
 STREAMS = {"int5": "<i1", "int6": "<i1", "int8": "<i1", "scale": "<f2", "fp16": "<f2", "fp32": "<f4"}  # in file order
 
-def planes(data: np.ndarray) -> list[bytes]:
-    """The array's first bytes, then its second bytes, …: exponents compress apart from mantissas."""
-    return [plane.tobytes() for plane in data.view(np.uint8).reshape(-1, data.itemsize).T]
-
 def pack(state: dict[str, Tensor], config: dict, prune_fraction: float = 0.03,
          fp16_patterns: list[str] = ("tok_emb", "blocks.8.attn.c_k")) -> tuple[bytes, dict]:
     """State dict (float32, CPU) -> artifact: pruned, quantised, one zstd-22 frame, no pickle. Same input, same bytes.
@@ -955,7 +927,7 @@ def pack(state: dict[str, Tensor], config: dict, prune_fraction: float = 0.03,
             streams["scale"].append(scale.numpy())
     arrays = {kind: np.concatenate(pieces).astype(STREAMS[kind]) for kind, pieces in streams.items()}
     tail = json.dumps(dict(config=config, tensors=table), separators=(",", ":")).encode()
-    parts = [(kind, plane) for kind, array in arrays.items() for plane in planes(array)]
+    parts = [(kind, plane.tobytes()) for kind, array in arrays.items() for plane in array.view(np.uint8).reshape(-1, array.itemsize).T]
     parts.append(("table", tail + len(tail).to_bytes(4, "little")))
     expanded, report = sum(len(part) for _, part in parts), {}
     # codes hold no real repeats: long matches only is smaller and four times faster than level 22's own least of 3
@@ -1102,20 +1074,15 @@ def score_windows(forward: Callable, stream: Stream, start: Tensor, length: Tens
 class Progress:
     """A line every few seconds: how much of this rank's work is done, the running bpb, tokens/s and the time left."""
     def __init__(self, log: Log, label: str, total: int, every: float = 5.0):
-        self.log, self.label, self.total, self.every = log, label, total, every
+        self.log, self.label, self.total, self.every, self.done, self.sums = log, label, total, every, 0, np.zeros(3)
         self.began = self.printed = time.monotonic()
-        self.done, self.sums = 0, np.zeros(3)
 
-    def final(self, sums: Tensor) -> None:
-        """Add sums of NLL, targets and bytes (n, 3) that will not change any more."""
-        self.sums += sums.sum(0).cpu().numpy()
-
-    def update(self, tokens: int) -> None:
-        """Count tokens that went through the model."""
+    def __call__(self, tokens: int, sums: Tensor | None = None) -> None:
+        """Count tokens that went through the model, and sums of NLL, targets and bytes (n, 3) that will not change any more."""
         self.done += tokens
-        now = time.monotonic()
-        if now - self.printed >= self.every:
-            self.printed, rate = now, self.done / (now - self.began)
+        self.sums += 0 if sums is None else sums.sum(0).cpu().numpy()
+        if (now := time.monotonic()) - self.printed >= self.every:
+            self.printed, rate = now, max(self.done, 1) / (now - self.began)
             bpb = f" val_bpb:{Score(*self.sums).bpb:.4f}" if self.sums[2] else ""
             self.log(f"{self.label}: {100 * self.done / self.total:.1f}%{bpb} tokens/s:{rate:.0f} left:{(self.total - self.done) / rate:.0f}s")
 
@@ -1132,8 +1099,7 @@ def evaluate_windows(forward: Callable, stream: Stream, windows: np.ndarray, bat
         _, sums, _ = score_windows(forward, stream, *torch.from_numpy(part).to(run.device).T, width)
         total += sums.sum(0)
         if progress:
-            progress.final(sums)
-            progress.update(int(part[:, 1].sum()))
+            progress(int(part[:, 1].sum()), sums)
     nll, targets, bytes_ = run.sum(total).tolist()
     return Score(nll, int(targets), int(bytes_)).checked(stream)
 
@@ -1158,7 +1124,6 @@ def evaluate_sliding(forward: Callable, stream: Stream, s: Settings, run: Runtim
 
 TTT_BATCH = {"cpu": 16, "cuda": 64}  # documents side by side, where TTT_BATCH_SIZE=0
 STEP_FLOOR = {"cpu": 0, "cuda": 4096}  # tokens below which a step costs no less: launches, not arithmetic
-LORA_EPS = 1e-10
 
 def draw_lora_a(s: Settings, document: int) -> np.ndarray:
     """A document's initial A of all layers, Q's rows above V's: (layers, 2r, d) float32, uniform in +-1/sqrt(d)."""
@@ -1186,7 +1151,7 @@ class Adapters:
     def step(self, gradient: Tensor, count: Tensor, lr: Tensor, adam: Callable) -> None:
         """One Adam step of the first len(gradient) documents; `count` (n, 1) counts each document's own steps from 1."""
         n = len(gradient)
-        adam(self.flat[:n], gradient, self.m[:n], self.v[:n], count, lr, *self.betas, LORA_EPS)
+        adam(self.flat[:n], gradient, self.m[:n], self.v[:n], count, lr, *self.betas, 1e-10)
 
 class ContextCache:
     """Rotated keys and values of the last `window` tokens of each document, in a ring; order is free, positions are in the keys."""
@@ -1228,24 +1193,23 @@ class DocumentBatch:
     def __init__(self, model: GPT, stream: Stream, documents: np.ndarray, s: Settings, run: Runtime, adam: Callable | None = None,
                  progress: Progress | None = None, trace: bool = False):
         self.model, self.stream, self.documents, self.s, self.run = model, stream, documents, s, run
-        self.adam, self.progress, self.trace = adam or adam_, progress, trace
+        self.adam, self.progress, self.trace = adam or adam_, progress or (lambda tokens: None), trace
         self.targets = stream.targets[documents]
         self.chunks = -(-self.targets // s.ttt_chunk_size)
         if (np.diff(self.chunks) > 0).any():
             raise ValueError("documents must come longest first")
         self.start, self.end, self.chunk_count = (
             torch.from_numpy(x).to(run.device) for x in (stream.starts[documents], self.targets, self.chunks))
-        most_context = int(self.chunks[0] - 1) * s.ttt_chunk_size
-        self.cache = ContextCache(model, len(documents), min(s.ttt_eval_seq_len - s.ttt_chunk_size, most_context), run.device)
+        size, self.steps = s.ttt_chunk_size, []  # per chunk: how many documents have it, how many one after it, its targets in all
+        for chunk in range(int(self.chunks[0])):
+            n, go_on = ((self.chunks > c).sum() for c in (chunk, chunk + 1))
+            self.steps.append((int(n), int(go_on), int(np.minimum(self.targets[:n] - chunk * size, size).sum())))
+        self.cache = ContextCache(model, len(documents), min(s.ttt_eval_seq_len - size, (len(self.steps) - 1) * size), run.device)
 
     def begin(self, figures: int) -> None:
         self.sums = torch.zeros(figures, len(self.documents), 3, dtype=torch.float64, device=self.run.device)
-        if self.trace:
-            self.nll = torch.full((figures, len(self.documents), int(self.targets[0])), math.nan)
-
-    def prefix(self, chunk: int) -> tuple[int, int]:
-        """How many documents have this chunk, and how many have one after it."""
-        return int((self.chunks > chunk).sum()), int((self.chunks > chunk + 1).sum())
+        self.nll = torch.full((figures, len(self.documents), int(self.targets[0])), math.nan) if self.trace else None
+        self.cache.reset()
 
     def score(self, chunk: int, n: int, lora: list[Lora] | None = None, figure: int | None = None, keep: bool = False,
               cached: bool = True) -> tuple[Tensor, Past | None]:
@@ -1261,8 +1225,6 @@ class DocumentBatch:
             begin, past, width = (end - window).clamp_min(0), None, min(widest, window)
         nll, sums, present = score_windows(self.model, self.stream, self.start[:n] + begin, end - begin, chunk * size - begin,
                                            width, lora, past, keep and cached)
-        if self.progress:
-            self.progress.update(int(np.minimum(self.targets[:n] - chunk * size, size).sum()))
         if figure is not None:
             self.sums[figure, :n] += sums
             for i in range(n if self.trace else 0):
@@ -1274,10 +1236,9 @@ class DocumentBatch:
     def plain(self) -> None:
         """Score without adaptation, with the cached context."""
         self.begin(1)
-        self.cache.reset()
-        for chunk in range(int(self.chunks[0])):
-            n, go_on = self.prefix(chunk)
+        for chunk, (n, go_on, targets) in enumerate(self.steps):
             self.cache.push(self.score(chunk, n, figure=0, keep=go_on > 0)[1])
+            self.progress(targets)
 
     def train(self, adapters: Adapters, chunk: int, n: int, epoch: int, count: Tensor, figure: int | None = None,
               keep: bool = False) -> Past | None:
@@ -1300,32 +1261,30 @@ class DocumentBatch:
         self.begin(epochs)
         for epoch in range(epochs):
             self.cache.reset()
-            for chunk in range(int(self.chunks[0])):
+            for chunk, (n, go_on, targets) in enumerate(self.steps):
                 if expired():
                     return (self.chunks <= chunk) & (epoch == epochs - 1)
-                n, go_on = self.prefix(chunk)
                 count = self.chunk_count[:n, None] * epoch + chunk + 1
                 self.cache.push(self.train(adapters, chunk, n, epoch, count, epoch, go_on > 0))
+                self.progress(targets)
         return np.ones(len(self.documents), bool)
 
     def single_pass(self, adapters: Adapters, expired: Callable[[], bool]) -> np.ndarray:
         """Each chunk is scored once, then adapted to with TTT_N_EPOCHS steps, never scored again: valid at any number of steps."""
         cached, epochs = self.s.ttt_context == "cached", self.s.ttt_n_epochs
         self.begin(1)
-        self.cache.reset()
-        for chunk in range(int(self.chunks[0])):
-            n, go_on = self.prefix(chunk)
+        for chunk, (n, go_on, _) in enumerate(self.steps):
             with torch.no_grad():
                 self.score(chunk, n, adapters.layers(adapters.flat[:n]), figure=0, cached=cached)
-            if not go_on:
-                continue
-            for epoch in range(epochs):
+            for epoch in range(epochs if go_on else 0):
                 if expired():
                     return self.chunks <= chunk + 1
                 count = torch.full((go_on, 1), chunk * epochs + epoch + 1, device=self.run.device)
                 self.train(adapters, chunk, go_on, epoch, count)
-            with torch.no_grad():  # the next chunk's context is this one under its final adapters
-                self.cache.push(self.score(chunk, go_on, adapters.layers(adapters.flat[:go_on]), keep=True)[1] if cached else None)
+                self.progress(go_on * self.s.ttt_chunk_size)
+            if go_on and cached:  # the next chunk's context is this one under its final adapters
+                with torch.no_grad():
+                    self.cache.push(self.score(chunk, go_on, adapters.layers(adapters.flat[:go_on]), keep=True)[1])
         return np.ones(len(self.documents), bool)
 
 def plan_batches(targets: np.ndarray, s: Settings, run: Runtime) -> list[list[np.ndarray]]:
@@ -1383,33 +1342,31 @@ def score_documents(model: GPT, stream: Stream, s: Settings, run: Runtime, log: 
     """Fill `results` for this rank's batches: first all without adaptation, then adapted until the deadline in seconds of `clock`.
 
     Raises Interrupted, the results saved."""
-    adam = run.compiled(adam_)
-    stopped = lambda: run.signal != 0
+    adam, size, stopped = run.compiled(adam_), s.ttt_chunk_size, lambda: run.signal != 0
     expired = lambda: stopped() or clock() >= deadline
     for adapted, label in enumerate(("no_adaptation", f"ttt {s.ttt_protocol}")):
         todo = [documents for documents in plan if not results.done[adapted, documents].all()]
-        passes = s.ttt_n_epochs if adapted else 1
-        progress = Progress(log, label, passes * sum(int(stream.targets[documents].sum()) for documents in todo))
+        targets = stream.targets[np.concatenate(todo)] if todo else np.zeros(0, np.int64)
+        trained = (targets - 1) // size * size if s.ttt_protocol == "single_pass" else targets  # it never trains on a last chunk
+        progress = Progress(log, label, max(1, int(trained.sum()) * s.ttt_n_epochs if adapted else int(targets.sum())))
         for documents in todo:
             if (expired if adapted else stopped)():
                 break
             batch, finished = DocumentBatch(model, stream, documents, s, run, adam, progress), np.ones(len(documents), bool)
             if adapted:
-                a = np.stack([draw_lora_a(s, int(document)) for document in documents])
-                finished = batch.adapt(Adapters(a, s, run.device), expired)
+                finished = batch.adapt(Adapters(np.stack([draw_lora_a(s, int(d)) for d in documents]), s, run.device), expired)
             else:
                 batch.plain()
             nll, targets, bytes_ = batch.sums.cpu().numpy()[:, finished].transpose(2, 0, 1)
             scored = documents[finished]
             if (targets != stream.targets[scored]).any() or (bytes_ != stream.document_bytes[scored]).any():
                 raise RuntimeError("a figure does not cover each of a document's targets once")
-            results.nll[1:, scored] = nll if adapted else results.nll[1:, scored]
-            results.nll[0, scored] = results.nll[0, scored] if adapted else nll[0]
+            results.nll[1 if adapted else 0 :][: len(nll), scored] = nll
             results.done[adapted, scored] = True
-            progress.final(batch.sums[0, torch.from_numpy(finished)])
+            progress(0, batch.sums[0, torch.from_numpy(finished)])
             if time.monotonic() - results.saved > 20:
                 results.save(clock())
-    if run.signal:
+    if stopped():
         results.save(clock())
         raise Interrupted(run.signal, f"in the evaluation; {int(results.done[1].sum())} adapted documents of this rank are kept")
 
@@ -1427,8 +1384,8 @@ def warm_up_ttt(model: GPT, s: Settings, run: Runtime, documents: int) -> float:
     run.synchronize()
     return time.monotonic() - began
 
-def evaluate_ttt(model: GPT, stream: Stream, s: Settings, run: Runtime, log: Log, output: Path, identity: str, began: float) -> dict:
-    """Score the stream without and with test-time training; log the figures and return them for result.json.
+def evaluate_ttt(model: GPT, stream: Stream, s: Settings, run: Runtime, log: Log, output: Path, identity: str, began: float) -> tuple[dict, Score]:
+    """Score the stream without and with test-time training; log the figures and return them, and the backward-looking score.
 
     `began` is time.monotonic() when the artifact was loaded; documents unfinished EVAL_MAX_SECONDS later count with their NLL
     without adaptation. Writes ttt_documents.npz."""
@@ -1458,7 +1415,8 @@ def evaluate_ttt(model: GPT, stream: Stream, s: Settings, run: Runtime, log: Log
         write_whole(output / "ttt_documents.npz", lambda f: np.savez(f, **arrays))
     results.path.unlink(missing_ok=True)
     curve = [figure(f, f"ttt_{s.ttt_protocol}", s.ttt_context, e == 0, epoch=e + 1) for e, f in enumerate(scores)]
-    return account | dict(no_adaptation=figure(without, "no_adaptation", "cached"), backward_looking=curve[0], last_epoch=curve[-1], curve=curve)
+    plain = figure(without, "no_adaptation", "cached")
+    return account | dict(no_adaptation=plain, backward_looking=curve[0], last_epoch=curve[-1], curve=curve), scores[0]
 
 def report_ttt(without: Score, scores: list[Score], account: dict, s: Settings, log: Log) -> None:
     """Log every figure for what it is, and what the budget left undone."""
@@ -1497,11 +1455,10 @@ def audit(model: GPT, stream: Stream, s: Settings, run: Runtime, log: Log) -> li
     changed = [np.where(np.arange(len(x)) > at, y + (y >= x), x) for x, y, at in zip(tokens, other, t)]
     runs = (tokens, tokens if run.device.type == "cuda" else None, changed)  # a CPU repeats itself exactly
     first, repeat, after = (trace_documents(model, x, chosen, s, run) if x else None for x in runs)
-    repeat = repeat or first
     rows = []
     for i, document in enumerate(chosen.tolist()):
         for name in first:  # token j is target j - 1, so t targets have an index <= t
-            change, noise = ((x[name][i, : t[i]] - first[name][i, : t[i]]).abs().max().item() for x in (after, repeat))
+            change, noise = ((x[name][i, : t[i]] - first[name][i, : t[i]]).abs().max().item() for x in (after, repeat or first))
             rows.append(dict(document=document, targets=int(stream.targets[document]), t=t[i], figure=name,
                              backward_looking=not name.startswith("last"), change=change, repeat=noise))
             log(f"audit document:{document} targets:{rows[-1]['targets']} t:{t[i]} figure:{name} change:{change:.3e} repeat:{noise:.3e}")
@@ -1548,22 +1505,18 @@ def load_model(path: Path, s: Settings, run: Runtime) -> tuple[GPT, Settings, st
     Also returns the settings with that configuration and the SHA-256 of the file. Raises UserError."""
     try:
         blob = path.read_bytes()
-        if path.suffix == ".pt":
-            state = torch.load(path, map_location="cpu", weights_only=True)
-            state = {name: tensor.float() for name, tensor in state.items()}
-        else:
-            config, state = unpack(blob, str(path))
-            for name, value in config.items():
-                if name.upper() in os.environ and getattr(s, name) != value:
-                    raise UserError(f"{name.upper()}={getattr(s, name)} contradicts {path}, which has {value} — unset {name.upper()}")
-            s = replace(s, **config)
-            check_combinations(s)
+        state = torch.load(io.BytesIO(blob), map_location="cpu", weights_only=True) if path.suffix == ".pt" else None
+        state = state and {name: tensor.float() for name, tensor in state.items()}
     except OSError as e:
         raise UserError(f"cannot read {path}: {e.strerror} — set EVAL_ONLY to an existing file") from e
-    except UserError:
-        raise
     except Exception as e:  # torch.load raises many kinds for a damaged or hostile file
-        raise UserError(f"{path} is not a state dict of tensors ({type(e).__name__}) — set EVAL_ONLY to a .ptz artifact or a .pt state dict") from e
+        raise UserError(f"{path} is no state dict of tensors ({type(e).__name__}) — set EVAL_ONLY to a .ptz artifact or a .pt state dict") from e
+    if state is None:
+        config, state = unpack(blob, str(path))
+        for name, value in config.items():
+            if name.upper() in os.environ and getattr(s, name) != value:
+                raise UserError(f"{name.upper()}={getattr(s, name)} contradicts {path}, which has {value} — unset {name.upper()}")
+        check_combinations(s := replace(s, **config))
     model = GPT(s, run.dtype)
     load_weights(model, state, str(path))
     model.to(run.device).requires_grad_(False)
@@ -1605,11 +1558,10 @@ def evaluate(stream: Stream, path: Path, s: Settings, run: Runtime, log: Log, ou
         return dict(sliding=figure(score, "sliding", f"stride {s.eval_stride}"), seconds=seconds, within_budget=within), score
     scored_by = {k: v for k, v in asdict(s).items() if k.startswith("ttt_") or k in ("seed", "val_docs", "beta1", "beta2", "data_path")}
     identity = json.dumps(dict(weights=digest, world=run.world, targets=stream.target_count) | scored_by)
-    figures = evaluate_ttt(model, stream, s, run, log, output, identity, began)
+    figures, score = evaluate_ttt(model, stream, s, run, log, output, identity, began)
     if s.ttt_audit:
         figures["audit"] = run.gather(audit(model, stream, s, run, log) if run.rank == 0 else None)[0]
-    best = figures["backward_looking"]
-    return figures, Score(best["val_loss"] * best["targets"], best["targets"], best["bytes"])
+    return figures, score
 
 def main() -> int:
     """Load, train, export, reload, evaluate, report. Returns the exit code."""

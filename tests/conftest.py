@@ -1,0 +1,76 @@
+"""Shared by all tests: small settings, a runtime without side effects, random models and token streams.
+
+The golden and FineWeb cases need the folder with golden/, fineweb/ and corpus/; GOLF_SHARED names it, and they are
+skipped without it."""
+import os
+import signal
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import train_gpt
+
+SMALL = dict(vocab_size=300, num_layers=3, model_dim=32, num_heads=4, num_kv_heads=2, bigram_vocab_size=61, bigram_dim=16,
+             train_seq_len=32, train_batch_tokens=64, eval_stride=8, eval_batch_seqs=5, val_batch_size=96, ttt_chunk_size=16,
+             ttt_eval_seq_len=64, ttt_n_epochs=2, ttt_lora_rank=4, ttt_lora_lr=0.01, eval_max_seconds=0)
+
+
+def small(**changes) -> train_gpt.Settings:
+    """Settings of a model of some 50 thousand weights, as the environment would give them."""
+    values = SMALL | changes
+    return train_gpt.Settings.from_env({name.upper(): str(int(v) if isinstance(v, bool) else v) for name, v in values.items()})
+
+
+def random_model(s: train_gpt.Settings, seed: int = 0, dtype: torch.dtype = torch.float32) -> train_gpt.GPT:
+    """A frozen model in which every parameter matters: at its initial values many branches are silent."""
+    model, g = train_gpt.GPT(s, dtype), torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            noise = torch.randn(p.shape, generator=g)
+            if name.endswith(("emb.weight", "embed.weight")):
+                p.copy_(0.3 * noise)
+            elif name.endswith(".weight"):
+                p.copy_(noise / p.shape[1] ** 0.5)
+            elif name == "smear.gate":
+                p.copy_(0.5 * noise)
+            elif name == "bigram.scale":
+                p.fill_(0.5)
+            else:
+                p.add_(0.1 * noise)
+    return model.requires_grad_(False)
+
+
+def random_tokens(s: train_gpt.Settings, count: int, seed: int = 0) -> np.ndarray:
+    """Tokens without BOS, some of them repeated so that there is something to learn."""
+    return np.random.default_rng(seed).zipf(1.3, count).clip(1, s.vocab_size - 2) + 1
+
+
+def stream_of(s: train_gpt.Settings, lengths: list[int], seed: int = 0) -> train_gpt.Stream:
+    """Documents with these numbers of targets, each beginning with BOS; the last ends with the stream."""
+    tokens = random_tokens(s, sum(lengths) + 1, seed)
+    tokens[np.cumsum([0, *lengths[:-1]])] = train_gpt.BOS
+    bytes_ = np.random.default_rng(seed + 1).integers(0, 9, len(tokens) - 1)
+    return train_gpt.Stream(tokens, bytes_, torch.device("cpu"))
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    folder = os.environ.get("GOLF_SHARED")
+    if not folder:
+        pytest.skip("GOLF_SHARED does not name the folder with golden/, fineweb/ and corpus/")
+    return Path(folder)
+
+
+@pytest.fixture(scope="session")
+def run():
+    """A single process on the CPU, whatever the machine has; its signal handlers are taken away again."""
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    runtime = train_gpt.Runtime(small())
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+    runtime.device, runtime.dtype, runtime.compile = torch.device("cpu"), torch.float32, False
+    return runtime
