@@ -155,16 +155,14 @@ def parse_setting(f, raw):
 
 def check_combinations(s: Settings) -> None:
     """Raise UserError for values that are each allowed but cannot work together, naming both."""
-    problems = [
-        (s.model_dim % s.num_heads, f"MODEL_DIM={s.model_dim} does not divide by NUM_HEADS={s.num_heads}"),
+    problems = [(s.model_dim % s.num_heads, f"MODEL_DIM={s.model_dim} does not divide by NUM_HEADS={s.num_heads}"),
         (s.num_heads % s.num_kv_heads, f"NUM_HEADS={s.num_heads} does not divide by NUM_KV_HEADS={s.num_kv_heads}"),
         (s.model_dim // s.num_heads % 2, f"MODEL_DIM={s.model_dim} over NUM_HEADS={s.num_heads} is odd and RoPE needs pairs"),
         (s.train_batch_tokens % s.train_seq_len, f"TRAIN_BATCH_TOKENS={s.train_batch_tokens} does not divide by TRAIN_SEQ_LEN={s.train_seq_len}"),
         (s.micro_batch_tokens < s.train_seq_len, f"MICRO_BATCH_TOKENS={s.micro_batch_tokens} is less than TRAIN_SEQ_LEN={s.train_seq_len}"),
         (s.eval_stride > s.train_seq_len, f"EVAL_STRIDE={s.eval_stride} exceeds TRAIN_SEQ_LEN={s.train_seq_len}"),
         (s.ttt_chunk_size > s.ttt_eval_seq_len, f"TTT_CHUNK_SIZE={s.ttt_chunk_size} exceeds TTT_EVAL_SEQ_LEN={s.ttt_eval_seq_len}"),
-        (s.tie_embeddings and not s.tied_embed_init_std, "TIE_EMBEDDINGS=1 cannot learn from TIED_EMBED_INIT_STD=0"),
-    ]
+        (s.tie_embeddings and not s.tied_embed_init_std, "TIE_EMBEDDINGS=1 cannot learn from TIED_EMBED_INIT_STD=0"),]
     for bad, problem in problems:
         if bad:
             raise UserError(f"{problem} — change one of the two")
@@ -177,7 +175,6 @@ def misspelt(env: dict[str, str]) -> list[str]:
 
 class Runtime:
     """This process among the others: rank, device, compute dtype, and the few collectives the script needs.
-
     Works under torchrun (nccl for CUDA tensors, gloo for CPU tensors) and as a single plain process."""
     def __init__(self, s: Settings):
         cuda = torch.cuda.is_available()
@@ -190,33 +187,28 @@ class Runtime:
             dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo")
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, self.on_signal)
-
     def on_signal(self, number: int, frame) -> None:
         """Remember the first signal, so that the step in progress is finished; a second one ends the process at once."""
         if self.signal:
             os._exit(128 + number)
         self.signal = number
-
     def sum(self, tensor: Tensor) -> Tensor:
         """Sum over the ranks, in place."""
         if self.world > 1:
             dist.all_reduce(tensor)
         return tensor
-
     def agree(self, seconds: float) -> tuple[float, int]:
         """Rank 0's seconds and the highest pending signal of any rank, the same on every rank."""
         state = torch.tensor([seconds if self.rank == 0 else 0.0, self.signal], dtype=torch.float64)
         if self.world > 1:
             dist.all_reduce(state, dist.ReduceOp.MAX)
         return float(state[0]), int(state[1])
-
     def gather(self, value) -> list:
         """Every rank's value, in rank order, on every rank."""
         values = [value] * self.world
         if self.world > 1:
             dist.all_gather_object(values, value)
         return values
-
     def together(self, work: Callable):
         """Rank 0's result of `work()`, run on every rank; if it raises UserError on any, that error is raised on all."""
         result = error = None
@@ -228,13 +220,10 @@ class Runtime:
         if error := next((error for error, _ in outcomes if error), None):
             raise UserError(error)
         return outcomes[0][1]
-
     def compiled(self, function: Callable, **options) -> Callable:
         return torch.compile(function, **options) if self.compile else function
-
     def synchronize(self, lag: bool = False) -> None:
         """Wait for the device; with `lag`, only for what was launched before the last such call.
-
         A host at most one step ahead keeps the device busy, and its clock and deadlines mean something."""
         if self.device.type == "cuda":
             previous, self.event = self.event, torch.cuda.Event()
@@ -245,7 +234,6 @@ class Log:
     """Lines to the console and to OUTPUT_DIR/train.log, from rank 0 only."""
     def __init__(self, path: Path | None, append: bool = False):
         self.file = open(path, "a" if append else "w", encoding="utf-8") if path else None
-
     def __call__(self, line: str, console: bool = True) -> None:
         for file in (self.file, sys.stdout if console else None) if self.file else ():
             if file:
@@ -279,13 +267,10 @@ def open_shard(path: Path) -> np.ndarray:
     """Memory-map one shard's tokens, (n,) uint16. Raises UserError for a file that is not a whole shard."""
     repair = "fetch or make this shard again"
     try:
-        size = path.stat().st_size
-        header = np.fromfile(path, "<i4", 256) if size >= SHARD_HEADER_BYTES else ()
-        if len(header) < 256:
-            raise UserError(f"shard {path} has {size} bytes, less than its header — {repair}")
-        magic, version, count = (int(x) for x in header[:3])
+        size, header = path.stat().st_size, np.fromfile(path, "<i4", 256)
+        magic, version, count = header[:3].tolist() if len(header) == 256 else (0, 0, 0)
         if (magic, version) != (SHARD_MAGIC, SHARD_VERSION):
-            raise UserError(f"shard {path} has magic {magic}, version {version}, not {SHARD_MAGIC}, {SHARD_VERSION} — {repair}")
+            raise UserError(f"shard {path} ({size} bytes) has magic {magic}, version {version}, not {SHARD_MAGIC}, {SHARD_VERSION} — {repair}")
         if count < 1 or size != SHARD_HEADER_BYTES + 2 * count:
             raise UserError(f"shard {path} announces {count} tokens but has {(size - SHARD_HEADER_BYTES) / 2:g} — {repair}")
         return np.memmap(path, "<u2", "r", SHARD_HEADER_BYTES, (count,))
@@ -305,13 +290,11 @@ def check_tokens(shards: list[np.ndarray], vocab_size: int, run: Runtime) -> Non
         for shard in shards[run.rank :: run.world]:
             for start in range(0, len(shard), 1 << 24):
                 if (top := int(shard[start : start + (1 << 24)].max())) >= vocab_size:
-                    raise UserError(f"shard {shard.filename} has token {top} but VOCAB_SIZE={vocab_size} — "
-                                    "use the shards and the tokenizer of one vocabulary")
+                    raise UserError(f"shard {shard.filename} has token {top} but VOCAB_SIZE={vocab_size} — use shards of the vocabulary")
     run.together(scan)
 
 class BatchLoader:
     """Global batches of consecutive tokens, cut into equal slices per rank and micro-step, read ahead on a thread.
-
     Batch k covers TRAIN_BATCH_TOKENS + 1 tokens from k * TRAIN_BATCH_TOKENS on, wrapping around the shards, so the batches depend
     on the step alone and not on the world size. Raises UserError where the sizes do not divide."""
     def __init__(self, shards: list[np.ndarray], s: Settings, run: Runtime):
@@ -319,12 +302,10 @@ class BatchLoader:
         if rows % run.world:
             raise UserError(f"TRAIN_BATCH_TOKENS/TRAIN_SEQ_LEN={rows} rows do not divide by WORLD_SIZE={run.world} — change one of them")
         self.rows = rows // run.world  # of this rank
-        self.micro_rows = max(n for n in range(1, self.rows + 1)
-                              if self.rows % n == 0 and n * s.train_seq_len <= s.micro_batch_tokens)
+        self.micro_rows = max(n for n in range(1, self.rows + 1) if self.rows % n == 0 and n * s.train_seq_len <= s.micro_batch_tokens)
         self.shards, self.ends = shards, np.cumsum([len(x) for x in shards])
         self.seq_len, self.batch_tokens, self.run = s.train_seq_len, s.train_batch_tokens, run
         self.pool, self.ahead = ThreadPoolExecutor(1), None
-
     def read(self, start: int, count: int) -> np.ndarray:
         """`count` tokens of the endless stream from position `start`, (count,) uint16."""
         out, filled = np.empty(count, np.uint16), 0
@@ -335,12 +316,10 @@ class BatchLoader:
             out[filled : filled + len(piece)] = piece
             filled += len(piece)
         return out
-
     def load(self, step: int) -> Tensor:
         tokens = self.rows * self.seq_len
         block = torch.from_numpy(self.read(step * self.batch_tokens + self.run.rank * tokens, tokens + 1).astype(np.int32))
         return block.pin_memory() if self.run.device.type == "cuda" else block
-
     def batch(self, step: int) -> list[tuple[Tensor, Tensor]]:
         """This rank's micro-batches of a step: inputs and targets, each (micro_rows, TRAIN_SEQ_LEN) int64."""
         block = self.ahead[1].result() if self.ahead and self.ahead[0] == step else self.load(step)
@@ -363,7 +342,6 @@ def load_tokenizer(path: str, vocab_size: int) -> sentencepiece.SentencePiecePro
 
 def target_bytes(sp: sentencepiece.SentencePieceProcessor, tokens: np.ndarray) -> np.ndarray:
     """UTF-8 bytes that each target adds to the text, (len(tokens) - 1,) int16 (SPEC of the challenge's bpb).
-
     A byte piece is 1; control, unknown and unused pieces 0; any other its length, its leading space counted as one byte unless the
     token before it is control, unknown or unused."""
     ids = range(sp.vocab_size())
@@ -376,7 +354,6 @@ def target_bytes(sp: sentencepiece.SentencePieceProcessor, tokens: np.ndarray) -
 
 def find_documents(tokens: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Start and number of targets of each document, both (documents,) int64.
-
     A document runs from its BOS to the next one inclusive, the last to the end of the stream; tokens before the first BOS are a
     document of their own. Every target belongs to exactly one document."""
     starts = np.flatnonzero(tokens == BOS)
@@ -451,7 +428,6 @@ class Linear(nn.Linear):
     """No bias; float32 master weight, used in the dtype of its input."""
     def __init__(self, inputs: int, outputs: int):
         super().__init__(inputs, outputs, bias=False)
-
     def forward(self, x: Tensor) -> Tensor:
         return F.linear(x, self.weight.to(x.dtype))
 
@@ -464,7 +440,6 @@ class Attention(nn.Module):
         self.c_q, self.proj = Linear(s.model_dim, s.model_dim), Linear(s.model_dim, s.model_dim)
         self.c_k, self.c_v = Linear(s.model_dim, kv_dim), Linear(s.model_dim, kv_dim)
         self.q_gain = nn.Parameter(torch.full((s.num_heads,), s.qk_gain_init))
-
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, lora: Lora | None, kv: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         q, k, v = self.c_q(x), self.c_k(x), self.c_v(x)
         if lora is not None:
@@ -487,7 +462,6 @@ class MLP(nn.Module):
         super().__init__()
         hidden = int(s.mlp_mult * s.model_dim)
         self.fc, self.proj = Linear(s.model_dim, hidden), Linear(hidden, s.model_dim)
-
     def forward(self, x: Tensor) -> Tensor:
         return self.proj(self.fc(x).relu().square())
 
@@ -498,7 +472,6 @@ class Block(nn.Module):
         self.attn, self.mlp = Attention(s), MLP(s)
         self.attn_scale, self.mlp_scale = nn.Parameter(torch.ones(s.model_dim)), nn.Parameter(torch.ones(s.model_dim))
         self.resid_mix = nn.Parameter(torch.stack((torch.ones(s.model_dim), torch.zeros(s.model_dim))))
-
     def forward(self, x: Tensor, x0: Tensor, cos: Tensor, sin: Tensor, lora: Lora | None, kv: Tensor | None):
         mix, attn_scale, mlp_scale = (p.to(x.dtype) for p in (self.resid_mix, self.attn_scale, self.mlp_scale))
         x = mix[0] * x + mix[1] * x0
@@ -513,7 +486,6 @@ class BigramHash(nn.Module):
         self.embed = nn.Embedding(s.bigram_vocab_size, s.bigram_dim)
         self.proj = Linear(s.bigram_dim, s.model_dim) if s.bigram_dim != s.model_dim else nn.Identity()
         self.scale = nn.Parameter(torch.tensor(0.05))
-
     def forward(self, ids: Tensor, last_id: Tensor | None) -> Tensor:
         """ids (B, T), last_id (B, 1) the tokens before them -> (B, T, d) float32."""
         last_row, ids = self.embed.num_embeddings - 1, ids.to(torch.int32)
@@ -529,7 +501,6 @@ class SmearGate(nn.Module):
     def __init__(self, s: Settings):
         super().__init__()
         self.gate = nn.Parameter(torch.zeros(s.model_dim))
-
     def forward(self, x: Tensor, last_x: Tensor | None) -> Tensor:
         before = x.new_zeros(x.size(0), 1, x.size(2)) if last_x is None else last_x
         g = self.gate.sigmoid().to(x.dtype)
@@ -548,7 +519,6 @@ class GPT(nn.Module):
         if not s.tie_embeddings:
             self.lm_head = Linear(s.model_dim, s.vocab_size)
         self.init_weights(s)
-
     @torch.no_grad()
     def init_weights(self, s: Settings) -> None:
         for name, module in self.named_modules():
@@ -558,25 +528,20 @@ class GPT(nn.Module):
                 nn.init.orthogonal_(module.weight, (2 * s.num_layers) ** -0.5 if name == "bigram.proj" else 1.0)
         self.tok_emb.weight.normal_(0.0, s.tied_embed_init_std if s.tie_embeddings else 1.0)
         self.bigram.embed.weight.zero_()
-
     def embed(self, ids: Tensor, last_id: Tensor | None, last_x: Tensor | None) -> tuple[Tensor, Tensor]:
         """Token and bigram embedding, normalised, before and after SmearGate: (B, T, d) each."""
         x = norm((self.tok_emb(ids) + self.bigram(ids, last_id)).to(self.dtype))
         return x, self.smear(x, last_x)
-
     def head(self, x: Tensor, targets: Tensor) -> Tensor:
         """NLL of each target in nats under the capped logits, (B, T) float32."""
         weight = self.tok_emb.weight if not hasattr(self, "lm_head") else self.lm_head.weight
         logits = F.linear(norm(x), weight.to(x.dtype)).float()
         logits = self.softcap * torch.tanh(logits / self.softcap)
         return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none").view(targets.shape)
-
     def forward(self, ids: Tensor, targets: Tensor, lora: list[Lora] | None = None, past: Past | None = None,
                 keep: bool = False) -> tuple[Tensor, Past | None]:
         """NLL of each target in nats, (B, T) float32, from ids and targets (B, T) int64.
-
-        `lora` adapts every layer; `past` is the context before `ids`. With `keep`, what this chunk adds to the context (all of it
-        detached) is returned as well, else None."""
+        `lora` adapts every layer; `past` is the context before `ids`; with `keep`, what these add to it is returned too, detached."""
         embedded, x = self.embed(ids, past.last_id if past else None, past.last_x if past else None)
         x0, skips, kept = x, [], []
         position = torch.arange(ids.size(1), device=ids.device) + (past.position if past else 0)
@@ -591,7 +556,6 @@ class GPT(nn.Module):
                 kept.append(torch.stack((k.detach(), v.detach())))
         present = Past(position[-1] + 1, ids[:, -1:], embedded[:, -1:].detach(), torch.stack(kept)) if keep else None
         return self.head(x, targets), present
-
     def compile_regions(self) -> None:
         """Compile the repeated parts once each instead of unrolling all layers: test-time training has many shapes."""
         for block in self.blocks:
@@ -604,12 +568,11 @@ def model_config(s: Settings) -> dict:
 
 def load_weights(model: GPT, state: dict[str, Tensor], origin: str) -> None:
     """Copy a state dict into the model. Raises UserError where names or shapes differ."""
-    expected = {name: tuple(p.shape) for name, p in model.state_dict().items()}
-    for name in sorted(expected.keys() | state.keys()):
-        have = tuple(state[name].shape) if name in state else "missing"
-        if have != expected.get(name, "not expected"):
-            raise UserError(f"{origin}: tensor {name} is {have}, the model's is {expected.get(name, 'not expected')} — "
-                            "set the model's variables (NUM_LAYERS, MODEL_DIM, …) to those it was trained with")
+    have, want = ({name: tuple(p.shape) for name, p in each.items()} for each in (state, model.state_dict()))
+    for name in sorted(have.keys() | want.keys()):
+        if have.get(name) != want.get(name):
+            raise UserError(f"{origin}: {name} has shape {have.get(name)}, the model's has {want.get(name)} — set NUM_LAYERS, MODEL_DIM, … "
+                            "to what it was trained with")
     model.load_state_dict(state)
 
 # ---- Optimiser: Muon for the matrices of the blocks, AdamW for the rest --------------------------------------------
@@ -624,12 +587,9 @@ MUON = ("attn.c_q.weight", "attn.c_k.weight", "attn.c_v.weight", "attn.proj.weig
 
 def optimiser_table(s: Settings) -> list[tuple[tuple[str, ...], Row]]:
     """Endings of parameter names and their settings; the first row that matches counts."""
-    return [
-        (MUON, Row("muon", s.matrix_lr, s.weight_decay)),
+    return [(MUON, Row("muon", s.matrix_lr, s.weight_decay)),
         (("tok_emb.weight", "bigram.embed.weight"), Row("adam", s.tied_embed_lr if s.tie_embeddings else s.embed_lr, s.weight_decay)),
-        (("lm_head.weight",), Row("adam", s.head_lr, 0.0)),
-        (("",), Row("adam", s.scalar_lr, s.weight_decay)),
-    ]
+        (("lm_head.weight",), Row("adam", s.head_lr, 0.0)), (("",), Row("adam", s.scalar_lr, s.weight_decay)),]
 
 def newton_schulz(g: Tensor, steps: int = 5) -> Tensor:
     """Nearest semi-orthogonal matrices of a stack (n, rows, cols), roughly, in bf16 (K. Jordan's Muon, 2024)."""
@@ -652,30 +612,23 @@ def adam_(p: Tensor, g: Tensor, m: Tensor, v: Tensor, step: Tensor, lr: Tensor, 
 
 class Optimizer:
     """Owns the model's parameters as one flat float32 buffer and their gradients as another, both (n,).
-
     Parameters of one table row lie together, Muon's same-shape matrices as contiguous stacks, so that each update, the gradient's
-    norm, the all-reduce, averaging and checkpointing touch whole buffers. Besides `weights` and `grads`: `m`, both methods' first
-    moment, and `v`, Adam's second."""
+    norm, the all-reduce, averaging and checkpointing touch whole buffers. `m` is both methods' first moment, `v` Adam's second."""
     def __init__(self, model: GPT, s: Settings, run: Runtime):
         self.s, self.run = s, run
         table = optimiser_table(s)
-        rows = {name: next(row for ends, row in table if name.endswith(ends)) for name, _ in model.named_parameters()}
-        groups: dict[tuple, list[nn.Parameter]] = {}
+        stacks: dict[tuple, list[nn.Parameter]] = {}  # Muon's by shape, Adam's by row
         for name, p in model.named_parameters():
-            groups.setdefault((rows[name], tuple(p.shape) if rows[name].method == "muon" else ()), []).append(p)
-        ordered = sorted(groups.items(), key=lambda item: item[0][0].method != "muon")  # Muon first; stable
-        pad = lambda n: -(-n // 64) * 64  # keeps every stack and every vector aligned for wide loads
+            row = next(row for endings, row in table if name.endswith(endings))
+            stacks.setdefault((row, p.shape if row.method == "muon" else ()), []).append(p)
         self.muon, self.adam, offsets, at = [], [], [], 0
-        for (row, shape), ps in ordered:
+        for (row, shape), ps in stacks.items():
             start = at
             for p in ps:
                 offsets.append((p, at))
-                at += p.numel() if shape else pad(p.numel())
-            if shape:
-                self.muon.append((row, slice(start, at), (len(ps), *shape)))
-                at = pad(at)
-            else:
-                self.adam.append((row, slice(start, at)))
+                at += p.numel() if shape else -(-p.numel() // 64) * 64  # every vector and every stack aligned for wide loads
+            (self.muon if shape else self.adam).append((row, slice(start, at), (len(ps), *shape)))
+            at = -(-at // 64) * 64
         self.weights, self.grads, self.m, self.v = (torch.zeros(at, device=run.device) for _ in range(4))
         for p, at in offsets:
             span = slice(at, at + p.numel())
@@ -683,7 +636,6 @@ class Optimizer:
             p.data, p.grad = self.weights[span].view(p.shape), self.grads[span].view(p.shape)
         self.state = dict(weights=self.weights, m=self.m, v=self.v)
         self.newton_schulz, self.adam_ = run.compiled(newton_schulz), run.compiled(adam_)
-
     def step(self, step: int, multiplier: float) -> Tensor:
         """Reduce the gradients over the ranks, clip, update, clear. `step` counts from 0. Returns the norm before clipping, ()."""
         norm_ = self.run.sum(self.grads).norm()
@@ -691,12 +643,11 @@ class Optimizer:
             self.grads.mul_((self.s.grad_clip_norm / (norm_ + 1e-6)).clamp_max(1.0))
         self.muon_step(step, multiplier)
         scalar = lambda value: torch.full((), value, device=self.run.device)  # no tensor from the host: that would wait for the device
-        for row, span in self.adam:
+        for row, span, _ in self.adam:
             self.adam_(self.weights[span], self.grads[span], self.m[span], self.v[span], scalar(step + 1.0), scalar(row.lr * multiplier),
                        self.s.beta1, self.s.beta2, self.s.adam_eps, row.decay)
         self.grads.zero_()
         return norm_
-
     def muon_step(self, step: int, multiplier: float) -> None:
         """Nesterov momentum, then each stack orthogonalised, every rank its share of matrices, gathered while the next one runs."""
         s, world, rank, pending = self.s, self.run.world, self.run.rank, []
@@ -718,7 +669,6 @@ class Optimizer:
                 work.wait()
             lr, shape_factor = row.lr * multiplier, max(1, update.size(1) / update.size(2)) ** 0.5
             self.weights[span].mul_(1 - lr * row.decay).add_(update[:n].flatten().float(), alpha=-lr * shape_factor)
-
     def restore(self, state: dict[str, Tensor]) -> None:
         """Copy `state`'s tensors into the buffers that `self.state` names."""
         for name, tensor in self.state.items():
@@ -745,30 +695,25 @@ def lr_multiplier(step: int, elapsed: float, s: Settings) -> float:
 NOT_IN_CHECKPOINT = ("preset data_path tokenizer_path run_id output_dir eval_only resume checkpoint_every warmup_steps val_loss_every "
                      "val_batch_size train_log_every micro_batch_tokens compile artifact_max_bytes val_docs").split()
 
-class Checkpoint:
-    """OUTPUT_DIR/checkpoint.pt: everything a training needs to go on, and what it must agree with to do so."""
-    def __init__(self, output: Path, s: Settings, data: str):
-        must_agree = {k: v for k, v in asdict(s).items() if k not in NOT_IN_CHECKPOINT and not k.startswith(("eval_", "ttt_"))}
-        self.path = output / "checkpoint.pt"
-        self.identity = dict(source=hashlib.sha256(SOURCE.read_bytes()).hexdigest(), data=data) | must_agree
+def checkpoint_identity(s: Settings, data: str) -> dict:
+    """What a run must agree with to go on from a checkpoint: source, data, and every setting that the training depends on."""
+    settings = {k: v for k, v in asdict(s).items() if k not in NOT_IN_CHECKPOINT and not k.startswith(("eval_", "ttt_"))}
+    return dict(source=hashlib.sha256(SOURCE.read_bytes()).hexdigest(), data=data) | settings
 
-    def save(self, **state) -> None:
-        write_whole(self.path, lambda f: torch.save(dict(identity=self.identity, **state), f))
-
-    def load(self) -> dict | None:
-        """The saved state on the CPU, or None if there is none. Raises UserError if it is another run's or damaged."""
-        if not self.path.exists():
-            return None
-        try:
-            state = torch.load(self.path, map_location="cpu", weights_only=True)
-            theirs = state["identity"]
-        except Exception as e:  # torch.load raises many kinds for a damaged file
-            raise UserError(f"checkpoint {self.path} is damaged ({type(e).__name__}) — delete it to start afresh") from e
-        for name in self.identity | theirs:
-            if theirs.get(name) != self.identity.get(name):
-                raise UserError(f"checkpoint {self.path} has another {name.upper()}: {theirs.get(name)}, now {self.identity.get(name)} — "
-                                "restore it, or start afresh in another OUTPUT_DIR")
-        return state
+def load_checkpoint(path: Path, identity: dict) -> dict | None:
+    """The state in a checkpoint, on the CPU, or None if there is none. Raises UserError if it is another run's or damaged."""
+    if not path.exists():
+        return None
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        theirs = state["identity"]
+    except Exception as e:  # torch.load raises many kinds for a damaged file
+        raise UserError(f"checkpoint {path} is damaged ({type(e).__name__}) — delete it to start afresh") from e
+    for name in identity | theirs:
+        if theirs.get(name) != identity.get(name):
+            raise UserError(f"checkpoint {path} has another {name.upper()}: {theirs.get(name)}, now {identity.get(name)} — "
+                            "restore it, or start afresh in another OUTPUT_DIR")
+    return state
 
 def forward_backward(forward: Callable, micro_batches: list, share: float) -> Tensor:
     """Accumulate the gradients of `share` times each micro-batch's mean NLL. Returns the sum of those terms, ()."""
@@ -790,19 +735,19 @@ def warm_up(forward: Callable, loader: BatchLoader, optimizer: Optimizer, s: Set
 
 def train(model: GPT, optimizer: Optimizer, stream: Stream, s: Settings, run: Runtime, log: Log, output: Path) -> dict:
     """Train until ITERATIONS or MAX_WALLCLOCK_SECONDS; the model ends with the averaged weights. Returns the account for result.json.
-
     Raises Interrupted after writing a checkpoint, UserError on a non-finite gradient."""
     shards = open_shards(s.data_path, "train")
     check_tokens(shards, s.vocab_size, run)
     loader, forward = BatchLoader(shards, s, run), run.compiled(model, dynamic=False)
-    checkpoint = Checkpoint(output, s, f"{len(shards)} shards, {loader.ends[-1]} tokens")
+    path, identity = output / "checkpoint.pt", checkpoint_identity(s, f"{len(shards)} shards, {loader.ends[-1]} tokens")
     average, averaged, step, elapsed, finished = torch.zeros_like(optimizer.weights), 0, 0, 0.0, False
-    if s.resume and (saved := checkpoint.load()):
+    saved = load_checkpoint(path, identity) if s.resume else None
+    if saved:
         optimizer.restore(saved)
         average.copy_(saved["average"])
         averaged, step, elapsed, finished = (saved[k] for k in ("averaged", "step", "elapsed", "finished"))
-        log(f"resumed from {checkpoint.path} at step {step}")
-    account = lambda: dict(steps=step, seconds=elapsed, averaged=averaged, resumed=bool(s.resume and saved), peak_memory=torch.cuda.max_memory_allocated())
+        log(f"resumed from {path} at step {step}")
+    account = lambda: dict(steps=step, seconds=elapsed, averaged=averaged, resumed=bool(saved), peak_memory=torch.cuda.max_memory_allocated())
     if finished:
         return account()
     log(f"training tokens:{loader.ends[-1]} rows per rank:{loader.rows} rows per micro-step:{loader.micro_rows}")
@@ -812,8 +757,9 @@ def train(model: GPT, optimizer: Optimizer, stream: Stream, s: Settings, run: Ru
         run.synchronize()
         check_finite(norms, step, s)
         if run.rank == 0:
-            checkpoint.save(step=step, elapsed=elapsed, averaged=averaged, finished=finished, average=average, **optimizer.state)
-    norms, stop = [], False
+            state = dict(identity=identity, step=step, elapsed=elapsed, averaged=averaged, finished=finished, average=average, **optimizer.state)
+            write_whole(path, lambda f: torch.save(state, f))
+    norms, stop, timing = [], False, lambda: f"train_time:{1000 * elapsed:.0f}ms step_avg:{1000 * elapsed / max(step, 1):.2f}ms"
     run.synchronize()
     began = time.perf_counter() - elapsed  # moved on by whatever is not training
     while True:
@@ -822,8 +768,7 @@ def train(model: GPT, optimizer: Optimizer, stream: Stream, s: Settings, run: Ru
             run.synchronize()
             paused = time.perf_counter()
             score = evaluate_standard(forward, stream, s, run)
-            log(f"step:{step}/{s.iterations} val_loss:{score.loss:.8f} val_bpb:{score.bpb:.8f} "
-                f"train_time:{1000 * elapsed:.0f}ms step_avg:{1000 * elapsed / max(step, 1):.2f}ms")
+            log(f"step:{step}/{s.iterations} val_loss:{score.loss:.8f} val_bpb:{score.bpb:.8f} {timing()}")
             began += time.perf_counter() - paused
         if last:
             break
@@ -841,12 +786,11 @@ def train(model: GPT, optimizer: Optimizer, stream: Stream, s: Settings, run: Ru
         elapsed, signal_number = run.agree(time.perf_counter() - began)
         stop = bool(s.max_wallclock_seconds) and elapsed >= s.max_wallclock_seconds
         if step <= 10 or step % s.train_log_every == 0 or stop or step == s.iterations:
-            log(f"step:{step}/{s.iterations} train_loss:{run.sum(loss).item():.8f} train_time:{1000 * elapsed:.0f}ms "
-                f"step_avg:{1000 * elapsed / step:.2f}ms")
+            log(f"step:{step}/{s.iterations} train_loss:{run.sum(loss).item():.8f} {timing()}")
         if signal_number or (s.checkpoint_every and step % s.checkpoint_every == 0):
             save(finished=False)
         if signal_number:
-            raise Interrupted(signal_number, f"after step {step}; checkpoint in {checkpoint.path}")
+            raise Interrupted(signal_number, f"after step {step}; checkpoint in {path}")
     if averaged >= 2:
         optimizer.weights.copy_(average / averaged)
     log(f"swa: {averaged} checkpoints: " + ("their mean is the final model" if averaged >= 2 else "too few, the last weights are the final model"))
@@ -886,7 +830,6 @@ def kind_of(name: str, tensor: Tensor, fp16_patterns: list[str]) -> str:
 
 def quantize(weight: Tensor, kind: str) -> tuple[Tensor, Tensor | None]:
     """float32 tensor -> values as stored, and fp16 scales per row for the integer kinds.
-
     int5/int6: symmetric, scale = max|row| / 15 or 31 rounded to fp16 before use (thwu1's record). int8: rows are clipped at their
     99.99984% magnitude (the challenge's baseline)."""
     if kind in ("fp16", "fp32"):
@@ -912,9 +855,7 @@ STREAMS = {"int5": "<i1", "int6": "<i1", "int8": "<i1", "scale": "<f2", "fp16": 
 def pack(state: dict[str, Tensor], config: dict, prune_fraction: float = 0.03,
          fp16_patterns: list[str] = ("tok_emb", "blocks.8.attn.c_k")) -> tuple[bytes, dict]:
     """State dict (float32, CPU) -> artifact: pruned, quantised, one zstd-22 frame, no pickle. Same input, same bytes.
-
     Also returns the account by stream: weights, compressed bytes, bits per weight, and the entropy of integer codes in bits.
-
     Layout: magic, format, packed length, expanded length, SHA-256 of the frame; then the frame: the streams in STREAMS' order as
     byte planes, a JSON table (model configuration; name, shape and kind of each tensor), its length in 4 bytes."""
     table, streams = [], {kind: [np.empty(0, dtype)] for kind, dtype in STREAMS.items()}
@@ -949,7 +890,6 @@ def pack(state: dict[str, Tensor], config: dict, prune_fraction: float = 0.03,
 
 def unpack(blob: bytes, origin: str = "artifact") -> tuple[dict, dict[str, Tensor]]:
     """Artifact bytes -> model configuration and float32 state dict. Raises UserError for anything but a whole, honest artifact.
-
     Memory stays within the expanded bytes and the weights: lengths are checked before they are believed."""
     def refuse(what: str):
         raise UserError(f"{origin}: {what} — the file is damaged or not an artifact of this script; fetch or make it again")
@@ -971,19 +911,18 @@ def unpack(blob: bytes, origin: str = "artifact") -> tuple[dict, dict[str, Tenso
         end = expanded - 4 - int.from_bytes(raw[-4:], "little")
         table = json.loads(raw[max(end, 0) : -4])
         config, tensors = table["config"], [(name, tuple(shape), kind) for name, shape, kind in table["tensors"]]
-        sizes = {kind: [math.prod(shape) for _, shape, k in tensors if k == kind] for kind in STREAMS}
-        sizes["scale"] = [math.prod(shape[:-1]) for _, shape, kind in tensors if kind in LIMITS]
-        total = {kind: sum(n) * np.dtype(STREAMS[kind]).itemsize for kind, n in sizes.items()}
-        if end != sum(total.values()) or any(type(n) is not int or n < 0 for _, shape, _ in tensors for n in shape):
-            refuse("its table does not add up to its data")
         check_table(config, tensors)
     except (zstandard.ZstdError, ValueError, KeyError, TypeError, RecursionError, OverflowError) as e:
         refuse(f"{type(e).__name__} {str(e)[:80]}")
+    sizes = {stream: [math.prod(shape) for _, shape, kind in tensors if kind == stream] for stream in STREAMS}
+    sizes["scale"] = [math.prod(shape[:-1]) for _, shape, kind in tensors if kind in LIMITS]
+    if end != sum(sum(n) * np.dtype(STREAMS[stream]).itemsize for stream, n in sizes.items()):
+        refuse("its table does not add up to its data")
     parts, start = {}, 0
-    for kind, dtype in STREAMS.items():
-        plane = np.frombuffer(raw, np.uint8, total[kind], start).reshape(np.dtype(dtype).itemsize, -1)
-        parts[kind] = iter(torch.from_numpy(plane.T.copy().view(dtype).reshape(-1)).split(sizes[kind]))
-        start += total[kind]
+    for stream, dtype in STREAMS.items():
+        plane = np.frombuffer(raw, np.uint8, sum(sizes[stream]) * np.dtype(dtype).itemsize, start).reshape(np.dtype(dtype).itemsize, -1)
+        parts[stream] = iter(torch.from_numpy(plane.T.copy().view(dtype).reshape(-1)).split(sizes[stream]))
+        start += plane.size
     state = {name: dequantize(next(parts[kind]).view(shape), next(parts["scale"]) if kind in LIMITS else None)
              for name, shape, kind in tensors}
     if not all(weight.isfinite().all() for weight in state.values()):
@@ -992,22 +931,22 @@ def unpack(blob: bytes, origin: str = "artifact") -> tuple[dict, dict[str, Tenso
 
 def check_table(config: dict, tensors: list[tuple]) -> None:
     """Check an artifact's table against the model that its configuration describes, before anything is allocated.
-
     Raises ValueError or UserError. The configuration is checked like the user's own variables."""
-    if set(config) != set(MODEL_FIELDS) or any(type(v) is not type(Settings.__dataclass_fields__[k].default) for k, v in config.items()):
+    known = Settings.__dataclass_fields__
+    if set(config) != set(MODEL_FIELDS) or any(type(value) is not type(known[name].default) for name, value in config.items()):
         raise ValueError("the model's configuration is incomplete")
-    s = Settings(**{name: parse_setting(Settings.__dataclass_fields__[name], value) for name, value in config.items()})
-    check_combinations(s)
+    check_combinations(s := Settings(**{name: parse_setting(known[name], value) for name, value in config.items()}))
     if len(tensors) < 10 * s.num_layers or any(kind not in (*LIMITS, "fp16", "fp32") for *_, kind in tensors):
         raise ValueError("too few tensors, or one of an unknown kind")
     with torch.device("meta"):
         expected = {name: tuple(p.shape) for name, p in GPT(s).state_dict().items()}
-    if len({name for name, _, _ in tensors}) != len(tensors) or {name: shape for name, shape, _ in tensors} != expected:
+    if len(tensors) != len(expected) or any(expected.get(name) != shape or any(type(n) is not int for n in shape) for name, shape, _ in tensors):
         raise ValueError("names or shapes are not those of its model")
+    if len({name for name, *_ in tensors}) != len(tensors):
+        raise ValueError("a name comes twice")
 
 def export(state: dict[str, Tensor], s: Settings, log: Log) -> tuple[bytes, dict]:
     """Pack with PRUNE_FRACTION, or with the smallest larger fraction (grid 0.005, to 0.15) whose total fits the cap.
-
     Returns the artifact and the account for result.json; `fits` is False if even the largest fraction does not fit."""
     began, code, tried = time.perf_counter(), len(SOURCE.read_bytes()), {}
     patterns = [pattern for pattern in s.fp16_keep_name_patterns.split(",") if pattern]
@@ -1019,16 +958,13 @@ def export(state: dict[str, Tensor], s: Settings, log: Log) -> tuple[bytes, dict
             f"export: pruned fraction {fraction} is {over} bytes over ARTIFACT_MAX_BYTES={s.artifact_max_bytes}")
         return over <= 0
     grid = [s.prune_fraction] + [k / 200 for k in range(31) if k / 200 > s.prune_fraction]
-    best = 0 if fits(grid[0]) else min(bisect.bisect_left(grid, True, lo=1, key=fits), len(grid) - 1)
-    if grid[best] not in tried:
-        fits(grid[best])
-    blob, report = tried[grid[best]]
+    best = grid[0] if fits(grid[0]) else grid[min(bisect.bisect_left(grid, True, lo=1, key=fits), len(grid) - 1)]
+    blob, report = tried[best]  # the largest fraction has been tried if none fits
     total = len(blob) + code
     account = dict(model_bytes=len(blob), code_bytes=code, total_bytes=total, max_bytes=s.artifact_max_bytes, fits=total <= s.artifact_max_bytes,
-                   prune_fraction=grid[best], seconds=time.perf_counter() - began, sha256=hashlib.sha256(blob).hexdigest(), kinds=report)
+                   prune_fraction=best, seconds=time.perf_counter() - began, sha256=hashlib.sha256(blob).hexdigest(), kinds=report)
     for kind, row in report.items():
-        entropy = f" entropy:{row['entropy']:.4f}" if "entropy" in row else ""
-        log(f"export kind:{kind} weights:{row['weights']} bytes:{row['bytes']} bits_per_weight:{row['bits_per_weight']:.4f}{entropy}")
+        log(f"export kind:{kind} " + " ".join(f"{k}:{v:.4f}" if isinstance(v, float) else f"{k}:{v}" for k, v in row.items()))
     log("export model_bytes:{model_bytes} code_bytes:{code_bytes} total_bytes:{total_bytes} max_bytes:{max_bytes} fits:{fits} "
         "prune_fraction:{prune_fraction} seconds:{seconds:.1f}".format(**account))
     return blob, account
@@ -1040,17 +976,14 @@ class Score(NamedTuple):
     nll: float  # nats
     targets: int
     bytes: int
-
     @property
     def loss(self) -> float:
         """Nats per target."""
         return self.nll / self.targets
-
     @property
     def bpb(self) -> float:
         """Bits per byte."""
         return self.nll / math.log(2) / self.bytes
-
     def checked(self, stream: Stream) -> "Score":
         """Itself, if it covers the stream: each mode must score every target once."""
         if (self.targets, self.bytes) != (stream.target_count, stream.byte_count):
@@ -1060,7 +993,6 @@ class Score(NamedTuple):
 def score_windows(forward: Callable, stream: Stream, start: Tensor, length: Tensor, skip: Tensor, width: int,
                   lora: list[Lora] | None = None, past: Past | None = None, keep: bool = False) -> tuple[Tensor, Tensor, Past | None]:
     """Score targets [skip, length) of windows that start at target `start`; all three (B,) int64. Serves every mode.
-
     Returns the NLL (B, width) float32, 0 where not scored; the sums of NLL, targets and bytes (B, 3) float64, detached; and what
     `keep` asks of the forward pass. Windows are padded on the right to `width`, which causality makes harmless."""
     column = torch.arange(width, device=start.device)
@@ -1076,7 +1008,6 @@ class Progress:
     def __init__(self, log: Log, label: str, total: int, every: float = 5.0):
         self.log, self.label, self.total, self.every, self.done, self.sums = log, label, total, every, 0, np.zeros(3)
         self.began = self.printed = time.monotonic()
-
     def __call__(self, tokens: int, sums: Tensor | None = None) -> None:
         """Count tokens that went through the model, and sums of NLL, targets and bytes (n, 3) that will not change any more."""
         self.done += tokens
@@ -1088,7 +1019,7 @@ class Progress:
 
 @torch.no_grad()
 def evaluate_windows(forward: Callable, stream: Stream, windows: np.ndarray, batch: int, run: Runtime,
-                     progress: Progress | None = None) -> Score:
+                     progress: Callable = lambda tokens, sums: None) -> Score:
     """Sum the scores of windows (n, 3) int64, each (start, length, skip), divided over the ranks."""
     width = int(windows[:, 1].max())
     mine, total = np.array_split(windows, run.world)[run.rank], torch.zeros(3, dtype=torch.float64, device=run.device)
@@ -1098,8 +1029,7 @@ def evaluate_windows(forward: Callable, stream: Stream, windows: np.ndarray, bat
             part = np.pad(part, ((0, batch - len(part)), (0, 0)))
         _, sums, _ = score_windows(forward, stream, *torch.from_numpy(part).to(run.device).T, width)
         total += sums.sum(0)
-        if progress:
-            progress(int(part[:, 1].sum()), sums)
+        progress(int(part[:, 1].sum()), sums)
     nll, targets, bytes_ = run.sum(total).tolist()
     return Score(nll, int(targets), int(bytes_)).checked(stream)
 
@@ -1110,14 +1040,12 @@ def evaluate_standard(forward: Callable, stream: Stream, s: Settings, run: Runti
     batch = max(1, s.val_batch_size // (s.train_seq_len * run.world))
     return evaluate_windows(forward, stream, np.stack((start, length, 0 * start), 1), batch, run)
 
-def evaluate_sliding(forward: Callable, stream: Stream, s: Settings, run: Runtime, progress: Progress | None = None) -> Score:
+def evaluate_sliding(forward: Callable, stream: Stream, s: Settings, run: Runtime, log: Callable = lambda line: None) -> Score:
     """Windows of TRAIN_SEQ_LEN every EVAL_STRIDE targets; each but the first scores only the targets no earlier one reached."""
     size, stride, n = s.train_seq_len, s.eval_stride, stream.target_count
     start = np.arange(1 + -(-max(n - size, 0) // stride)) * stride
-    length = np.minimum(size, n - start)
-    skip = np.where(start > 0, size - stride, 0)
-    if progress:
-        progress.total = max(1, int(length.sum()) // run.world)
+    length, skip = np.minimum(size, n - start), np.where(start > 0, size - stride, 0)
+    progress = Progress(log, "sliding", int(length.sum()) // run.world + 1)
     return evaluate_windows(forward, stream, np.stack((start, length, skip), 1), s.eval_batch_seqs, run, progress)
 
 # ---- Test-time training: LoRA on Q and V, fresh for every document -------------------------------------------------
@@ -1138,16 +1066,13 @@ class Adapters:
         kv_dim = s.model_dim // s.num_heads * s.num_kv_heads
         self.shapes = [(s.num_layers, 2 * s.ttt_lora_rank, s.model_dim), (s.num_layers, s.model_dim, s.ttt_lora_rank),
                        (s.num_layers, kv_dim, s.ttt_lora_rank)]
-        self.flat = torch.zeros(len(a), sum(map(math.prod, self.shapes)), device=device)
+        self.flat, self.m, self.v = (torch.zeros(len(a), sum(map(math.prod, self.shapes)), device=device) for _ in range(3))
         self.flat[:, : a[0].size] = torch.from_numpy(a.reshape(len(a), -1)).to(device)
-        self.m, self.v = torch.zeros_like(self.flat), torch.zeros_like(self.flat)
         self.betas = s.beta1, s.beta2
-
     def layers(self, flat: Tensor) -> list[Lora]:
         """Views of the first documents' rows by layer. One split and one unbind: their backward is one copy each."""
         parts = flat.split([math.prod(shape) for shape in self.shapes], dim=1)
         return [Lora(*layer) for layer in zip(*(p.unflatten(1, shape).unbind(1) for p, shape in zip(parts, self.shapes)))]
-
     def step(self, gradient: Tensor, count: Tensor, lr: Tensor, adam: Callable) -> None:
         """One Adam step of the first len(gradient) documents; `count` (n, 1) counts each document's own steps from 1."""
         n = len(gradient)
@@ -1159,34 +1084,26 @@ class ContextCache:
         attn = model.blocks[0].attn
         self.kv = torch.zeros(len(model.blocks), 2, batch, attn.c_k.out_features // attn.head_dim, window, attn.head_dim,
                               dtype=model.dtype, device=device)
-        self.window, self.last = window, None
-        self.reset()
-
-    def reset(self) -> None:
-        self.position = 0
-
+        self.window, self.last, self.position = window, None, 0
     def past(self, n: int) -> Past | None:
         """The context of the first n documents, None at their start."""
         if not self.position:
             return None
         context = min(self.position, self.window)
         return Past(self.last.position, self.last.last_id[:n], self.last.last_x[:n], self.kv[:, :, :n, :, :context])
-
     def push(self, present: Past | None) -> None:
         """Append a chunk of the first len(present.last_id) documents, if it was kept."""
         if present is None:
             return
         n, tokens = present.kv.size(2), present.kv.size(4)
-        keep = min(tokens, self.window)
         self.position += tokens
-        if keep:
+        if keep := min(tokens, self.window):
             slots = torch.arange(self.position - keep, self.position, device=self.kv.device) % self.window
             self.kv[:, :, :n, :, slots] = present.kv[..., tokens - keep :, :]
         self.last = present
 
 class DocumentBatch:
     """Documents that advance chunk by chunk together, longest first: those that still have chunk c are a prefix of the batch.
-
     A document that has ended is out of the prefix, so nothing of it moves while longer ones go on. Every pass leaves in `sums`
     (figures, B, 3) float64 the NLL, targets and bytes of each document; with `trace`, in `nll` (figures, B, targets) float32 that
     of every target. A figure is an epoch of replay, or the one pass of the others."""
@@ -1198,23 +1115,19 @@ class DocumentBatch:
         self.chunks = -(-self.targets // s.ttt_chunk_size)
         if (np.diff(self.chunks) > 0).any():
             raise ValueError("documents must come longest first")
-        self.start, self.end, self.chunk_count = (
-            torch.from_numpy(x).to(run.device) for x in (stream.starts[documents], self.targets, self.chunks))
+        self.start, self.end, self.count = (torch.from_numpy(x).to(run.device) for x in (stream.starts[documents], self.targets, self.chunks))
         size, self.steps = s.ttt_chunk_size, []  # per chunk: how many documents have it, how many one after it, its targets in all
         for chunk in range(int(self.chunks[0])):
             n, go_on = ((self.chunks > c).sum() for c in (chunk, chunk + 1))
             self.steps.append((int(n), int(go_on), int(np.minimum(self.targets[:n] - chunk * size, size).sum())))
         self.cache = ContextCache(model, len(documents), min(s.ttt_eval_seq_len - size, (len(self.steps) - 1) * size), run.device)
-
     def begin(self, figures: int) -> None:
         self.sums = torch.zeros(figures, len(self.documents), 3, dtype=torch.float64, device=self.run.device)
         self.nll = torch.full((figures, len(self.documents), int(self.targets[0])), math.nan) if self.trace else None
-        self.cache.reset()
-
+        self.cache.position = 0
     def score(self, chunk: int, n: int, lora: list[Lora] | None = None, figure: int | None = None, keep: bool = False,
               cached: bool = True) -> tuple[Tensor, Past | None]:
         """Mean NLL of a chunk of the first n documents, (n,), after the cached context or in a window run afresh.
-
         Counts towards `figure`, if given. With `keep`, what the chunk adds to the cache is returned as well."""
         size, window = self.s.ttt_chunk_size, self.s.ttt_eval_seq_len
         end, widest = self.end[:n].clamp_max((chunk + 1) * size), int(min(self.targets[0], (chunk + 1) * size))
@@ -1231,7 +1144,6 @@ class DocumentBatch:
                 first, last = chunk * size, int(end[i])
                 self.nll[figure, i, first:last] = nll[i, first - int(begin[i]) : last - int(begin[i])].detach()
         return nll.sum(1) / sums[:, 1].float(), present
-
     @torch.no_grad()
     def plain(self) -> None:
         """Score without adaptation, with the cached context."""
@@ -1239,7 +1151,6 @@ class DocumentBatch:
         for chunk, (n, go_on, targets) in enumerate(self.steps):
             self.cache.push(self.score(chunk, n, figure=0, keep=go_on > 0)[1])
             self.progress(targets)
-
     def train(self, adapters: Adapters, chunk: int, n: int, epoch: int, count: Tensor, figure: int | None = None,
               keep: bool = False) -> Past | None:
         """Score a chunk under the adapters as they are, then take one Adam step on its mean NLL. `count` (n, 1): steps, from 1."""
@@ -1250,25 +1161,22 @@ class DocumentBatch:
         adapters.step(gradient, count, torch.full((), lr, device=leaf.device), self.adam)
         self.run.synchronize(lag=True)
         return present
-
     def adapt(self, adapters: Adapters, expired: Callable[[], bool] = lambda: False) -> np.ndarray:
         """Adapt to every document under TTT_PROTOCOL. Returns which were finished before `expired()`, (B,) bool."""
         return (self.replay if self.s.ttt_protocol == "replay" else self.single_pass)(adapters, expired)
-
     def replay(self, adapters: Adapters, expired: Callable[[], bool]) -> np.ndarray:
         """Whole-document epochs: every chunk is scored, then trained on. Only epoch 1 is backward-looking (PR #467)."""
         epochs = self.s.ttt_n_epochs
         self.begin(epochs)
         for epoch in range(epochs):
-            self.cache.reset()
+            self.cache.position = 0
             for chunk, (n, go_on, targets) in enumerate(self.steps):
                 if expired():
                     return (self.chunks <= chunk) & (epoch == epochs - 1)
-                count = self.chunk_count[:n, None] * epoch + chunk + 1
+                count = self.count[:n, None] * epoch + chunk + 1
                 self.cache.push(self.train(adapters, chunk, n, epoch, count, epoch, go_on > 0))
                 self.progress(targets)
         return np.ones(len(self.documents), bool)
-
     def single_pass(self, adapters: Adapters, expired: Callable[[], bool]) -> np.ndarray:
         """Each chunk is scored once, then adapted to with TTT_N_EPOCHS steps, never scored again: valid at any number of steps."""
         cached, epochs = self.s.ttt_context == "cached", self.s.ttt_n_epochs
@@ -1289,7 +1197,6 @@ class DocumentBatch:
 
 def plan_batches(targets: np.ndarray, s: Settings, run: Runtime) -> list[list[np.ndarray]]:
     """Divide documents (targets per document, (D,)) over the ranks: for each rank its batches of document indices, longest first.
-
     Documents of like length share a batch. Batches go, costliest first, to the least loaded rank."""
     most = s.ttt_batch_size or TTT_BATCH[run.device.type]
     size = min(most, -(-len(targets) // (4 * run.world))) if run.world > 1 else most  # few documents still use every rank
@@ -1305,9 +1212,7 @@ def plan_batches(targets: np.ndarray, s: Settings, run: Runtime) -> list[list[np
 
 def batch_cost(targets: np.ndarray, s: Settings, floor: int) -> float:
     """Predicted cost of one epoch of a batch (targets longest first), in tokens of the model's matrix products.
-
-    Each chunk step costs its active tokens weighted by their context, but never less than `floor` tokens: the sequential cost of
-    long documents."""
+    A chunk step costs its active tokens weighted by their context, but never less than `floor`: long documents are sequential."""
     size, chunks = s.ttt_chunk_size, np.arange(-(-int(targets[0]) // s.ttt_chunk_size))
     tokens = np.clip(targets[:, None] - chunks * size, 0, size).sum(0)
     kv_dim, hidden = s.model_dim // s.num_heads * s.num_kv_heads, int(s.mlp_mult * s.model_dim)
@@ -1317,17 +1222,14 @@ def batch_cost(targets: np.ndarray, s: Settings, floor: int) -> float:
 
 class Results:
     """This rank's part of a test-time training evaluation, kept in OUTPUT_DIR so that an interrupted one can go on.
-
     `nll` (1 + figures, D) float64: without adaptation, then per figure; `done` (2, D) bool: plainly scored, adapted."""
     def __init__(self, figures: int, documents: int, path: Path, identity: str):
         self.nll, self.done = np.zeros((1 + figures, documents)), np.zeros((2, documents), bool)
         self.path, self.identity, self.seconds, self.saved = path, identity, 0.0, time.monotonic()
-
     def save(self, seconds: float) -> None:
         arrays = dict(nll=self.nll, done=self.done, identity=self.identity, seconds=seconds)
         write_whole(self.path, lambda f: np.savez(f, **arrays))
         self.saved = time.monotonic()
-
     def load(self) -> None:
         """Take over what an interrupted evaluation of the same weights, settings and world size left, if anything."""
         try:
@@ -1340,7 +1242,6 @@ class Results:
 def score_documents(model: GPT, stream: Stream, s: Settings, run: Runtime, log: Log, results: Results, plan: list[np.ndarray],
                     clock: Callable[[], float], deadline: float) -> None:
     """Fill `results` for this rank's batches: first all without adaptation, then adapted until the deadline in seconds of `clock`.
-
     Raises Interrupted, the results saved."""
     adam, size, stopped = run.compiled(adam_), s.ttt_chunk_size, lambda: run.signal != 0
     expired = lambda: stopped() or clock() >= deadline
@@ -1386,7 +1287,6 @@ def warm_up_ttt(model: GPT, s: Settings, run: Runtime, documents: int) -> float:
 
 def evaluate_ttt(model: GPT, stream: Stream, s: Settings, run: Runtime, log: Log, output: Path, identity: str, began: float) -> tuple[dict, Score]:
     """Score the stream without and with test-time training; log the figures and return them, and the backward-looking score.
-
     `began` is time.monotonic() when the artifact was loaded; documents unfinished EVAL_MAX_SECONDS later count with their NLL
     without adaptation. Writes ttt_documents.npz."""
     plan = plan_batches(stream.targets, s, run)[run.rank]
@@ -1440,7 +1340,6 @@ def figure(score: Score, protocol: str, context: str, backward_looking: bool = T
 
 def audit(model: GPT, stream: Stream, s: Settings, run: Runtime, log: Log) -> list[dict]:
     """Does a later token reach an earlier score? For TTT_AUDIT documents, replace every token after t and score again.
-
     For each figure: the largest change of any target's NLL with index <= t, in nats, beside that of an unchanged repeat."""
     rng = np.random.default_rng([s.seed, 0xA0D17])
     chosen = rng.permutation(np.flatnonzero(stream.targets > s.ttt_chunk_size))[: s.ttt_audit]
@@ -1486,8 +1385,6 @@ def describe(s: Settings, run: Runtime, log: Log) -> None:
     for f in fields(s):
         log(f"{'*' if f.name.upper() in os.environ else ' '} {f.name.upper()}={getattr(s, f.name)}")
     log(" ".join(f"{k}:{v}" for k, v in environment(run).items()))
-    if run.device.type == "cuda":
-        log(subprocess.run(["nvidia-smi"], capture_output=True, text=True, check=False).stdout, console=False)
 
 def open_output(s: Settings, run: Runtime) -> tuple[Settings, Path]:
     """Fix the run's name on all ranks and make OUTPUT_DIR. Raises UserError."""
@@ -1501,7 +1398,6 @@ def open_output(s: Settings, run: Runtime) -> tuple[Settings, Path]:
 
 def load_model(path: Path, s: Settings, run: Runtime) -> tuple[GPT, Settings, str]:
     """The model to be scored, frozen, from a .ptz artifact (whose header decides its configuration) or a .pt state dict.
-
     Also returns the settings with that configuration and the SHA-256 of the file. Raises UserError."""
     try:
         blob = path.read_bytes()
@@ -1550,8 +1446,7 @@ def evaluate(stream: Stream, path: Path, s: Settings, run: Runtime, log: Log, ou
     model, s, digest = load_model(path, s, run)
     log(f"evaluating {path}, {'quantised' if path.suffix != '.pt' else 'unquantised'} weights")
     if not s.ttt_enabled:
-        forward = run.compiled(model, dynamic=False)
-        score = evaluate_sliding(forward, stream, s, run, Progress(log, "sliding", 1))
+        score = evaluate_sliding(run.compiled(model, dynamic=False), stream, s, run, log)
         log(f"final_sliding_exact val_loss:{score.loss:.8f} val_bpb:{score.bpb:.8f}")
         seconds, _ = run.agree(time.monotonic() - began)
         within = not s.eval_max_seconds or seconds <= s.eval_max_seconds
@@ -1596,10 +1491,10 @@ def entry() -> int:
     try:
         code = main()
     except (UserError, Interrupted, RuntimeError) as e:
-        if int(os.environ.get("RANK", "0")) and not (isinstance(e, RuntimeError) and "gloo" not in str(e).lower()):
-            for number in (signal.SIGINT, signal.SIGTERM):
-                signal.signal(number, signal.SIG_DFL)
-            time.sleep(3)  # most likely rank 0 says the same, or another rank's end broke a collective: leave the last word to the cause
+        consequence = not isinstance(e, RuntimeError) or "gloo" in str(e).lower()
+        if consequence and os.environ.get("RANK", "0") != "0":  # rank 0 says the same, or a rank's end broke a collective:
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)  # leave the last word to the cause
+            time.sleep(3)
         if isinstance(e, RuntimeError):
             raise
         print(f"error: {e}" if isinstance(e, UserError) else f"stopped by {e}", file=sys.stderr, flush=True)

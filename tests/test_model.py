@@ -1,0 +1,221 @@
+"""The model against a plain float64 re-implementation of its description."""
+import math
+import re
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import train_gpt
+from conftest import random_model, random_tokens, small
+
+
+def reference(state, s, ids, targets, lora=None, past=None, visible=None):
+    """NLL of each target of one sequence, float64, and what it leaves to the tokens after it, (id, embedding, keys, values).
+
+    ids, targets: lists of ints. state: any float tensors by name. lora: per layer (A_q, B_q, A_v, B_v). past: what earlier tokens
+    left. visible(i, j): may the query at position i see the key at position j <= i?"""
+    w = {name: tensor.double() for name, tensor in state.items()}
+    d, heads, kv_heads, width = s.model_dim, s.num_heads, s.num_kv_heads, s.model_dim // s.num_heads
+    rms = lambda x: x / (x.square().mean(-1, keepdim=True) + 2.0**-23).sqrt()
+    int32 = lambda n: (n + 2**31) % 2**32 - 2**31
+    before_id, before_x, past_k, past_v = past or (None, torch.zeros(1, d, dtype=torch.float64), [None] * s.num_layers, [None] * s.num_layers)
+
+    buckets = s.bigram_vocab_size - 1
+    hashes = [buckets if p is None else int32(int32(36313 * t) ^ int32(27191 * p)) % buckets for p, t in zip([before_id, *ids], ids)]
+    bigram = w["bigram.embed.weight"][hashes]
+    if "bigram.proj.weight" in w:
+        bigram = bigram @ w["bigram.proj.weight"].T
+    embedded = rms(w["tok_emb.weight"][ids] + w["bigram.scale"] * bigram)
+    gate = 1 / (1 + torch.exp(-w["smear.gate"]))
+    x = x0 = (1 - gate) * embedded + gate * torch.cat((before_x, embedded[:-1]))
+
+    first = 0 if past_k[0] is None else past_k[0].shape[0]
+    position = torch.arange(first, first + len(ids), dtype=torch.float64)
+    angle = position[:, None] * torch.tensor([s.rope_base ** (-2 * i / width) for i in range(width // 2)], dtype=torch.float64)
+    cos, sin = angle.cos()[:, None], angle.sin()[:, None]
+    rotate = lambda y: torch.cat((y[..., : width // 2] * cos + y[..., width // 2 :] * sin,
+                                  -y[..., : width // 2] * sin + y[..., width // 2 :] * cos), -1)
+    mask = torch.tensor([[j <= i and (visible is None or visible(i, j)) for j in range(first + len(ids))]
+                         for i in range(first, first + len(ids))])
+    pushed, keys, values = [], [], []
+    for layer in range(s.num_layers):
+        if layer >= s.num_layers // 2 and pushed:
+            x = x + w["skip_weights"][layer - s.num_layers // 2] * pushed.pop()
+        of = lambda name: w[f"blocks.{layer}.{name}"]
+        x = of("resid_mix")[0] * x + of("resid_mix")[1] * x0
+        y = rms(x)
+        q, k, v = y @ of("attn.c_q.weight").T, y @ of("attn.c_k.weight").T, y @ of("attn.c_v.weight").T
+        if lora:
+            a_q, b_q, a_v, b_v = lora[layer]
+            q, v = q + y @ a_q.T @ b_q.T, v + y @ a_v.T @ b_v.T
+        q, k = rotate(rms(q.view(-1, heads, width))) * of("attn.q_gain")[:, None], rotate(rms(k.view(-1, kv_heads, width)))
+        v = v.view(-1, kv_heads, width)
+        if past_k[layer] is not None:
+            k, v = torch.cat((past_k[layer], k)), torch.cat((past_v[layer], v))
+        keys.append(k.detach())
+        values.append(v.detach())
+        out = []
+        for h in range(heads):
+            group = h // (heads // kv_heads)
+            scores = (q[:, h] @ k[:, group].T / math.sqrt(width)).masked_fill(~mask, -math.inf)
+            out.append(torch.softmax(scores, -1) @ v[:, group])
+        x = x + of("attn_scale") * (torch.cat(out, -1) @ of("attn.proj.weight").T)
+        hidden = (rms(x) @ of("mlp.fc.weight").T).clamp_min(0) ** 2
+        x = x + of("mlp_scale") * (hidden @ of("mlp.proj.weight").T)
+        if layer < s.num_layers // 2:
+            pushed.append(x)
+    head = w["tok_emb.weight"] if s.tie_embeddings else w["lm_head.weight"]
+    logits = s.logit_softcap * torch.tanh(rms(x) @ head.T / s.logit_softcap)
+    nll = torch.logsumexp(logits, -1) - logits[range(len(ids)), targets]
+    return nll, (ids[-1], embedded[-1:].detach(), keys, values)
+
+
+def score(model, tokens):
+    ids = torch.as_tensor(tokens).long()[None]
+    return model(ids[:, :-1], ids[:, 1:])[0][0]
+
+
+CONFIGS = st.builds(
+    lambda layers, heads, group, width, **more: dict(num_layers=layers, num_heads=heads * group, num_kv_heads=heads,
+                                                     model_dim=heads * group * width, **more),
+    st.integers(2, 5), st.sampled_from((1, 2)), st.sampled_from((1, 2, 3)), st.sampled_from((8, 10, 12)),
+    tie_embeddings=st.booleans(), bigram_dim=st.sampled_from((4, 24)), bigram_vocab_size=st.integers(2, 20_000),
+    vocab_size=st.sampled_from((300, 1024, 65_536)), mlp_mult=st.sampled_from((1.0, 2.5, 3.0)), rope_base=st.sampled_from((100.0, 1e4)),
+    logit_softcap=st.sampled_from((2.0, 30.0)))
+
+
+@settings(deadline=None, max_examples=25)
+@given(CONFIGS, st.integers(0, 99), st.integers(2, 24))
+def test_the_forward_pass_is_the_described_arithmetic(config, seed, length):
+    config["bigram_dim"] = config["model_dim"] if config["bigram_dim"] == 4 else config["bigram_dim"]
+    s = small(**config)
+    model, tokens = random_model(s, seed), torch.randint(s.vocab_size, (length,), generator=torch.Generator().manual_seed(seed)).tolist()
+    assert ("bigram.proj.weight" in model.state_dict()) == (s.bigram_dim != s.model_dim)
+    expected, _ = reference(model.state_dict(), s, tokens[:-1], tokens[1:])
+    torch.testing.assert_close(score(model, tokens).double(), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_the_bigram_hash_wraps_around_in_32_bits():
+    s = small(vocab_size=65_536, bigram_vocab_size=10_240)
+    bigram, last, token = train_gpt.BigramHash(s), 65_530, 65_535
+    with torch.no_grad():
+        bigram.embed.weight.copy_(torch.arange(10_240.0)[:, None].expand(-1, s.bigram_dim))
+        bigram.proj.weight.copy_(torch.eye(s.model_dim, s.bigram_dim))
+        rows = bigram(torch.tensor([[last, token]]), None)[0, :, 0] / bigram.scale
+    signed = lambda n: (n + 2**31) % 2**32 - 2**31
+    assert 36313 * token >= 2**31
+    expected = [10_239, (signed(36313 * token) ^ signed(27191 * last)) % 10_239]
+    assert rows.tolist() == pytest.approx(expected, rel=1e-5)
+
+
+def names_of(s):
+    layer = ["attn.c_q.weight", "attn.c_k.weight", "attn.c_v.weight", "attn.proj.weight", "attn.q_gain", "mlp.fc.weight",
+             "mlp.proj.weight", "attn_scale", "mlp_scale", "resid_mix"]
+    names = {"tok_emb.weight", "bigram.embed.weight", "bigram.scale", "smear.gate", "skip_weights"}
+    names |= {f"blocks.{i}.{name}" for i in range(s.num_layers) for name in layer}
+    return names | ({"bigram.proj.weight"} if s.bigram_dim != s.model_dim else set()) | (set() if s.tie_embeddings else {"lm_head.weight"})
+
+
+@pytest.mark.parametrize("layers", (2, 5))
+@pytest.mark.parametrize("tied", (True, False), ids=("tied", "untied"))
+def test_initial_values_and_names_are_those_described(tied, layers):
+    s = small(tie_embeddings=tied, num_layers=layers, model_dim=64, vocab_size=1024, qk_gain_init=1.25)
+    state = train_gpt.GPT(s).state_dict()
+    assert set(state) == names_of(s)
+    assert state["skip_weights"].shape == (layers // 2, 64)
+    constant = {r"bigram\.embed|attn\.proj|mlp\.proj|lm_head|smear": 0.0, r"bigram\.scale": 0.05, r"skip|attn_scale|mlp_scale": 1.0, "q_gain": 1.25}
+    for name, w in state.items():
+        assert w.dtype == torch.float32
+        value = next((value for pattern, value in constant.items() if re.search(pattern, name)), None)
+        if value is not None:
+            assert w.eq(torch.tensor(value)).all(), name
+        elif name == "tok_emb.weight":
+            std = 0.005 if tied else 1.0
+            assert w.std().item() == pytest.approx(std, rel=0.03) and abs(w.mean().item()) < 0.02 * std
+        elif name.endswith("resid_mix"):
+            assert w[0].eq(1).all() and w[1].eq(0).all()
+        else:  # orthogonal rows or columns, whichever are fewer
+            gram = w @ w.T if len(w) <= w.shape[1] else w.T @ w
+            size = 1 / math.sqrt(2 * layers) if name == "bigram.proj.weight" else 1.0
+            torch.testing.assert_close(gram, size**2 * torch.eye(len(gram)), rtol=0, atol=1e-5)
+
+
+GOLDEN = dict(vocab_size=1024, num_layers=10, model_dim=128, num_heads=4, num_kv_heads=2, bigram_vocab_size=512, bigram_dim=32)
+
+
+@pytest.mark.parametrize("changes", (dict(preset="tiny"), GOLDEN, dict(bigram_dim=32)), ids=("tiny", "golden", "without_projection"))
+def test_the_bigram_table_moves_within_two_steps(run, changes):
+    s = train_gpt.Settings.from_env({"PRESET": "tiny"}) if "preset" in changes else small(**changes)
+    torch.manual_seed(0)
+    model = train_gpt.GPT(s)
+    optimizer, table = train_gpt.Optimizer(model, s, run), model.bigram.embed.weight
+    tokens = torch.from_numpy(random_tokens(s, 65))
+    touched = []
+    for step in range(2):
+        score(model, tokens).mean().backward()
+        optimizer.step(step, 1.0)
+        touched.append((table.abs().sum(1) > 0).sum().item())
+    assert touched[-1] > 10
+
+
+@settings(deadline=None, max_examples=30)
+@given(st.integers(0, 62), st.integers(0, 9))
+def test_a_later_token_changes_no_bit_of_an_earlier_score(t, seed):
+    s = small(num_layers=4)
+    model, tokens = random_model(s, seed), torch.from_numpy(random_tokens(s, 64, seed))
+    changed = torch.cat((tokens[: t + 1], 1 + (tokens[t + 1 :] + 7) % (s.vocab_size - 1)))
+    before, after = score(model, tokens), score(model, changed)
+    assert before[:t].equal(after[:t])  # target i is token i + 1
+    assert not before[t:].equal(after[t:])
+
+
+def test_a_score_does_not_depend_on_the_rest_of_the_batch():
+    s = small()
+    model, rows = random_model(s), torch.from_numpy(random_tokens(s, 4 * 33)).view(4, 33)
+    together = model(rows[:, :-1], rows[:, 1:])[0]
+    torch.testing.assert_close(together, torch.stack([score(model, row) for row in rows]), rtol=1e-5, atol=1e-5)
+
+
+def test_bf16_compute_stays_near_float32_and_carries_its_stream_in_bf16():
+    s = small(model_dim=64, num_layers=4)
+    exact, rough = random_model(s), random_model(s, dtype=torch.bfloat16)
+    assert all(p.dtype == torch.float32 for p in rough.parameters())
+    seen = []
+    for block in rough.blocks:
+        block.register_forward_hook(lambda module, args, out: seen.append((args[0].dtype, args[1].dtype, out[0].dtype)))
+    tokens = random_tokens(s, 65)
+    a, b = score(exact, tokens), score(rough, tokens)
+    assert b.dtype == torch.float32
+    assert set(sum(seen, ())) == {torch.bfloat16}
+    assert (a - b).abs().mean() < 0.05 * a.std() and a.mean().item() == pytest.approx(b.mean().item(), rel=0.01)
+    rough.requires_grad_(True)
+    score(rough, tokens).mean().backward()
+    assert all(p.grad.dtype == torch.float32 and p.grad.isfinite().all() for p in rough.parameters())
+
+
+def test_a_fresh_bf16_model_is_not_swamped_by_the_norms_epsilon():
+    """bfloat16's own epsilon is 100 times the mean square of a tied embedding at the start; float32's is the default meant."""
+    s = small(model_dim=64, vocab_size=1024)
+    torch.manual_seed(0)
+    exact, rough = train_gpt.GPT(s), train_gpt.GPT(s, torch.bfloat16)
+    rough.load_state_dict(exact.state_dict())
+    ids = torch.arange(40)[None]
+    sizes = [model.embed(ids, None, None)[0].float().square().mean().item() for model in (exact, rough)]
+    assert sizes == pytest.approx([1.0, 1.0], abs=0.03)
+
+
+def test_the_loss_at_the_start_is_that_of_a_uniform_guess():
+    s = small(vocab_size=1024)
+    assert score(train_gpt.GPT(s), random_tokens(s, 65)).mean().item() == pytest.approx(math.log(1024), rel=0.01)
+
+
+def test_the_loss_equals_torchs_cross_entropy_of_capped_logits():
+    s = small(logit_softcap=3.0)
+    model, x, targets = random_model(s), torch.randn(1, 7, s.model_dim), torch.randint(300, (1, 7))
+    logits = F.rms_norm(x, (s.model_dim,)) @ model.tok_emb.weight.T
+    expected = F.cross_entropy(3 * torch.tanh(logits[0] / 3), targets[0], reduction="none")
+    torch.testing.assert_close(model.head(x, targets)[0], expected)
+    assert expected.max() <= 6 + math.log(300)

@@ -1,0 +1,272 @@
+"""Muon, AdamW, clipping and the schedule against plain loops and torch's own optimisers."""
+import os
+import re
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import train_gpt
+from conftest import small
+
+MUON = r"blocks\.\d+\.(attn\.(c_q|c_k|c_v|proj)|mlp\.(fc|proj))\.weight|bigram\.proj\.weight"
+
+
+def orthogonalised(matrix, steps):
+    """Newton-Schulz of one matrix in bf16."""
+    x = matrix.bfloat16()
+    tall = x.shape[0] > x.shape[1]
+    x = x.T if tall else x
+    x = x / x.norm()
+    for _ in range(steps):
+        a = x @ x.T
+        x = 3.4445 * x + (-4.7750 * a + 2.0315 * a @ a) @ x
+    return (x.T if tall else x).float()
+
+
+class Loop:
+    """Each parameter updated alone, with Muon written out and torch's Adam, AdamW and clip_grad_norm_."""
+    def __init__(self, model, s):
+        self.s = s
+        self.weights = {name: p.detach().clone().requires_grad_() for name, p in model.named_parameters()}
+        self.muon = {name: torch.zeros_like(w) for name, w in self.weights.items() if re.fullmatch(MUON, name)}
+        self.others, betas = [], dict(betas=(s.beta1, s.beta2), eps=s.adam_eps)
+        for name, w in self.weights.items():
+            if name == "lm_head.weight":
+                self.others.append((s.head_lr, torch.optim.Adam([w], **betas)))
+            elif name not in self.muon:
+                table = s.tied_embed_lr if s.tie_embeddings else s.embed_lr
+                lr = table if name in ("tok_emb.weight", "bigram.embed.weight") else s.scalar_lr
+                self.others.append((lr, torch.optim.AdamW([w], weight_decay=s.weight_decay, **betas)))
+
+    def step(self, gradients, step, multiplier):
+        s = self.s
+        for name, w in self.weights.items():
+            w.grad = gradients[name].clone()
+        norm = torch.nn.utils.clip_grad_norm_(self.weights.values(), s.grad_clip_norm) if s.grad_clip_norm else None
+        share = min(step / s.muon_momentum_warmup_steps, 1)
+        mu = (1 - share) * s.muon_momentum_warmup_start + share * s.muon_momentum
+        for name, m in self.muon.items():
+            w, g, lr = self.weights[name].data, self.weights[name].grad, s.matrix_lr * multiplier
+            m.copy_(mu * m + g)
+            update = orthogonalised(g + mu * m, s.muon_backend_steps) * max(1, w.shape[0] / w.shape[1]) ** 0.5
+            w.copy_((1 - lr * s.weight_decay) * w - lr * update)
+        for lr, optimizer in self.others:
+            optimizer.param_groups[0]["lr"] = lr * multiplier
+            optimizer.step()
+        return norm
+
+
+def random_gradients(model, step):
+    """Of very different sizes from step to step, so that clipping and the order of operations show."""
+    g = torch.Generator().manual_seed(step)
+    size = (1e-4, 3.0, 1e-3, 0.1, 5e-4)[step % 5]
+    return {name: size * torch.randn(p.shape, generator=g) for name, p in model.named_parameters()}
+
+
+def moments(optimizer, parameter):
+    """The part of `optimizer.m` that belongs to a parameter."""
+    start = (parameter.data_ptr() - optimizer.weights.data_ptr()) // 4
+    return optimizer.m[start : start + parameter.numel()].view(parameter.shape)
+
+
+HOT = dict(weight_decay=0.3, muon_momentum_warmup_start=0.3, muon_momentum=0.9, muon_momentum_warmup_steps=3, scalar_lr=0.013,
+           tied_embed_lr=0.031, embed_lr=0.6, head_lr=0.008, matrix_lr=0.027, beta1=0.8, beta2=0.9)
+
+
+@pytest.mark.parametrize("changes", (
+    dict(), dict(tie_embeddings=False), dict(bigram_dim=32, num_layers=2), dict(mlp_mult=0.5, num_layers=5), dict(grad_clip_norm=0),
+    dict(muon_backend_steps=3, num_kv_heads=4)), ids=str)
+def test_five_steps_equal_a_loop_over_the_parameters(run, changes):
+    s = small(**HOT | changes)
+    torch.manual_seed(1)
+    model = train_gpt.GPT(s)
+    loop, optimizer = Loop(model, s), train_gpt.Optimizer(model, s, run)
+    for step, multiplier in enumerate((1.0, 0.7, 1.0, 0.2, 0.5)):
+        gradients = random_gradients(model, step)
+        before = {name: w.detach().clone() for name, w in loop.weights.items()}
+        for name, p in model.named_parameters():
+            p.grad.add_(gradients[name])
+        norm, expected_norm = optimizer.step(step, multiplier), loop.step(gradients, step, multiplier)
+        if expected_norm is not None:
+            assert norm.item() == pytest.approx(expected_norm.item(), rel=1e-5)
+        for name, p in model.named_parameters():
+            expected, moved = loop.weights[name].detach(), (loop.weights[name].detach() - before[name]).norm()
+            assert moved > 0, name
+            assert (p - expected).norm() < (1e-2 if name in loop.muon else 1e-4) * moved, (name, step)
+            assert p.grad.eq(0).all()
+    untied = [name for name, _ in model.named_parameters() if name == "lm_head.weight"]
+    assert len(loop.muon) + len(loop.others) == len(loop.weights) and len(untied) == (not s.tie_embeddings)
+
+
+def test_the_default_table_has_the_described_rates():
+    """By the values of the specification, not by those of the settings."""
+    for tied in (True, False):
+        s = train_gpt.Settings.from_env({"TIE_EMBEDDINGS": str(int(tied))})
+        table = train_gpt.optimiser_table(s)
+        with torch.device("meta"):
+            names = [name for name, _ in train_gpt.GPT(s).named_parameters()]
+        for name in names:
+            method, lr, decay = next(row for ends, row in table if name.endswith(ends))
+            tables = ("tok_emb.weight", "bigram.embed.weight")
+            expected = (("muon", 0.02, 0.04) if re.fullmatch(MUON, name) else ("adam", 0.03 if tied else 0.6, 0.04) if name in tables
+                        else ("adam", 0.008, 0.0) if name == "lm_head.weight" else ("adam", 0.02, 0.04))
+            assert (method, lr, decay) == expected, name
+    defaults = s.muon_momentum, s.muon_momentum_warmup_start, s.muon_momentum_warmup_steps, s.beta1, s.beta2, s.adam_eps, s.grad_clip_norm
+    assert defaults == (0.99, 0.92, 1500, 0.9, 0.95, 1e-8, 0.3)
+
+
+@pytest.mark.parametrize("size", (1e-3, 10.0), ids=("below_the_limit", "above_it"))
+def test_clipping_equals_torchs(run, size):
+    s = small(grad_clip_norm=0.3, beta1=0.5)
+    model = train_gpt.GPT(s)
+    optimizer = train_gpt.Optimizer(model, s, run)
+    gradients = {name: size * torch.randn(p.shape) / 100 for name, p in model.named_parameters()}
+    copies = []
+    for name, p in model.named_parameters():
+        p.grad.copy_(gradients[name])
+        copies.append(torch.nn.Parameter(torch.zeros_like(p)))
+        copies[-1].grad = gradients[name].clone()
+    expected = torch.nn.utils.clip_grad_norm_(copies, 0.3)
+    assert optimizer.step(0, 1.0).item() == pytest.approx(expected.item(), rel=1e-5)
+    for (name, p), copy in zip(model.named_parameters(), copies):  # first moments of the first step: g, or (1 - beta1) g
+        share = 1.0 if re.fullmatch(MUON, name) else 0.5
+        torch.testing.assert_close(moments(optimizer, p), share * copy.grad, rtol=1e-4, atol=1e-9)
+
+
+def test_the_optimiser_owns_every_parameter_once(run):
+    model = train_gpt.GPT(small(tie_embeddings=False))
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    optimizer = train_gpt.Optimizer(model, small(tie_embeddings=False), run)
+    assert all(p.equal(before[name]) for name, p in model.named_parameters())
+    optimizer.weights.zero_()
+    for i, p in enumerate(model.parameters()):
+        assert p.eq(0).all()  # no other parameter wrote here
+        p.data.fill_(i + 1)
+    assert (optimizer.weights > 0).sum() == sum(p.numel() for p in model.parameters())
+
+
+def test_restore_undoes_steps_bit_for_bit(run):
+    s = small()
+    model = train_gpt.GPT(s)
+    optimizer = train_gpt.Optimizer(model, s, run)
+
+    def advance(steps):
+        for step in steps:
+            for name, g in random_gradients(model, step).items():
+                model.get_parameter(name).grad.copy_(g)
+            optimizer.step(step, 1.0)
+        return optimizer.weights.clone()
+    advance(range(2))
+    saved = {name: getattr(optimizer, name).clone() for name in ("weights", "m", "v")}
+    first = advance(range(2, 4))
+    optimizer.grads.fill_(7.0)
+    optimizer.restore(saved)
+    assert optimizer.grads.eq(0).all() and advance(range(2, 4)).equal(first)
+
+
+@settings(deadline=None, max_examples=40)
+@given(st.integers(4, 48), st.floats(2, 4), st.booleans(), st.integers(1, 5), st.integers(0, 99), st.sampled_from((1e-6, 1.0, 1e4)))
+def test_newton_schulz_orthogonalises(short, ratio, tall, count, seed, size):
+    shape = (count, int(short * ratio), short) if tall else (count, short, int(short * ratio))
+    g = size * torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+    x = train_gpt.newton_schulz(g, 5)
+    assert x.shape == g.shape and x.dtype == torch.bfloat16
+    u, _, vt = torch.linalg.svd(g.double(), full_matrices=False)
+    values = torch.linalg.svdvals(x.double())
+    assert values.max() < 1.25 and values.min() > 0.6
+    toward = (x.double() * (u @ vt)).sum((1, 2)) / short  # the polar factor is the goal, not just any orthogonal matrix
+    assert (toward > 0.65).all() and (toward < 1.2).all()
+
+
+def test_newton_schulz_of_nothing_is_nothing():
+    assert train_gpt.newton_schulz(torch.zeros(2, 8, 4)).eq(0).all()
+
+
+def plan(**changes):
+    return small(iterations=1000, warmdown_iters=100, max_wallclock_seconds=0, **changes)
+
+
+@pytest.mark.parametrize("step, expected", ((0, 1), (500, 1), (900, 1), (925, 0.75), (950, 0.5), (999, 0.01), (1000, 0)))
+def test_the_iteration_rule(step, expected):
+    for elapsed in (0.0, 1e6):
+        assert train_gpt.lr_multiplier(step, elapsed, plan()) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("step, elapsed, expected", (
+    (1, 0.1, 1),  # 59.9 s left of a warmdown of 10 s
+    (500, 50.0, 1), (550, 55.0, 0.5), (599, 59.9, 0.01), (600, 60.0, 0), (610, 61.0, 0),  # 0.1 s per step
+    (10, 30.0, 0.1),  # 3 s per step: warmdown of 300 s, in it from the start
+    (960, 9.6, 0.4),  # 10 ms per step: iterations end first
+    (975, 59.0, min(0.25, 1 / (100 * 59 / 975)))))
+def test_the_wall_clock_rule_and_the_smaller_of_both(step, elapsed, expected):
+    s = small(iterations=1000, warmdown_iters=100, max_wallclock_seconds=60)
+    assert train_gpt.lr_multiplier(step, elapsed, s) == pytest.approx(expected, abs=1e-9)
+
+
+@settings(deadline=None)
+@given(st.integers(0, 10_000), st.floats(0, 1e5), st.integers(0, 5000), st.integers(0, 5000), st.sampled_from((0, 1, 600)))
+def test_the_multiplier_stays_between_0_and_1(step, elapsed, iterations, warmdown, seconds):
+    s = small(iterations=iterations, warmdown_iters=warmdown, max_wallclock_seconds=seconds)
+    assert 0 <= train_gpt.lr_multiplier(step, elapsed, s) <= 1
+
+
+RANK = """
+import os, sys
+sys.path[:0] = {paths!r}
+import torch, train_gpt
+from conftest import small
+from test_optimiser import HOT, random_gradients
+torch.set_num_threads(1)
+s = small(**HOT)
+run = train_gpt.Runtime(s)
+run.device = torch.device("cpu")
+torch.manual_seed(1)
+model = train_gpt.GPT(s)
+optimizer = train_gpt.Optimizer(model, s, run)
+for step in range(3):
+    for name, g in random_gradients(model, step).items():
+        mine = torch.arange(g.numel()).view(g.shape) % run.world == run.rank  # the ranks' gradients add up to g
+        model.get_parameter(name).grad.copy_(torch.where(mine, g, 0.0))
+    norm = optimizer.step(step, 0.8)
+torch.save(dict(norm=norm, weights=optimizer.weights, m=optimizer.m, v=optimizer.v), sys.argv[1] + str(run.rank))
+torch.distributed.destroy_process_group()
+"""
+
+
+@pytest.mark.parametrize("world", (2,))
+def test_ranks_that_share_the_work_end_where_one_alone_does(run, tmp_path, world):
+    s = small(**HOT)  # 3 layers: stacks of 6, 6, 3, 3 and 1 matrices
+    torch.manual_seed(1)
+    model = train_gpt.GPT(s)
+    optimizer = train_gpt.Optimizer(model, s, run)
+    start = optimizer.weights.clone()
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    here = Path(__file__).resolve().parent
+    script = RANK.format(paths=[str(here), str(here.parent)])
+    env = os.environ | dict(WORLD_SIZE=str(world), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), CUDA_VISIBLE_DEVICES="", OMP_NUM_THREADS="1")
+    ranks = [subprocess.Popen([sys.executable, "-c", script, str(tmp_path / "rank")],
+                              env=env | dict(RANK=str(rank), LOCAL_RANK=str(rank))) for rank in range(world)]
+    for step in range(3):
+        for name, g in random_gradients(model, step).items():
+            model.get_parameter(name).grad.copy_(g)
+        norm = optimizer.step(step, 0.8)
+    try:
+        assert [rank.wait(60) for rank in ranks] == [0] * world
+    finally:
+        for rank in ranks:
+            rank.kill()
+    first, *others = (torch.load(tmp_path / f"rank{rank}", weights_only=True) for rank in range(world))
+    for other in others:
+        assert all(other[name].equal(first[name]) for name in first)
+    assert first["norm"].item() == pytest.approx(norm.item(), rel=1e-5)
+    assert (first["weights"] - optimizer.weights).norm() < 3e-3 * (optimizer.weights - start).norm()
+    torch.testing.assert_close(first["m"], optimizer.m, rtol=1e-5, atol=1e-8)
+    torch.testing.assert_close(first["v"], optimizer.v, rtol=1e-5, atol=1e-8)
