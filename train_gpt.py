@@ -45,7 +45,6 @@ SOURCE = Path(__file__).resolve()
 SAMPLE = SOURCE.parent / "data" / "sample"
 
 # ---- Configuration: every setting is an environment variable, the field's name in capitals -------------------------
-
 class UserError(Exception):
     """Something the user can mend; its text reads `what is wrong — what to do`. The process ends with code 2."""
 def setting(default, doc: str, low=None, high=None, choices=None, tiny=None):
@@ -112,7 +111,7 @@ class Settings:
     eval_batch_seqs: int = setting(32, "windows per batch and rank of the sliding evaluation", 1)
     eval_max_seconds: float = setting(600.0, "evaluation time from the artifact's load; 0: no limit", 0.0)
     ttt_enabled: bool = setting(True, "test-time training; 0: the final evaluation is the sliding window")
-    ttt_protocol: str = setting("replay", "replay: epochs over the document; single_pass: valid at any number", choices=("replay", "single_pass"))
+    ttt_protocol: str = setting("replay", "epochs over the document, or one pass, valid at any number", choices=("replay", "single_pass"))
     ttt_context: str = setting("cached", "cached keys and values, or recompute each window", choices=("cached", "recompute"))
     ttt_lora_rank: int = setting(8, "rank of the adapters", 1, 4096)
     ttt_lora_lr: float = setting(0.001, "peak of the adapters' cosine", 0.0)
@@ -158,7 +157,8 @@ def check_combinations(s: Settings) -> None:
     problems = [(s.model_dim % s.num_heads, f"MODEL_DIM={s.model_dim} does not divide by NUM_HEADS={s.num_heads}"),
         (s.num_heads % s.num_kv_heads, f"NUM_HEADS={s.num_heads} does not divide by NUM_KV_HEADS={s.num_kv_heads}"),
         (s.model_dim // s.num_heads % 2, f"MODEL_DIM={s.model_dim} over NUM_HEADS={s.num_heads} is odd and RoPE needs pairs"),
-        (s.train_batch_tokens % s.train_seq_len, f"TRAIN_BATCH_TOKENS={s.train_batch_tokens} does not divide by TRAIN_SEQ_LEN={s.train_seq_len}"),
+        (s.train_batch_tokens % s.train_seq_len,
+         f"TRAIN_BATCH_TOKENS={s.train_batch_tokens} does not divide by TRAIN_SEQ_LEN={s.train_seq_len}"),
         (s.micro_batch_tokens < s.train_seq_len, f"MICRO_BATCH_TOKENS={s.micro_batch_tokens} is less than TRAIN_SEQ_LEN={s.train_seq_len}"),
         (s.eval_stride > s.train_seq_len, f"EVAL_STRIDE={s.eval_stride} exceeds TRAIN_SEQ_LEN={s.train_seq_len}"),
         (s.ttt_chunk_size > s.ttt_eval_seq_len, f"TTT_CHUNK_SIZE={s.ttt_chunk_size} exceeds TTT_EVAL_SEQ_LEN={s.ttt_eval_seq_len}"),
@@ -260,7 +260,6 @@ def write_whole(path: Path, write: Callable) -> None:
         raise UserError(f"cannot write {path}: {e.strerror} — the earlier file is untouched; free space or set OUTPUT_DIR") from e
 
 # ---- Data: token shards, byte counts, documents --------------------------------------------------------------------
-
 SHARD_MAGIC, SHARD_VERSION, SHARD_HEADER_BYTES = 20240520, 1, 1024
 
 def open_shard(path: Path) -> np.ndarray:
@@ -270,7 +269,7 @@ def open_shard(path: Path) -> np.ndarray:
         size, header = path.stat().st_size, np.fromfile(path, "<i4", 256)
         magic, version, count = header[:3].tolist() if len(header) == 256 else (0, 0, 0)
         if (magic, version) != (SHARD_MAGIC, SHARD_VERSION):
-            raise UserError(f"shard {path} ({size} bytes) has magic {magic}, version {version}, not {SHARD_MAGIC}, {SHARD_VERSION} — {repair}")
+            raise UserError(f"shard {path} ({size} bytes) has magic {magic} version {version}, not {SHARD_MAGIC} {SHARD_VERSION} — {repair}")
         if count < 1 or size != SHARD_HEADER_BYTES + 2 * count:
             raise UserError(f"shard {path} announces {count} tokens but has {(size - SHARD_HEADER_BYTES) / 2:g} — {repair}")
         return np.memmap(path, "<u2", "r", SHARD_HEADER_BYTES, (count,))
@@ -395,7 +394,6 @@ def prepare_sample(s: Settings, run: Runtime) -> None:
     run.together(build)
 
 # ---- Model ---------------------------------------------------------------------------------------------------------
-
 RMS_EPS = torch.finfo(torch.float32).eps  # F.rms_norm's default, also under bf16, whose own would swamp a fresh embedding
 
 class Past(NamedTuple):
@@ -558,9 +556,10 @@ class GPT(nn.Module):
         return self.head(x, targets), present
     def compile_regions(self) -> None:
         """Compile the repeated parts once each instead of unrolling all layers: test-time training has many shapes."""
+        torch._dynamo.config.recompile_limit = 64  # with or without gradient, adapters, context, one document or many
         for block in self.blocks:
-            block.compile()
-        self.embed, self.head = torch.compile(self.embed), torch.compile(self.head)
+            block.compile(dynamic=True)
+        self.embed, self.head = torch.compile(self.embed, dynamic=True), torch.compile(self.head, dynamic=True)
 
 def model_config(s: Settings) -> dict:
     """The settings that fix a model's shapes and arithmetic: the artifact's header."""
@@ -571,19 +570,17 @@ def load_weights(model: GPT, state: dict[str, Tensor], origin: str) -> None:
     have, want = ({name: tuple(p.shape) for name, p in each.items()} for each in (state, model.state_dict()))
     for name in sorted(have.keys() | want.keys()):
         if have.get(name) != want.get(name):
-            raise UserError(f"{origin}: {name} has shape {have.get(name)}, the model's has {want.get(name)} — set NUM_LAYERS, MODEL_DIM, … "
-                            "to what it was trained with")
+            raise UserError(f"{origin}: {name} has shape {have.get(name)}, the model's {want.get(name)} — set NUM_LAYERS, MODEL_DIM, … to its own")
     model.load_state_dict(state)
 
 # ---- Optimiser: Muon for the matrices of the blocks, AdamW for the rest --------------------------------------------
-
 class Row(NamedTuple):
     """How a parameter is updated: by "muon" or "adam", and with what."""
     method: str
     lr: float
     decay: float
 
-MUON = ("attn.c_q.weight", "attn.c_k.weight", "attn.c_v.weight", "attn.proj.weight", "mlp.fc.weight", "mlp.proj.weight", "bigram.proj.weight")
+MUON = tuple(f"{end}.weight" for end in ("attn.c_q", "attn.c_k", "attn.c_v", "attn.proj", "mlp.fc", "mlp.proj", "bigram.proj"))
 
 def optimiser_table(s: Settings) -> list[tuple[tuple[str, ...], Row]]:
     """Endings of parameter names and their settings; the first row that matches counts."""
@@ -676,7 +673,6 @@ class Optimizer:
         self.grads.zero_()
 
 # ---- Training ------------------------------------------------------------------------------------------------------
-
 class Interrupted(Exception):
     """SIGINT or SIGTERM arrived and everything worth keeping is on the disk. The process ends with code 128 + signal."""
     def __init__(self, number: int, where: str):
@@ -747,7 +743,8 @@ def train(model: GPT, optimizer: Optimizer, stream: Stream, s: Settings, run: Ru
         average.copy_(saved["average"])
         averaged, step, elapsed, finished = (saved[k] for k in ("averaged", "step", "elapsed", "finished"))
         log(f"resumed from {path} at step {step}")
-    account = lambda: dict(steps=step, seconds=elapsed, averaged=averaged, resumed=bool(saved), peak_memory=torch.cuda.max_memory_allocated())
+    peak = torch.cuda.max_memory_allocated
+    account = lambda: dict(steps=step, seconds=elapsed, averaged=averaged, resumed=bool(saved), peak_memory=peak())
     if finished:
         return account()
     log(f"training tokens:{loader.ends[-1]} rows per rank:{loader.rows} rows per micro-step:{loader.micro_rows}")
@@ -755,10 +752,10 @@ def train(model: GPT, optimizer: Optimizer, stream: Stream, s: Settings, run: Ru
 
     def save(finished: bool) -> None:
         run.synchronize()
-        check_finite(norms, step, s)
+        check_finite(norms, s)
         if run.rank == 0:
-            state = dict(identity=identity, step=step, elapsed=elapsed, averaged=averaged, finished=finished, average=average, **optimizer.state)
-            write_whole(path, lambda f: torch.save(state, f))
+            state = dict(identity=identity, step=step, elapsed=elapsed, averaged=averaged, finished=finished, average=average)
+            write_whole(path, lambda f: torch.save(state | optimizer.state, f))
     norms, stop, timing = [], False, lambda: f"train_time:{1000 * elapsed:.0f}ms step_avg:{1000 * elapsed / max(step, 1):.2f}ms"
     run.synchronize()
     began = time.perf_counter() - elapsed  # moved on by whatever is not training
@@ -775,13 +772,13 @@ def train(model: GPT, optimizer: Optimizer, stream: Stream, s: Settings, run: Ru
         multiplier = lr_multiplier(step, elapsed, s)
         batch = loader.batch(step)
         loss = forward_backward(forward, batch, 1 / (len(batch) * run.world))
-        norms.append(optimizer.step(step, multiplier).to("cpu", non_blocking=True))
+        norms.append((step, multiplier, optimizer.step(step, multiplier).to("cpu", non_blocking=True)))
         step += 1
         if s.swa_enabled and multiplier < s.swa_start_frac and step % s.swa_every == 0:
             average.add_(optimizer.weights)
             averaged += 1
         run.synchronize(lag=True)  # the step before this one has ended: its norm has arrived
-        check_finite(norms[:-1], step - 1, s)
+        check_finite(norms[:-1], s)
         norms = norms[-1:]
         elapsed, signal_number = run.agree(time.perf_counter() - began)
         stop = bool(s.max_wallclock_seconds) and elapsed >= s.max_wallclock_seconds
@@ -793,19 +790,18 @@ def train(model: GPT, optimizer: Optimizer, stream: Stream, s: Settings, run: Ru
             raise Interrupted(signal_number, f"after step {step}; checkpoint in {path}")
     if averaged >= 2:
         optimizer.weights.copy_(average / averaged)
-    log(f"swa: {averaged} checkpoints: " + ("their mean is the final model" if averaged >= 2 else "too few, the last weights are the final model"))
+    log(f"swa: {averaged} checkpoints: " + ("their mean is the final model" if averaged >= 2 else "too few, the last weights are final"))
     save(finished=True)
     return account()
 
-def check_finite(norms: list[Tensor], steps: int, s: Settings) -> None:
-    """Raise UserError if a gradient norm that has arrived on the host, the last one of step `steps - 1`, is not finite."""
-    for norm_ in norms:
+def check_finite(norms: list[tuple[int, float, Tensor]], s: Settings) -> None:
+    """Raise UserError if a gradient norm, given with its step and lr multiplier and arrived on the host, is not finite."""
+    for step, multiplier, norm_ in norms:
         if not norm_.isfinite():
-            raise UserError(f"the gradient's norm at step {steps - 1} is {norm_.item()} (batch from token {(steps - 1) * s.train_batch_tokens}) — "
-                            "lower the learning rates, or go on from the last checkpoint with RESUME=1")
+            raise UserError(f"gradient norm {norm_.item()} at step {step} (lr multiplier {multiplier:.4f}, batch from token "
+                            f"{step * s.train_batch_tokens}) — lower the learning rates, or RESUME=1 from the last checkpoint")
 
 # ---- Export: prune, quantise, pack ---------------------------------------------------------------------------------
-
 CONTROL = ("attn_scale", "mlp_scale", "resid_mix", "q_gain", "skip_weights", "smear", "bigram.scale")
 LIMITS = {"int5": 15, "int6": 31, "int8": 127}  # largest code; int5 and int6 have one more below zero
 MAGIC, FORMAT, HEADER_BYTES = b"PGOLFGPT", 1, 60  # magic 8, format 4, packed and expanded bytes 8 + 8, SHA-256 32
@@ -817,7 +813,7 @@ def prune(weight: Tensor, fraction: float) -> Tensor:
         return weight
     size = weight.abs().flatten()
     few = size.numel() <= 1 << 24  # torch.quantile takes no more
-    threshold = torch.quantile(size, fraction) if few else torch.tensor(np.quantile(size.numpy(), fraction))
+    threshold = torch.quantile(size, fraction) if few else np.quantile(size.numpy(), fraction)
     return torch.where(weight.abs() < threshold, 0.0, weight)
 
 def kind_of(name: str, tensor: Tensor, fp16_patterns: list[str]) -> str:
@@ -940,10 +936,10 @@ def check_table(config: dict, tensors: list[tuple]) -> None:
         raise ValueError("too few tensors, or one of an unknown kind")
     with torch.device("meta"):
         expected = {name: tuple(p.shape) for name, p in GPT(s).state_dict().items()}
-    if len(tensors) != len(expected) or any(expected.get(name) != shape or any(type(n) is not int for n in shape) for name, shape, _ in tensors):
+    if {name: shape for name, shape, _ in tensors} != expected or len(tensors) != len(expected):
         raise ValueError("names or shapes are not those of its model")
-    if len({name for name, *_ in tensors}) != len(tensors):
-        raise ValueError("a name comes twice")
+    if any(type(n) is not int for _, shape, _ in tensors for n in shape):
+        raise ValueError("a dimension is not a whole number")
 
 def export(state: dict[str, Tensor], s: Settings, log: Log) -> tuple[bytes, dict]:
     """Pack with PRUNE_FRACTION, or with the smallest larger fraction (grid 0.005, to 0.15) whose total fits the cap.
@@ -965,12 +961,10 @@ def export(state: dict[str, Tensor], s: Settings, log: Log) -> tuple[bytes, dict
                    prune_fraction=best, seconds=time.perf_counter() - began, sha256=hashlib.sha256(blob).hexdigest(), kinds=report)
     for kind, row in report.items():
         log(f"export kind:{kind} " + " ".join(f"{k}:{v:.4f}" if isinstance(v, float) else f"{k}:{v}" for k, v in row.items()))
-    log("export model_bytes:{model_bytes} code_bytes:{code_bytes} total_bytes:{total_bytes} max_bytes:{max_bytes} fits:{fits} "
-        "prune_fraction:{prune_fraction} seconds:{seconds:.1f}".format(**account))
+    log("export " + " ".join(f"{k}:{v}" for k, v in account.items() if k != "kinds"))
     return blob, account
 
 # ---- Evaluation: bits per byte, every target exactly once ----------------------------------------------------------
-
 class Score(NamedTuple):
     """A sum over scored targets."""
     nll: float  # nats
@@ -1049,15 +1043,13 @@ def evaluate_sliding(forward: Callable, stream: Stream, s: Settings, run: Runtim
     return evaluate_windows(forward, stream, np.stack((start, length, skip), 1), s.eval_batch_seqs, run, progress)
 
 # ---- Test-time training: LoRA on Q and V, fresh for every document -------------------------------------------------
-
 TTT_BATCH = {"cpu": 16, "cuda": 64}  # documents side by side, where TTT_BATCH_SIZE=0
 STEP_FLOOR = {"cpu": 0, "cuda": 4096}  # tokens below which a step costs no less: launches, not arithmetic
 
 def draw_lora_a(s: Settings, document: int) -> np.ndarray:
     """A document's initial A of all layers, Q's rows above V's: (layers, 2r, d) float32, uniform in +-1/sqrt(d)."""
-    bound = s.model_dim**-0.5
-    shape = (s.num_layers, 2 * s.ttt_lora_rank, s.model_dim)
-    return np.random.default_rng([s.seed, document]).random(shape, np.float32) * (2 * bound) - bound
+    unit = np.random.default_rng([s.seed, document]).random((s.num_layers, 2 * s.ttt_lora_rank, s.model_dim), np.float32)
+    return (2 * unit - 1) * s.model_dim**-0.5
 
 class Adapters:
     """LoRA weights of a batch of documents with their Adam state, one float32 row each: `flat`, `m`, `v` (B, n)."""
@@ -1115,7 +1107,8 @@ class DocumentBatch:
         self.chunks = -(-self.targets // s.ttt_chunk_size)
         if (np.diff(self.chunks) > 0).any():
             raise ValueError("documents must come longest first")
-        self.start, self.end, self.count = (torch.from_numpy(x).to(run.device) for x in (stream.starts[documents], self.targets, self.chunks))
+        per_document = stream.starts[documents], self.targets, self.chunks
+        self.start, self.end, self.count = (torch.from_numpy(x).to(run.device) for x in per_document)
         size, self.steps = s.ttt_chunk_size, []  # per chunk: how many documents have it, how many one after it, its targets in all
         for chunk in range(int(self.chunks[0])):
             n, go_on = ((self.chunks > c).sum() for c in (chunk, chunk + 1))
@@ -1145,12 +1138,13 @@ class DocumentBatch:
                 self.nll[figure, i, first:last] = nll[i, first - int(begin[i]) : last - int(begin[i])].detach()
         return nll.sum(1) / sums[:, 1].float(), present
     @torch.no_grad()
-    def plain(self) -> None:
-        """Score without adaptation, with the cached context."""
+    def plain(self) -> np.ndarray:
+        """Score without adaptation, with the cached context. Returns that all documents were finished, (B,) bool."""
         self.begin(1)
         for chunk, (n, go_on, targets) in enumerate(self.steps):
             self.cache.push(self.score(chunk, n, figure=0, keep=go_on > 0)[1])
             self.progress(targets)
+        return np.ones(len(self.documents), bool)
     def train(self, adapters: Adapters, chunk: int, n: int, epoch: int, count: Tensor, figure: int | None = None,
               keep: bool = False) -> Past | None:
         """Score a chunk under the adapters as they are, then take one Adam step on its mean NLL. `count` (n, 1): steps, from 1."""
@@ -1227,8 +1221,7 @@ class Results:
         self.nll, self.done = np.zeros((1 + figures, documents)), np.zeros((2, documents), bool)
         self.path, self.identity, self.seconds, self.saved = path, identity, 0.0, time.monotonic()
     def save(self, seconds: float) -> None:
-        arrays = dict(nll=self.nll, done=self.done, identity=self.identity, seconds=seconds)
-        write_whole(self.path, lambda f: np.savez(f, **arrays))
+        write_whole(self.path, lambda f: np.savez(f, nll=self.nll, done=self.done, identity=self.identity, seconds=seconds))
         self.saved = time.monotonic()
     def load(self) -> None:
         """Take over what an interrupted evaluation of the same weights, settings and world size left, if anything."""
@@ -1253,11 +1246,9 @@ def score_documents(model: GPT, stream: Stream, s: Settings, run: Runtime, log: 
         for documents in todo:
             if (expired if adapted else stopped)():
                 break
-            batch, finished = DocumentBatch(model, stream, documents, s, run, adam, progress), np.ones(len(documents), bool)
-            if adapted:
-                finished = batch.adapt(Adapters(np.stack([draw_lora_a(s, int(d)) for d in documents]), s, run.device), expired)
-            else:
-                batch.plain()
+            batch = DocumentBatch(model, stream, documents, s, run, adam, progress)
+            adapters = lambda: Adapters(np.stack([draw_lora_a(s, int(d)) for d in documents]), s, run.device)
+            finished = batch.adapt(adapters(), expired) if adapted else batch.plain()
             nll, targets, bytes_ = batch.sums.cpu().numpy()[:, finished].transpose(2, 0, 1)
             scored = documents[finished]
             if (targets != stream.targets[scored]).any() or (bytes_ != stream.document_bytes[scored]).any():
@@ -1285,8 +1276,8 @@ def warm_up_ttt(model: GPT, s: Settings, run: Runtime, documents: int) -> float:
     run.synchronize()
     return time.monotonic() - began
 
-def evaluate_ttt(model: GPT, stream: Stream, s: Settings, run: Runtime, log: Log, output: Path, identity: str, began: float) -> tuple[dict, Score]:
-    """Score the stream without and with test-time training; log the figures and return them, and the backward-looking score.
+def evaluate_ttt(model: GPT, stream: Stream, s: Settings, run: Runtime, log: Log, output: Path, identity: str, began: float):
+    """Score the stream without and with test-time training; log the figures; return them (dict) and the backward-looking Score.
     `began` is time.monotonic() when the artifact was loaded; documents unfinished EVAL_MAX_SECONDS later count with their NLL
     without adaptation. Writes ttt_documents.npz."""
     plan = plan_batches(stream.targets, s, run)[run.rank]
@@ -1315,8 +1306,8 @@ def evaluate_ttt(model: GPT, stream: Stream, s: Settings, run: Runtime, log: Log
         write_whole(output / "ttt_documents.npz", lambda f: np.savez(f, **arrays))
     results.path.unlink(missing_ok=True)
     curve = [figure(f, f"ttt_{s.ttt_protocol}", s.ttt_context, e == 0, epoch=e + 1) for e, f in enumerate(scores)]
-    plain = figure(without, "no_adaptation", "cached")
-    return account | dict(no_adaptation=plain, backward_looking=curve[0], last_epoch=curve[-1], curve=curve), scores[0]
+    plain, scored = figure(without, "no_adaptation", "cached"), dict(backward_looking=curve[0], last_epoch=curve[-1], curve=curve)
+    return account | dict(no_adaptation=plain) | scored, scores[0]
 
 def report_ttt(without: Score, scores: list[Score], account: dict, s: Settings, log: Log) -> None:
     """Log every figure for what it is, and what the budget left undone."""
@@ -1378,7 +1369,6 @@ def trace_documents(model: GPT, tokens: list[np.ndarray], documents: np.ndarray,
     return traces
 
 # ---- Main ----------------------------------------------------------------------------------------------------------
-
 def describe(s: Settings, run: Runtime, log: Log) -> None:
     """What a reader needs to repeat the run from its log alone: source, settings (a star marks overridden ones), versions, devices."""
     log(SOURCE.read_text(encoding="utf-8"), console=False)
@@ -1406,7 +1396,7 @@ def load_model(path: Path, s: Settings, run: Runtime) -> tuple[GPT, Settings, st
     except OSError as e:
         raise UserError(f"cannot read {path}: {e.strerror} — set EVAL_ONLY to an existing file") from e
     except Exception as e:  # torch.load raises many kinds for a damaged or hostile file
-        raise UserError(f"{path} is no state dict of tensors ({type(e).__name__}) — set EVAL_ONLY to a .ptz artifact or a .pt state dict") from e
+        raise UserError(f"{path} is no state dict of tensors ({type(e).__name__}) — set EVAL_ONLY to a .ptz or .pt file of a run") from e
     if state is None:
         config, state = unpack(blob, str(path))
         for name, value in config.items():
@@ -1416,9 +1406,8 @@ def load_model(path: Path, s: Settings, run: Runtime) -> tuple[GPT, Settings, st
     model = GPT(s, run.dtype)
     load_weights(model, state, str(path))
     model.to(run.device).requires_grad_(False)
-    for module in model.modules():
-        if isinstance(module, Linear):  # cast once what every step would cast
-            module.weight.data = module.weight.data.to(run.dtype)
+    for module in (module for module in model.modules() if isinstance(module, Linear)):
+        module.weight.data = module.weight.data.to(run.dtype)  # cast once what every step would cast
     return model, s, hashlib.sha256(blob).hexdigest()
 
 def train_and_export(stream: Stream, s: Settings, run: Runtime, log: Log, output: Path) -> tuple[dict, dict]:
@@ -1431,14 +1420,12 @@ def train_and_export(stream: Stream, s: Settings, run: Runtime, log: Log, output
     log(f"training steps:{trained['steps']} seconds:{trained['seconds']:.3f} peak_memory:{trained['peak_memory']}")
     state = {name: tensor.detach().cpu().clone() for name, tensor in model.state_dict().items()}
 
-    def write():
-        if run.rank:
-            return None
+    def write() -> dict:
         write_whole(output / "final_model.pt", lambda f: torch.save(state, f))
         blob, account = export(state, s, log)
         write_whole(output / "final_model.ptz", lambda f: f.write(blob))
         return account
-    return trained, run.together(write)
+    return trained, run.together(lambda: None if run.rank else write())
 
 def evaluate(stream: Stream, path: Path, s: Settings, run: Runtime, log: Log, output: Path) -> tuple[dict, Score]:
     """Reload the weights from `path` and score the stream. Returns the figures and the backward-looking score."""

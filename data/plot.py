@@ -9,6 +9,7 @@ reference scripts are read too. A panel for which no run has figures is left out
 from __future__ import annotations
 
 import argparse
+import math
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -25,6 +26,7 @@ try:
     import matplotlib as mpl
     from matplotlib.figure import Figure
     from matplotlib.lines import Line2D
+    from matplotlib.ticker import MaxNLocator, StrMethodFormatter
 except ImportError:
     mpl = None
 
@@ -32,9 +34,10 @@ SIZE_CAP = 16_000_000  # bytes; what a log of the reference scripts does not say
 
 COLOURS = "#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00", "#444444"
 KINDS = "int5", "int6", "int8", "fp16", "fp32", "scale", "header", "model", "code"  # in the order of their bars
-GREY, PALE = "#6b6b6b", "#f1efe9"
+GREY, PALE, WARNING = "#6b6b6b", "#f1efe9", "#8a3200"
+LONG_RUN = 20  # logged figures
 WIDTH = 9.0  # inches: at 100 pixels to the inch, the width of a README
-ROW = 3.0
+ROW, WIDE_ROW, LINE = 3.0, 3.2, 0.18  # inches; LINE for each run in a legend outside the axes
 DPI = 200
 STYLE = {
     "font.family": "DejaVu Sans",  # comes with matplotlib, so that every machine draws the same
@@ -86,9 +89,9 @@ class Run:
     cap: int = SIZE_CAP
 
     @property
-    def points(self) -> dict[int, Point]:
-        """All that is known of the loss, by step; a validation hides a training batch of the same step."""
-        return self.train | self.val
+    def points(self) -> list[tuple[int, Point]]:
+        """(step, point) of every training batch and every validation."""
+        return [*self.train.items(), *self.val.items()]
 
     @property
     def total(self) -> int:
@@ -163,9 +166,8 @@ def read_runs(paths: Sequence[Path]) -> list[Run]:
 
 def labels(logs: Sequence[Path]) -> list[str]:
     """A short name for each log, from its end: the folder of a train.log, else the file; as much path as tells them apart."""
-    parts = [
-        log.resolve().parent.parts if log.name == "train.log" else log.resolve().with_suffix("").parts for log in logs
-    ]
+    ends = [log.parent if log.name == "train.log" else log.with_suffix("") for log in (log.resolve() for log in logs)]
+    parts = [end.parts for end in ends]
     depth = 1
     while len(names := ["/".join(part[-depth:]) for part in parts]) > len(set(names)) and depth < max(map(len, parts)):
         depth += 1
@@ -183,90 +185,87 @@ def draw_loss(ax: Axes, runs: Sequence[Run]) -> None:
 
 def draw_time(ax: Axes, runs: Sequence[Run]) -> None:
     """Training loss (a line) and validation loss (dots) against the time spent training."""
-    minutes = max(point.seconds for run in runs for point in run.points.values()) > 300
+    minutes = max(point.seconds for run in runs for _, point in run.points) > 300
     unit, name = (60, "minutes") if minutes else (1, "seconds")
     draw_losses(ax, runs, f"{name} of training", lambda _, point: point.seconds / unit)
     ax.set_title("Loss against time")
 
 
 def draw_losses(ax: Axes, runs: Sequence[Run], label: str, x: Callable[[int, Point], float]) -> None:
+    batch, validation = {"lw": 0.9, "alpha": 0.55}, {"lw": 1.5, "marker": "o"}
     for run in runs:
-        for series, style in ((run.train, {"lw": 1.1}), (run.val, {"lw": 0, "marker": "o", "ms": 4.5})):
-            ax.plot(
-                [x(*item) for item in series.items()],
-                [point.loss for point in series.values()],
-                color=run.colour,
-                **style,
-            )
-    crop(ax, [{step: point.loss for step, point in run.points.items()} for run in runs])
+        for series, style in ((run.train, batch), (run.val, validation | {"ms": dot(run)})):
+            values = [point.loss for point in series.values()]
+            ax.plot([x(*item) for item in series.items()], values, color=run.colour, **style)
+    crop(ax, [[(step, point.loss) for step, point in run.points] for run in runs])
     ax.set_xlabel(label)
     ax.set_ylabel("nats per token")
-    ax.legend([key(lw=1.1), key(lw=0, marker="o", ms=4.5)], ["training batch", "validation"], loc="upper right")
+    ax.legend([key(**batch), key(**validation, ms=4.5)], ["training batch", "validation"], loc="upper right")
 
 
 def draw_bpb(ax: Axes, runs: Sequence[Run]) -> None:
     """Validation bits per byte during training, and the final score of the artifact beside its end."""
+    training, final = {"lw": 1.5, "marker": "o"}, {"lw": 0, "marker": "*", "ms": 13, "mec": "white", "mew": 0.7}
     for run in runs:
-        ax.plot(list(run.val), [point.bpb for point in run.val.values()], color=run.colour, marker="o", ms=4.5, lw=1.4)
+        values = [point.bpb for point in run.val.values()]
+        ax.plot(list(run.val), values, color=run.colour, ms=dot(run), **training)
         if run.val and run.final is not None:
-            ax.plot(max(run.val), run.final, color=run.colour, marker="*", ms=13, mec="white", mew=0.7, lw=0, zorder=4)
-    crop(ax, [{step: point.bpb for step, point in run.val.items()} for run in runs])
+            ax.plot(max(run.val), run.final, color=run.colour, zorder=4, **final)
+    crop(ax, [[(step, point.bpb) for step, point in run.val.items()] for run in runs])
     ax.set_title("Validation bits per byte")
     ax.set_xlabel("step")
     ax.set_ylabel("bits per byte")
-    finals = [f"{run.final:.4f}" for run in runs if run.final is not None]
-    name = f"the artifact's score: {finals[0]}" if len(finals) == 1 else "the artifact's score"
-    handles = [key(lw=1.4, marker="o", ms=4.5), key(lw=0, marker="*", ms=11)]
-    ax.legend(handles[: 1 + bool(finals)], ["in training", name][: 1 + bool(finals)], loc="upper right")
+    scores = [f"{run.final:.4f}" for run in runs if run.final is not None]
+    names = ["in training", "score of the artifact" + (f": {', '.join(scores)}" if len(scores) < 3 else "")]
+    ax.legend([key(**training, ms=4.5), key(**final)][: 1 + bool(scores)], names[: 1 + bool(scores)], loc="upper right")
 
 
 def draw_ttt(ax: Axes, runs: Sequence[Run]) -> None:
     """Bits per byte by replay epoch. Only epoch 1 is a score; a shaded field around the others says what they are."""
     last = max(max(run.epochs, default=1) for run in runs)
+    ax.axvspan(1.5, last + 0.8, color=PALE, lw=0, zorder=0)
     for run in runs:
         if run.no_adaptation is not None:
             ax.axhline(run.no_adaptation, color=run.colour, lw=1.2, ls=":")
         if run.single_pass is not None:
             ax.axhline(run.single_pass, color=run.colour, lw=1.6)
         if run.epochs:
+            end = max(run.epochs)
             ax.plot(list(run.epochs), list(run.epochs.values()), color=run.colour, lw=1.6, ls=(0, (4, 2)))
+            ax.plot(end, run.epochs[end], color=run.colour, marker="o", ms=6, mfc=PALE, zorder=4)
         if 1 in run.epochs:
             ax.plot(1, run.epochs[1], color=run.colour, marker="o", ms=10, mec="white", mew=1, zorder=4)
-    ax.set_xlim(0, last + 0.5)
-    ax.margins(y=0.14)
-    ax.axvspan(1.5, last + 0.5, color=PALE, zorder=0)
-    what = f"epochs 2 to {last}: has trained on what it scores \N{EM DASH} not a compression rate"
-    ax.text(
-        last + 0.2,
-        0.95,
-        what,
-        transform=ax.get_xaxis_transform(),
-        ha="right",
-        va="top",
-        color="#8a3200",
-        style="italic",
-    )
+    ax.set_xlim(0.2, last + 0.8)
+    ax.set_xticks(sorted({1, last, *range(10, last, 10)}))
+    ax.margins(y=0.1)
+    ground = {"facecolor": PALE, "edgecolor": "none", "pad": 3}
+    note = {"size": 10.5, "bbox": ground, "zorder": 1.5}  # above the grid, below the curves
+    corner = {"transform": ax.transAxes, "ha": "right", "va": "top"}
+    what = f"epochs 2 to {last}: has trained on what it scores\n\N{EM DASH} not a compression rate"
+    ax.text(0.985, 0.8, what, color=WARNING, style="italic", **corner, **note)
     if firsts := [run.epochs[1] for run in runs if 1 in run.epochs]:
-        arrow = {"arrowstyle": "-|>", "color": "black", "shrinkB": 7}
-        what = "epoch 1: backward-looking,\na valid score"
-        ax.annotate(what, (1, min(firsts)), (0.06, 0.12), textcoords="axes fraction", weight="bold", arrowprops=arrow)
+        what, at = "epoch 1:\nbackward-looking,\na valid score", {"xytext": (0.045, 0.1), "textcoords": "axes fraction"}
+        arrow = {"arrowstyle": "-|>", "color": "black", "shrinkB": 7, "relpos": (0.1, 1)}
+        ax.annotate(what, (1, min(firsts)), weight="bold", arrowprops=arrow, **at, **note)
     ax.set_title("Test-time training, replayed epoch by epoch")
     ax.set_xlabel("epoch")
     ax.set_ylabel("bits per byte")
-    entries = [(key(run.colour, lw=3), ttt_figures(run)) for run in runs]
-    ax.legend(*zip(*entries, strict=True), loc="upper center", bbox_to_anchor=(0.5, -0.15), handlelength=1.4)
+    entries = [(key(run.colour, lw=3), line) for run in runs if (line := ttt_figures(run))]
+    below = {"loc": "upper center", "bbox_to_anchor": (0.5, 0), "borderaxespad": 4}
+    ax.legend(*zip(*entries, strict=True), handlelength=1.4, **below)
 
 
 def ttt_figures(run: Run) -> str:
-    """The legend's line for a run: the figures of its evaluation, in digits."""
+    """The legend's line for a run: the figures of its evaluation, in digits; empty if it has none."""
+    last = max(run.epochs, default=1)
     figures = {
-        "no adaptation (dotted)": run.no_adaptation,
-        "single pass": run.single_pass,
-        "epoch 1": run.epochs.get(1),
+        "no adaptation {:.4f} (dotted)": run.no_adaptation,
+        "single pass {:.4f}": run.single_pass,
+        "epoch 1 {:.4f}": run.epochs.get(1),
+        f"epoch {last} {{:.4f}} (not a score)": run.epochs[last] if last > 1 else None,
     }
-    if len(run.epochs) > 1:
-        figures[f"epoch {max(run.epochs)}"] = run.epochs[max(run.epochs)]
-    return f"{run.label}: " + ", ".join(f"{name} {value:.4f}" for name, value in figures.items() if value is not None)
+    known = [form.format(bpb) for form, bpb in figures.items() if bpb is not None]
+    return f"{run.label}:  " + "  ·  ".join(known) if known else ""
 
 
 def draw_bytes(ax: Axes, runs: Sequence[Run]) -> None:
@@ -275,28 +274,27 @@ def draw_bytes(ax: Axes, runs: Sequence[Run]) -> None:
     kinds = [kind for kind in KINDS if any(kind in run.kinds for run in runs)]
     cap, most, thickness = min(run.cap for run in runs), max(run.total for run in runs), 0.84 / len(runs)
     unit, name = (1e6, "MB") if most >= 1e6 else (1e3, "kB")
+    near, legible = cap < 2 * most, len(runs) * (len(kinds) + 1) <= 16
+    right = 1.05 * max(cap, most) if near else 1.3 * most
     for index, run in enumerate(runs):
-        for row, (kind, size) in enumerate([*((kind, run.kinds.get(kind)) for kind in kinds), ("total", run.total)]):
-            if size is None:
-                continue
-            y = row + (index - (len(runs) - 1) / 2) * thickness
-            ax.barh(y, size / unit, thickness * 0.92, color=run.colour, alpha=1 if kind == "total" else 0.55)
-            text = f"{size / unit:.3g}" + (
-                f"  ({run.bits[kind]:.2f} bits/weight)" if kind in run.bits and len(runs) < 3 else ""
-            )
-            if len(runs) < 4 and kind != "total":
-                ax.annotate(text, (size / unit, y), (4, 0), textcoords="offset points", va="center", size=8, color=GREY)
-    near = cap < 2 * most
-    right = 1.04 * cap / unit if near else 1.3 * most / unit
+        for row, kind in enumerate([*kinds, "total"]):
+            size = run.total if kind == "total" else run.kinds.get(kind, 0)
+            y, inside = row + (index - (len(runs) - 1) / 2) * thickness, size > 0.6 * right
+            ax.barh(y, size / unit, thickness * 0.9, color=run.colour if kind == "total" else pale(run.colour))
+            if size and legible:
+                text = f"{size:,} bytes" if kind == "total" else readable(size)
+                text += f", {run.bits[kind]:.2f} bits/weight" if kind in run.bits else ""
+                colour = "white" if kind == "total" and inside else "black" if inside else GREY
+                at = {"xytext": (-4 if inside else 4, 0), "ha": "right" if inside else "left", "va": "center_baseline"}
+                ax.annotate(text, (size / unit, y), textcoords="offset points", size=8, color=colour, **at)
     if near:
         ax.axvline(cap / unit, color="black", lw=1.4)
-    room = f"total {most:,} bytes, {most / cap:.1%} of the cap"
-    ax.set_title(f"Bytes: {room}" if len(runs) == 1 else f"Bytes, at most {most / cap:.1%} of the cap")
-    ax.set_xlim(0, right)
+    ax.set_title(f"Bytes: {'' if len(runs) == 1 else 'at most '}{most / cap:.1%} of the cap")
+    ax.set_xlim(0, right / unit)
     ax.set_yticks(range(len(kinds) + 1), [*kinds, "total"])
     ax.invert_yaxis()
     ax.grid(visible=False, axis="y")
-    ax.set_xlabel(f"{name} (cap: {cap / 1e6:g} MB{', the black line' if near else ', far to the right'})")
+    ax.set_xlabel(f"{name} (cap: {cap / 1e6:g} MB{', the black line' if near else ', beyond the frame'})")
 
 
 def key(colour: str = GREY, **style: object) -> Line2D:
@@ -304,13 +302,35 @@ def key(colour: str = GREY, **style: object) -> Line2D:
     return Line2D([], [], color=colour, **style)
 
 
-def crop(ax: Axes, series: Sequence[dict[int, float]]) -> None:
-    """Fits the y axis to what comes after the first tenth of the steps: the steep start would flatten the rest."""
-    end = max(max(values, default=0) for values in series)
-    kept = [value for values in series for step, value in values.items() if step >= end / 10 and value == value]
-    if kept and min(kept) < max(kept):
-        margin = 0.08 * (max(kept) - min(kept))
-        ax.set_ylim(min(kept) - margin, max(kept) + margin)
+def dot(run: Run) -> float:
+    """The size of a validation's dot: smaller where there are many."""
+    return 4.5 if len(run.val) <= 20 else 2.2
+
+
+def pale(colour: str) -> tuple[float, ...]:
+    """A colour mixed with white: unlike a transparent one, it hides the grid."""
+    return tuple(0.55 + 0.45 * part for part in mpl.colors.to_rgb(colour))
+
+
+def readable(size: int) -> str:
+    """A number of bytes in three digits."""
+    return f"{size / 1e6:.3g} MB" if size >= 1e6 else f"{size / 1e3:.3g} kB"
+
+
+def crop(ax: Axes, runs: Sequence[Sequence[tuple[int, float]]]) -> None:
+    """Fits the y axis to what comes after the first tenth of each run: the steep start would flatten the rest.
+
+    `runs`: (step, value) of each. Short runs are shown whole.
+    """
+    late = []
+    for points in runs:
+        end = max((step for step, _ in points), default=0)
+        late += [value for step, value in points if step >= end / 10 and math.isfinite(value)]
+    if len(late) >= LONG_RUN * len(runs) and min(late) < max(late):
+        margin = 0.08 * (max(late) - min(late))
+        ax.set_ylim(min(late) - margin, max(late) + margin)
+    ax.xaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 4, 5, 10]))
+    ax.xaxis.set_major_formatter(StrMethodFormatter("{x:,g}"))
 
 
 class Panel(NamedTuple):
@@ -340,14 +360,15 @@ def draw(runs: Sequence[Run], wanted: Sequence[str]) -> Figure:
         raise UserError(f"no run has figures for {', '.join(wanted)} — give other logs or another --what")
     narrow = [name for name in names if not PANELS[name].wide]
     rows = [narrow[i : i + 2] for i in range(0, len(narrow), 2)] + [[name] for name in names if PANELS[name].wide]
-    figure = Figure((WIDTH, ROW * len(rows) + 0.3 * (len(runs) > 1)), layout="constrained")
-    axes = figure.subplot_mosaic([row * (2 // len(row)) for row in rows])
+    heights = [WIDE_ROW + LINE * len(runs) if PANELS[row[0]].wide else ROW for row in rows]
+    figure = Figure((WIDTH, sum(heights) + 2 * LINE * (len(runs) > 1)), layout="constrained")
+    figure.get_layout_engine().set(w_pad=0.1, h_pad=0.1)  # inches
+    axes = figure.subplot_mosaic([row * (2 // len(row)) for row in rows], height_ratios=heights)
     for name in names:
         PANELS[name].draw(axes[name], runs)
     if len(runs) > 1:
-        figure.legend(
-            [key(run.colour, lw=3) for run in runs], [run.label for run in runs], loc="outside upper left", ncols=4
-        )
+        handles, names = [key(run.colour, lw=3) for run in runs], [run.label for run in runs]
+        figure.legend(handles, names, loc="outside upper left", ncols=4)
     return figure
 
 
@@ -355,9 +376,7 @@ def parse_arguments() -> argparse.Namespace:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="a run's folder, or a log")
     parser.add_argument("--out", type=Path, required=True, metavar="PREFIX", help="writes PREFIX.png and PREFIX.svg")
-    parser.add_argument(
-        "--what", nargs="+", choices=PANELS, default=list(PANELS), help="panels; default: all there are"
-    )
+    parser.add_argument("--what", nargs="+", choices=PANELS, default=list(PANELS), help="panels; default: all")
     return parser.parse_args()
 
 
@@ -366,11 +385,12 @@ def main() -> None:
     if mpl is None:
         raise UserError("drawing needs matplotlib — pip install matplotlib")
     runs = read_runs(options.runs)
-    options.out.parent.mkdir(parents=True, exist_ok=True)
+    prefix = options.out.with_suffix("") if options.out.suffix in (".png", ".svg") else options.out
+    prefix.parent.mkdir(parents=True, exist_ok=True)
     with mpl.rc_context(STYLE):
         figure = draw(runs, options.what)
         for suffix, metadata in ((".png", {"Software": None}), (".svg", {"Date": None, "Creator": None})):
-            path = options.out.with_name(options.out.name + suffix)
+            path = prefix.with_name(prefix.name + suffix)
             figure.savefig(path, dpi=DPI, metadata=metadata)
             print(f"wrote {path}")
 

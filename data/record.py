@@ -3,8 +3,8 @@
     python data/record.py runs/seed42 runs/seed43 runs/seed44 --baseline-loss 1.9296
 
 The score is the backward-looking figure: every token was scored before any update had seen it. Replay's last epoch has
-trained on what it scores; it stands in a field of its own and takes part in nothing. Without runs the file written is
-the placeholder: the same fields, nothing measured.
+trained on what it scores; it stands in a field of its own and takes part in nothing. With --placeholder instead of runs,
+the file has the same fields and says that nothing was measured.
 """
 
 from __future__ import annotations
@@ -264,7 +264,11 @@ def incomplete_beta(a: float, b: float, x: float) -> float:
 
 def t_tail(t: float, freedom: int) -> float:
     """Returns P(T > t) for Student's t distribution with `freedom` degrees of freedom."""
-    tail = incomplete_beta(freedom / 2, 0.5, freedom / (freedom + t * t)) / 2
+    square = t * t
+    if square < freedom:  # this form is exact for a small t, the other one for a small tail
+        tail = (1 - incomplete_beta(0.5, freedom / 2, square / (freedom + square))) / 2
+    else:
+        tail = incomplete_beta(freedom / 2, 0.5, freedom / (freedom + square)) / 2
     return tail if t >= 0 else 1 - tail
 
 
@@ -501,6 +505,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--baseline-loss", type=loss, metavar="NATS", help="val_loss of the record to beat, in nats per token"
     )
+    parser.add_argument("--placeholder", action="store_true", help="write what stands in until there are runs")
     parser.add_argument("--out", type=Path, default=Path("submission.json"), help="default: submission.json")
     parser.add_argument("--name", default=NAME, help="of the submission")
     parser.add_argument("--author", default=AUTHOR)
@@ -512,6 +517,8 @@ def parse_arguments() -> argparse.Namespace:
 
 def main() -> None:
     options = parse_arguments()
+    if bool(options.results) == options.placeholder:
+        raise UserError("give either runs or --placeholder — see --help")
     runs = [read_run(path) for path in options.results]
     for run in runs:
         refuse_over_limit(run)
@@ -522,7 +529,8 @@ def main() -> None:
     partial = options.out.with_name(options.out.name + ".tmp")
     partial.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     partial.replace(options.out)
-    print(summary(content))
+    if runs:
+        print(summary(content))
     print(f"wrote {options.out}")
 
 

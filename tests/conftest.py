@@ -14,6 +14,8 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import train_gpt
 
+torch.set_num_threads(1)  # the small models below gain nothing from more
+
 SMALL = dict(vocab_size=300, num_layers=3, model_dim=32, num_heads=4, num_kv_heads=2, bigram_vocab_size=61, bigram_dim=16,
              train_seq_len=32, train_batch_tokens=64, eval_stride=8, eval_batch_seqs=5, val_batch_size=96, ttt_chunk_size=16,
              ttt_eval_seq_len=64, ttt_n_epochs=2, ttt_lora_rank=4, ttt_lora_lr=0.01, eval_max_seconds=0)

@@ -16,7 +16,7 @@ def reference(state, s, ids, targets, lora=None, past=None, visible=None):
     """NLL of each target of one sequence, float64, and what it leaves to the tokens after it, (id, embedding, keys, values).
 
     ids, targets: lists of ints. state: any float tensors by name. lora: per layer (A_q, B_q, A_v, B_v). past: what earlier tokens
-    left. visible(i, j): may the query at position i see the key at position j <= i?"""
+    left. visible(i, j), for tensors: may the query at position i see the key at position j <= i?"""
     w = {name: tensor.double() for name, tensor in state.items()}
     d, heads, kv_heads, width = s.model_dim, s.num_heads, s.num_kv_heads, s.model_dim // s.num_heads
     rms = lambda x: x / (x.square().mean(-1, keepdim=True) + 2.0**-23).sqrt()
@@ -38,8 +38,8 @@ def reference(state, s, ids, targets, lora=None, past=None, visible=None):
     cos, sin = angle.cos()[:, None], angle.sin()[:, None]
     rotate = lambda y: torch.cat((y[..., : width // 2] * cos + y[..., width // 2 :] * sin,
                                   -y[..., : width // 2] * sin + y[..., width // 2 :] * cos), -1)
-    mask = torch.tensor([[j <= i and (visible is None or visible(i, j)) for j in range(first + len(ids))]
-                         for i in range(first, first + len(ids))])
+    i, j = torch.arange(first, first + len(ids))[:, None], torch.arange(first + len(ids))
+    mask = (j <= i) & (visible(i, j) if visible else True)
     pushed, keys, values = [], [], []
     for layer in range(s.num_layers):
         if layer >= s.num_layers // 2 and pushed:

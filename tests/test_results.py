@@ -1,0 +1,528 @@
+"""Tests of the tools that turn runs into results: data/record.py and data/plot.py."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import math
+import signal
+import sys
+import xml.etree.ElementTree as ET
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import Any, NamedTuple
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / "data"))
+import plot
+import record
+import text
+
+TARGETS, BYTES, DOCUMENTS = 62_021_845, 151_000_000, 50_000
+BASELINE = 1.95
+FAST = settings(deadline=None, max_examples=50)
+
+
+class Result(NamedTuple):
+    code: int
+    out: str
+    err: str
+
+
+def call(module: ModuleType, *arguments: object) -> Result:
+    """Runs a tool's main function in this process as its command line would."""
+    out, err, argv, terminate = io.StringIO(), io.StringIO(), sys.argv, signal.getsignal(signal.SIGTERM)
+    sys.argv = [module.__name__, *map(str, arguments)]
+    try:
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), pytest.raises(SystemExit) as stop:
+            text.run(module.main)
+    finally:
+        sys.argv = argv
+        signal.signal(signal.SIGTERM, terminate)
+    return Result(stop.value.code, out.getvalue(), err.getvalue())
+
+
+def refuses(result: Result, *words: str) -> bool:
+    """The contract for a user's mistake: exit code 2 and `error: what — what to do` as the only line on stderr."""
+    lines = result.err.splitlines()
+    one_line = result.code == 2 and len(lines) == 1 and lines[0].startswith("error: ") and " — " in lines[0]
+    return one_line and all(word in lines[0] for word in words)
+
+
+# ---------------------------------------------------------------------------------------------- results
+
+
+def figure(loss: float, backward_looking: bool = True, **more: object) -> dict[str, Any]:
+    bpb = loss * TARGETS / math.log(2) / BYTES
+    counts = {"targets": TARGETS, "bytes": BYTES}
+    return {"val_loss": loss, "val_bpb": bpb, "backward_looking": backward_looking, **counts, **more}
+
+
+def a_result(seed: int, loss: float) -> dict[str, Any]:
+    """What train_gpt.py writes after a record run: every rule is kept."""
+    score = figure(loss, epoch=1)
+    audit = [
+        {"document": 7, "t": 300, "figure": "epoch_1", "backward_looking": True, "change": 0.0, "repeat": 0.0},
+        {"document": 7, "t": 300, "figure": "last_epoch_50", "backward_looking": False, "change": 3.3, "repeat": 0.0},
+    ]
+    return {
+        "schema_version": 1,
+        "run_id": f"run{seed}",
+        "seed": seed,
+        "source_sha256": "ab" * 32,
+        "settings": dict(record.PROTOCOL, seed=seed, run_id=f"run{seed}", vocab_size=1024, val_docs=0),
+        "environment": {"device": "NVIDIA H100 80GB HBM3", "world_size": 8},
+        "world_size": 8,
+        "quantised": True,
+        "training": {"steps": 6700, "seconds": 600.04},
+        "artifact": {
+            "model_bytes": 15_800_000 + seed,
+            "code_bytes": 102_000,
+            "total_bytes": 15_902_000 + seed,
+            "sha256": f"{seed:064x}",
+        },
+        "evaluation": {
+            "documents": DOCUMENTS,
+            "unfinished_documents": [],
+            "seconds": 480.5,
+            "no_adaptation": figure(loss + 0.01),
+            "backward_looking": score,
+            "last_epoch": figure(loss - 0.3, backward_looking=False, epoch=50),
+            "audit": audit,
+        },
+        "val_loss": score["val_loss"],
+        "val_bpb": score["val_bpb"],
+    }
+
+
+LOSSES = (1.9300, 1.9312, 1.9295)
+Change = Callable[[dict[str, Any]], object]
+
+
+@pytest.fixture
+def runs(tmp_path: Path) -> Callable[..., list[Path]]:
+    """Writes the result.json of record runs, each changed by one of `changes`, and returns their paths."""
+
+    def write(*changes: Change, losses: tuple[float, ...] = LOSSES) -> list[Path]:
+        paths = []
+        for index, loss in enumerate(losses):
+            result = a_result(42 + index, loss)
+            if index < len(changes):
+                changes[index](result)
+            paths.append(tmp_path / f"run{index}" / "result.json")
+            paths[-1].parent.mkdir(exist_ok=True)
+            paths[-1].write_text(json.dumps(result))
+        return paths
+
+    return write
+
+
+def submit(tmp_path: Path, *arguments: object) -> dict[str, Any]:
+    out = tmp_path / "submission.json"
+    result = call(record, *arguments, "--out", out)
+    assert result.code == 0, result.err
+    return json.loads(out.read_text())
+
+
+def put(path: str, value: object) -> Change:
+    """A change: sets the value at a dotted path."""
+
+    def change(result: dict[str, Any]) -> None:
+        *sections, name = path.split(".")
+        for section in sections:
+            result = result[section]
+        result[name] = value
+
+    return change
+
+
+def same(change: Change) -> tuple[Change, Change, Change]:
+    return change, change, change
+
+
+# ---------------------------------------------------------------------------------------------- record.py: the t-test
+
+
+@pytest.mark.parametrize(
+    ("t", "freedom", "p"),
+    [  # from tables of Student's distribution
+        (3.078, 1, 0.1),
+        (6.314, 1, 0.05),
+        (31.821, 1, 0.01),
+        (6.965, 2, 0.01),
+        (9.925, 2, 0.005),
+        (4.541, 3, 0.01),
+        (2.015, 5, 0.05),
+        (2.228, 10, 0.025),
+        (2.750, 30, 0.005),
+        (2.660, 60, 0.005),
+        (1.962, 1000, 0.025),
+    ],
+)
+def test_t_tail_agrees_with_tables(t: float, freedom: int, p: float):
+    assert record.t_tail(t, freedom) == pytest.approx(p, rel=2e-3)
+    assert record.t_tail(-t, freedom) == pytest.approx(1 - p, rel=1e-3)
+
+
+@FAST
+@given(st.floats(-1e4, 1e4))
+def test_t_tail_has_closed_forms(t: float):
+    assert record.t_tail(t, 1) == pytest.approx(0.5 - math.atan(t) / math.pi, abs=1e-12)
+    assert record.t_tail(t, 2) == pytest.approx(0.5 - t / (2 * math.sqrt(2 + t * t)), abs=1e-12)
+
+
+@FAST
+@given(st.floats(0.5, 300), st.floats(0.5, 300), st.floats(1e-6, 1 - 1e-6))
+def test_incomplete_beta_is_a_distribution(a: float, b: float, x: float):
+    value = record.incomplete_beta(a, b, x)
+    assert -1e-12 <= value <= 1 + 1e-12
+    assert value + record.incomplete_beta(b, a, 1 - x) == pytest.approx(1, abs=1e-9)
+    assert record.incomplete_beta(a, 1, x) == pytest.approx(x**a, abs=1e-10)
+
+
+def test_t_tail_agrees_with_simulation():
+    rng = np.random.default_rng(0)
+    draws = rng.standard_normal((200_000, 4))
+    t = draws.mean(1) / (draws.std(1, ddof=1) / 2)
+    for at in (0.5, 1.5, 3.0):
+        assert record.t_tail(at, 3) == pytest.approx((t > at).mean(), abs=0.004)
+
+
+def test_t_test_by_hand():
+    # Mean 2, deviation 1, so the standard error of 4 runs is 0.5 and t = (3 - 0.005 - 2) / 0.5.
+    losses = [2 - math.sqrt(0.75), 2 + math.sqrt(0.75)] * 2
+    found = record.t_test(losses, 3.0)
+    assert (found["t"], found["degrees_of_freedom"]) == (pytest.approx(1.99), 3)
+    assert found["p"] == pytest.approx(0.0703, abs=2e-4)
+    assert found["improvement_nats"] == pytest.approx(1)
+
+
+@pytest.mark.parametrize(("losses", "baseline"), [([], 2.0), ([1.9], 2.0), ([1.9, 1.9], 2.0), ([1.9, 1.8], None)])
+def test_t_test_says_nothing_without_evidence(losses: list[float], baseline: float | None):
+    assert record.t_test(losses, baseline)["p"] is None
+
+
+# ---------------------------------------------------------------------------------------------- record.py: statuses
+
+
+def test_three_good_runs_are_a_record(runs: Callable[..., list[Path]], tmp_path: Path):
+    found = submit(tmp_path, *runs(), "--baseline-loss", BASELINE, "--name", "N", "--github-id", "g", "--author", "A")
+    assert (found["status"], found["reasons"]) == ("record", [])
+    assert (found["name"], found["github_id"], found["author"]) == ("N", "g", "A")
+    assert found["val_loss"] == pytest.approx(np.mean(LOSSES))
+    assert found["val_loss_std"] == pytest.approx(np.std(LOSSES, ddof=1))
+    assert found["val_bpb"] == pytest.approx(np.mean(LOSSES) * TARGETS / math.log(2) / BYTES)
+    assert [run["seed"] for run in found["runs"]] == [42, 43, 44]
+    assert found["bytes_total"] == 15_902_044  # the largest
+    assert (found["train_seconds"], found["eval_seconds"]) == (600.04, 480.5)
+    assert found["significance"]["p"] < 0.01
+    unseen = record.SOURCE_RULE
+    assert {rule["outcome"] for name, rule in found["rules"].items() if name != unseen} == {"pass"}
+    assert found["rules"][unseen]["outcome"] == "not applicable"
+
+
+def test_replays_last_epoch_stands_apart_and_is_labelled(runs: Callable[..., list[Path]], tmp_path: Path):
+    found = submit(tmp_path, *runs())
+    last = found["replay_last_epoch"]
+    assert last["val_loss"] == pytest.approx(np.mean(LOSSES) - 0.3)
+    assert last["epoch"] == 50
+    assert "not a compression rate" in last["label"]
+    assert found["val_loss"] == pytest.approx(np.mean(LOSSES))
+    assert all("not a compression rate" in run["replay_last_epoch"]["label"] for run in found["runs"])
+
+
+def test_single_pass_and_sliding_runs_have_no_replay_figure(runs: Callable[..., list[Path]], tmp_path: Path):
+    def single_pass(result: dict[str, Any]) -> None:
+        result["evaluation"]["last_epoch"] = result["evaluation"]["backward_looking"]
+
+    def sliding(result: dict[str, Any]) -> None:
+        result["evaluation"] = {"sliding": figure(result["val_loss"]), "seconds": 100.0, "within_budget": True}
+
+    for change in (single_pass, sliding):
+        found = submit(tmp_path, *runs(*same(change)), "--baseline-loss", BASELINE)
+        assert found["status"] == "record"
+        assert found["replay_last_epoch"]["val_bpb"] is None
+
+
+@pytest.mark.parametrize(
+    ("change", "rule"),
+    [
+        (put("environment.device", "NVIDIA H200"), "hardware_8xH100"),
+        (put("world_size", 1), "hardware_8xH100"),
+        (put("evaluation.documents", 625), "full_validation_split"),
+        (put("settings.vocab_size", 4096), "full_validation_split"),
+        (put("evaluation.no_adaptation.targets", TARGETS - 1), "every_target_scored_once"),
+        (put("evaluation.last_epoch.val_bpb", 1.0), "every_target_scored_once"),
+        (put("val_bpb", 1.0), "backward_looking_score"),
+        (put("evaluation.backward_looking.backward_looking", False), "backward_looking_score"),
+        (lambda result: result["evaluation"]["audit"][0].update(change=0.1), "backward_looking_score"),
+        (put("quantised", False), "quantised_artifact"),
+    ],
+)
+def test_a_broken_rule_makes_a_non_record(change: Change, rule: str, runs: Callable[..., list[Path]], tmp_path: Path):
+    found = submit(tmp_path, *runs(*same(change)), "--baseline-loss", BASELINE)
+    assert found["status"] == "non-record"
+    assert [name for name, judged in found["rules"].items() if judged["outcome"] == "fail"] == [rule]
+    assert len(found["reasons"]) == 1
+    assert found["reasons"][0].startswith(rule)
+
+
+def test_an_improvement_within_the_margin_is_no_record(runs: Callable[..., list[Path]], tmp_path: Path):
+    found = submit(tmp_path, *runs(), "--baseline-loss", np.mean(LOSSES) + 0.0051)
+    assert found["status"] == "non-record"
+    assert found["significance"]["p"] > 0.01
+    assert found["significance"]["improvement_nats"] == pytest.approx(0.0051)
+
+
+def test_what_cannot_be_judged_leaves_it_incomplete(runs: Callable[..., list[Path]], tmp_path: Path):
+    paths = runs()
+    found = submit(tmp_path, paths[0], "--baseline-loss", BASELINE)
+    assert found["status"] == "incomplete"
+    assert found["val_loss_std"] is None
+    assert "at least 2 runs" in found["reasons"][0]
+    found = submit(tmp_path, *paths)
+    assert (found["status"], "baseline" in found["reasons"][0]) == ("incomplete", True)
+
+    def only_evaluated(result: dict[str, Any]) -> None:
+        result.update(training=None, artifact=None)
+
+    found = submit(tmp_path, *runs(*same(only_evaluated)), "--baseline-loss", BASELINE)
+    assert found["status"] == "incomplete"
+    assert (found["bytes_total"], found["train_seconds"]) == (None, None)
+    assert [reason.split(":")[0] for reason in found["reasons"]] == ["size_cap", "train_seconds"]
+
+
+def test_the_step_under_way_at_the_end_of_training_may_finish(runs: Callable[..., list[Path]], tmp_path: Path):
+    assert submit(tmp_path, *runs())["rules"]["train_seconds"]["outcome"] == "pass"  # 600.04 s
+    late = put("training.seconds", 600.2)  # more than the mean step of 0.09 s
+    assert refuses(call(record, *runs(late)), "600.20 s", "600 s")
+
+
+def test_the_committed_placeholder_has_the_fields_of_a_submission(runs: Callable[..., list[Path]], tmp_path: Path):
+    committed = json.loads((ROOT / "submission.json").read_text())
+    found = submit(tmp_path, *runs(), "--baseline-loss", BASELINE)
+    assert list(committed) == list(found)
+    for section in ("replay_last_epoch", "significance", "rules", "protocol"):
+        assert list(committed[section]) == list(found[section])
+    if not committed["runs"]:
+        assert committed["val_bpb"] is None
+        assert committed["status"] == "not measured on 8xH100"
+        assert committed == submit(tmp_path, "--placeholder")
+
+
+# ---------------------------------------------------------------------------------------------- record.py: refusals
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (put("source_sha256", "cd" * 32), ["different sources"]),
+        (put("seed", 43), ["same seed 43"]),
+        (put("artifact.sha256", f"{43:064x}"), ["same artifact"]),
+        (put("settings.ttt_lora_lr", 0.002), ["ttt_lora_lr"]),
+        (put("artifact.total_bytes", 16_000_001), ["16,000,001 bytes", "16,000,000"]),
+        (put("training.seconds", 612.3), ["trained for 612.30 s", "MAX_WALLCLOCK_SECONDS"]),
+        (put("evaluation.seconds", 600.01), ["evaluated for 600.01 s", "EVAL_MAX_SECONDS"]),
+        (put("schema_version", 2), ["schema_version 2"]),
+        (put("val_loss", "low"), ["val_loss"]),
+        (put("val_loss", math.nan), ["val_loss"]),
+        (put("seed", True), ["seed"]),
+        (put("evaluation", {}), ["evaluation.no_adaptation"]),
+        (put("evaluation.audit", [{}]), ["audit"]),
+        (put("artifact", []), ["artifact.model_bytes"]),
+    ],
+)
+def test_refusals(change: Change, words: list[str], runs: Callable[..., list[Path]], tmp_path: Path):
+    out = tmp_path / "submission.json"
+    out.write_text("before")
+    assert refuses(call(record, *runs(change), "--baseline-loss", BASELINE, "--out", out), *words)
+    assert out.read_text() == "before"
+
+
+def test_files_of_another_kind_are_refused(tmp_path: Path):
+    for content in ("[]", "{}", "no json", "null"):
+        (tmp_path / "result.json").write_text(content)
+        assert refuses(call(record, tmp_path, "--out", tmp_path / "s.json"), "result.json")
+    assert refuses(call(record, tmp_path / "missing.json"), "missing.json")
+    assert refuses(call(record, tmp_path, "--baseline-loss", "-1"), "baseline-loss")
+    assert refuses(call(record, "--out", tmp_path / "s.json"), "--placeholder")
+    assert not (tmp_path / "s.json").exists()
+
+
+# ---------------------------------------------------------------------------------------------- plot.py
+
+SOURCE = 'log(f"step:{step}/{n} val_loss:{loss}")\n'  # logs begin with the script that wrote them
+OURS = SOURCE + "\n".join(
+    [
+        "step:0/40 val_loss:6.89257524 val_bpb:4.12179666 train_time:0ms step_avg:0.00ms",
+        *(f"step:{i}/40 train_loss:{6 - i / 20:.8f} train_time:{90 * i}ms step_avg:90.00ms" for i in range(1, 41)),
+        "step:40/40 val_loss:3.90000000 val_bpb:2.33000000 train_time:3600ms step_avg:90.00ms",
+        "export kind:int5 weights:1000 bytes:600 bits_per_weight:4.8000 entropy:4.7000",
+        "export kind:scale weights:10 bytes:20 bits_per_weight:16.0000",
+        "export model_bytes:700 code_bytes:300 total_bytes:1000 max_bytes:2000 fits:True prune_fraction:0.03 seconds:0.1",
+        "no_adaptation val_loss:3.91000000 val_bpb:2.34000000",
+        *(f"ttt_epoch:{e}/9 val_loss:{4 - e / 10:.8f} val_bpb:{2.34 - e / 100:.8f}" for e in range(1, 10)),
+        "final_ttt_exact protocol:replay context:cached backward_looking_val_bpb:2.33 last_epoch_val_bpb:2.25",
+        "final_int8_zlib_roundtrip_exact val_loss:3.90000000 val_bpb:2.33000000",
+    ]
+)
+REFERENCE = (
+    SOURCE
+    + """\
+step:0/20000 val_loss:6.9357 val_bpb:4.1077 train_time:0ms step_avg:0.01ms
+step:200/20000 train_loss:2.7801 train_time:8700ms step_avg:43.50ms
+step:13780/20000 val_loss:2.0606 val_bpb:1.2172 train_time:600038ms step_avg:43.54ms
+stopping_early: wallclock_cap train_time:600038ms step:13780/20000
+Serialized model: 67224983 bytes
+Code size: 47642 bytes
+Total submission size: 67272625 bytes
+Serialized model int8+zlib: 15815847 bytes (payload:17178912 raw_torch:17224025 payload_ratio:3.91x)
+Total submission size int8+zlib: 15863489 bytes
+final_int8_zlib_roundtrip val_loss:2.0727 val_bpb:1.2244 eval_time:1401ms
+final_int8_zlib_roundtrip_exact val_loss:2.07269931 val_bpb:1.22436570
+"""
+)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A run's folder."""
+    path = tmp_path / "ours"
+    path.mkdir()
+    (path / "train.log").write_text(OURS)
+    return path
+
+
+@pytest.fixture
+def reference(tmp_path: Path) -> Path:
+    """A reference script's log."""
+    path = tmp_path / "reference.txt"
+    path.write_text(REFERENCE)
+    return path
+
+
+def panels(figure: Any) -> list[str]:
+    return [axes.get_title(loc="left") for axes in figure.axes]
+
+
+def drawn(*paths: Path, what: tuple[str, ...] = tuple(plot.PANELS)) -> Any:
+    with plot.mpl.rc_context(plot.STYLE):
+        return plot.draw(plot.read_runs(paths), what)
+
+
+def test_our_log_is_read(folder: Path):
+    (run,) = plot.read_runs([folder])
+    assert run.label == "ours"
+    assert list(run.train) == list(range(1, 41))
+    assert run.val == {0: (0, 6.89257524, 4.12179666), 40: (3.6, 3.9, 2.33)}
+    assert run.no_adaptation == 2.34
+    assert (run.epochs[1], run.epochs[9], len(run.epochs)) == (2.33, 2.25, 9)
+    assert run.kinds == {"int5": 600, "scale": 20, "header": 80, "code": 300}
+    assert (run.total, run.cap, run.final) == (1000, 2000, 2.33)
+
+
+def test_a_reference_log_is_read(reference: Path):
+    (run,) = plot.read_runs([reference])
+    assert run.train == {200: (8.7, 2.7801, None)}
+    assert run.val[13780] == (600.038, 2.0606, 1.2172)
+    assert (run.final, run.total, run.cap) == (1.2243657, 15_863_489, 16_000_000)
+    assert not run.epochs
+
+
+def test_a_resumed_log_counts_once(folder: Path):
+    (folder / "train.log").write_text(OURS + "\n" + OURS)
+    (again,) = plot.read_runs([folder])
+    (folder / "train.log").write_text(OURS)
+    assert [again] == plot.read_runs([folder])
+
+
+def test_panels_without_figures_are_left_out(folder: Path, reference: Path):
+    assert len(panels(drawn(folder))) == 5
+    assert len(panels(drawn(reference))) == 4
+    assert not any("Test-time" in title for title in panels(drawn(reference)))
+    assert panels(drawn(folder, reference, what=("loss",))) == ["Loss against steps"]
+
+
+def test_a_short_run_stays_in_sight_beside_a_long_one(folder: Path, tmp_path: Path):
+    lines = (f"step:{i * 100}/9000 train_loss:2.0 train_time:{i}ms step_avg:1ms" for i in range(1, 91))
+    (tmp_path / "long.txt").write_text("\n".join(lines))
+    (axes,) = drawn(folder, tmp_path / "long.txt", what=("loss",)).axes
+    low, high = axes.get_ylim()
+    assert low < 2.0
+    assert high > 5.5
+
+
+def test_epoch_1_is_marked_and_the_rest_labelled(folder: Path):
+    (axes,) = drawn(folder, what=("ttt",)).axes
+    said = " ".join(" ".join(text.get_text().split()) for text in axes.texts)
+    assert "epochs 2 to 9: has trained on what it scores" in said
+    assert "epoch 1: backward-looking, a valid score" in said
+    (legend,) = axes.get_legend().get_texts()
+    assert "epoch 1 2.3300" in legend.get_text()
+    assert "epoch 9 2.2500 (not a score)" in legend.get_text()
+    full = [line for line in axes.lines if line.get_marker() == "o" and line.get_markerfacecolor() != plot.PALE]
+    assert [line.get_xydata().tolist() for line in full] == [[[1, 2.33]]]
+
+
+def test_a_run_without_test_time_training_is_not_in_its_legend(folder: Path, reference: Path):
+    (axes,) = drawn(folder, reference, what=("ttt",)).axes
+    assert [text.get_text().split(":")[0] for text in axes.get_legend().get_texts()] == ["ours"]
+
+
+def test_the_cap_is_drawn_when_it_is_in_reach(reference: Path, folder: Path):
+    (axes,) = drawn(reference, what=("bytes",)).axes
+    assert [line.get_xdata()[0] for line in axes.lines] == [16.0]
+    (folder / "train.log").write_text(OURS.replace("max_bytes:2000", "max_bytes:16000000"))
+    (axes,) = drawn(folder, what=("bytes",)).axes
+    assert not axes.lines
+    assert "beyond the frame" in axes.get_xlabel()
+
+
+def test_png_and_svg_are_written_and_the_same_again(folder: Path, reference: Path, tmp_path: Path):
+    for name in ("one/a", "two/b.svg"):
+        result = call(plot, folder, reference, "--what", "bytes", "ttt", "--out", tmp_path / name)
+        assert result.code == 0, result.err
+    first, second = ((tmp_path / name).with_suffix(".svg").read_bytes() for name in ("one/a", "two/b"))
+    assert first == second
+    assert ET.fromstring(first).tag.endswith("svg")
+    assert b"<dc:date>" not in first
+    png = (tmp_path / "one/a.png").read_bytes()
+    assert png.startswith(b"\x89PNG")
+    assert png == (tmp_path / "two/b.png").read_bytes()
+    assert int.from_bytes(png[16:20], "big") == 1800  # twice the width of a README
+
+
+def test_the_background_is_opaque_white(folder: Path, tmp_path: Path):
+    assert call(plot, folder, "--what", "ttt", "--out", tmp_path / "a").code == 0
+    pixels = plot.mpl.image.imread(tmp_path / "a.png")
+    assert (pixels[..., 3:] == 1).all()
+    assert (pixels[[0, 0, -1, -1], [0, -1, 0, -1], :3] == 1).all()
+
+
+def test_runs_of_one_name_are_told_apart():
+    logs = [Path("/x/a/train.log"), Path("/y/a/train.log"), Path("/y/b.txt")]
+    assert plot.labels(logs) == ["x/a", "y/a", "y/b"]
+    assert plot.labels(logs[1:]) == ["a", "b"]
+
+
+def test_mistakes_are_one_line(folder: Path, reference: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    out = "--out", tmp_path / "x"
+    assert refuses(call(plot, tmp_path / "none", *out), "none")
+    assert refuses(call(plot, tmp_path, *out), "train.log")
+    assert refuses(call(plot, reference, "--what", "ttt", *out), "ttt")
+    assert refuses(call(plot, folder, "--what", "pie", *out), "pie")
+    assert refuses(call(plot, *[folder] * 8, *out), "8 runs")
+    (tmp_path / "other.txt").write_bytes(b"\xff\xfe not a log")
+    assert refuses(call(plot, tmp_path / "other.txt", *out), "no figures")
+    (tmp_path / "other.txt").write_text("step:7/9 train_loss:broken train_time:1ms step_avg:1ms")
+    assert refuses(call(plot, tmp_path / "other.txt", *out), "line 1")
+    monkeypatch.setattr(plot, "mpl", None)
+    assert refuses(call(plot, folder, *out), "pip install matplotlib")
+    assert not list(tmp_path.glob("x*"))
