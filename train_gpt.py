@@ -30,7 +30,6 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Callable, NamedTuple
-from zipfile import BadZipFile
 
 import numpy as np
 import sentencepiece
@@ -79,7 +78,7 @@ class Settings:
     warmdown_iters: int = setting(3_500, "length of the final decay to zero, in steps", 0, tiny=80)
     warmup_steps: int = setting(20, "steps that compile everything and are then undone", 0, tiny=2)
     max_wallclock_seconds: float = setting(600.0, "training time; 0: no limit", 0.0, tiny=0.0)
-    train_batch_tokens: int = setting(786_432, "tokens per optimiser step, over all ranks", 1, tiny=4_096)
+    train_batch_tokens: int = setting(786_432, "tokens per optimiser step, over all ranks", 1, 1 << 30, tiny=4_096)
     train_seq_len: int = setting(2048, "tokens per row", 2, 1 << 20, tiny=256)
     micro_batch_tokens: int = setting(98_304, "most tokens per rank in one forward and backward", 1)
     val_loss_every: int = setting(500, "steps between validations; 0: only at the end", 0, tiny=80)
@@ -132,8 +131,8 @@ class Settings:
         check_combinations(settings := cls(**values))
         return settings
 
-MODEL_FIELDS = ("vocab_size num_layers model_dim num_heads num_kv_heads mlp_mult tie_embeddings rope_base logit_softcap "
-                "bigram_vocab_size bigram_dim").split()  # what the artifact's header carries
+MODEL_FIELDS = ("vocab_size", "num_layers", "model_dim", "num_heads", "num_kv_heads", "mlp_mult", "tie_embeddings", "rope_base",
+                "logit_softcap", "bigram_vocab_size", "bigram_dim")  # what the artifact's header carries
 BOS = 1
 
 def parse_setting(f, raw):
@@ -144,12 +143,12 @@ def parse_setting(f, raw):
         allowed += f" from {low}" + (f" to {high}" if high is not None else " up")
     try:
         value = {"0": False, "1": True}[str(int(raw))] if kind is bool else kind(raw)
-        good = (value in choices) if choices else kind is str or (
+        good = value in choices if choices else value.isprintable() if kind is str else (
             math.isfinite(value) and (low is None or value >= low) and (high is None or value <= high))
     except (ValueError, KeyError, TypeError, OverflowError):
         good = False
     if not good:
-        raise UserError(f"{f.name.upper()}={str(raw)[:80]} — set {f.name.upper()} to {allowed} ({f.metadata['doc']})")
+        raise UserError(f"{f.name.upper()}={str(raw)[:80]!r} — set {f.name.upper()} to {allowed} ({f.metadata['doc']})")
     return value
 
 def check_combinations(s: Settings) -> None:
@@ -231,13 +230,15 @@ class Runtime:
             ((previous or self.event) if lag else self.event).synchronize()
 
 class Log:
-    """Lines to the console and to OUTPUT_DIR/train.log, from rank 0 only."""
-    def __init__(self, path: Path | None, append: bool = False):
-        self.file = open(path, "a" if append else "w", encoding="utf-8") if path else None
+    """Lines to the console and to OUTPUT_DIR/train.log, from rank 0 only: the other ranks have no file. Raises UserError."""
+    def __init__(self, file=None):
+        self.file = file
     def __call__(self, line: str, console: bool = True) -> None:
-        for file in (self.file, sys.stdout if console else None) if self.file else ():
-            if file:
+        try:
+            for file in (self.file, sys.stdout)[: 1 + console] if self.file else ():
                 print(line, file=file, flush=True)
+        except OSError as e:
+            raise UserError(f"cannot write the log: {e.strerror} — free space or set OUTPUT_DIR") from e
 
 def environment(run: Runtime) -> dict:
     """Versions, devices and thread count: what a run depends on besides its source and settings."""
@@ -287,9 +288,8 @@ def check_tokens(shards: list[np.ndarray], vocab_size: int, run: Runtime) -> Non
     """Raise UserError on every rank if any shard holds a token outside the vocabulary. The ranks share the reading."""
     def scan():
         for shard in shards[run.rank :: run.world]:
-            for start in range(0, len(shard), 1 << 24):
-                if (top := int(shard[start : start + (1 << 24)].max())) >= vocab_size:
-                    raise UserError(f"shard {shard.filename} has token {top} but VOCAB_SIZE={vocab_size} — use shards of the vocabulary")
+            if (top := max(int(shard[i : i + (1 << 24)].max()) for i in range(0, len(shard), 1 << 24))) >= vocab_size:
+                raise UserError(f"shard {shard.filename} has token {top} but VOCAB_SIZE={vocab_size} — use shards of the vocabulary")
     run.together(scan)
 
 class BatchLoader:
@@ -419,7 +419,7 @@ def rotary(position: Tensor, head_dim: int, base: float, dtype: torch.dtype) -> 
     return angle.cos().to(dtype), angle.sin().to(dtype)
 
 def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    x1, x2 = x.chunk(2, dim=-1)  # halves layout
+    x1, x2 = x.chunk(2, dim=-1)
     return torch.cat((x1 * cos + x2 * sin, x2 * cos - x1 * sin), dim=-1)
 
 class Linear(nn.Linear):
@@ -688,12 +688,12 @@ def lr_multiplier(step: int, elapsed: float, s: Settings) -> float:
         rules.append((s.max_wallclock_seconds - elapsed) / (s.warmdown_iters * elapsed / max(step, 1)))
     return max(min(rules), 0.0)
 
-NOT_IN_CHECKPOINT = ("preset data_path tokenizer_path run_id output_dir eval_only resume checkpoint_every warmup_steps val_loss_every "
-                     "val_batch_size train_log_every micro_batch_tokens compile artifact_max_bytes val_docs").split()
+FREE_ON_RESUME = ("preset", "data_path", "tokenizer_path", "run_id", "output_dir", "eval_only", "resume", "checkpoint_every", "compile", "val_docs",
+                  "warmup_steps", "val_loss_every", "val_batch_size", "train_log_every", "micro_batch_tokens", "artifact_max_bytes")
 
 def checkpoint_identity(s: Settings, data: str) -> dict:
     """What a run must agree with to go on from a checkpoint: source, data, and every setting that the training depends on."""
-    settings = {k: v for k, v in asdict(s).items() if k not in NOT_IN_CHECKPOINT and not k.startswith(("eval_", "ttt_"))}
+    settings = {k: v for k, v in asdict(s).items() if k not in FREE_ON_RESUME and not k.startswith(("eval_", "ttt_"))}
     return dict(source=hashlib.sha256(SOURCE.read_bytes()).hexdigest(), data=data) | settings
 
 def load_checkpoint(path: Path, identity: dict) -> dict | None:
@@ -792,6 +792,7 @@ def train(model: GPT, optimizer: Optimizer, stream: Stream, s: Settings, run: Ru
         optimizer.weights.copy_(average / averaged)
     log(f"swa: {averaged} checkpoints: " + ("their mean is the final model" if averaged >= 2 else "too few, the last weights are final"))
     save(finished=True)
+    log("training " + " ".join(f"{k}:{v}" for k, v in account().items()))
     return account()
 
 def check_finite(norms: list[tuple[int, float, Tensor]], s: Settings) -> None:
@@ -805,7 +806,7 @@ def check_finite(norms: list[tuple[int, float, Tensor]], s: Settings) -> None:
 CONTROL = ("attn_scale", "mlp_scale", "resid_mix", "q_gain", "skip_weights", "smear", "bigram.scale")
 LIMITS = {"int5": 15, "int6": 31, "int8": 127}  # largest code; int5 and int6 have one more below zero
 MAGIC, FORMAT, HEADER_BYTES = b"PGOLFGPT", 1, 60  # magic 8, format 4, packed and expanded bytes 8 + 8, SHA-256 32
-MOST_EXPANDED = 1 << 29  # bytes: no artifact near the cap expands to more, and a hostile one cannot claim more
+MOST_EXPANDED, MOST_TABLE = 1 << 29, 1 << 20  # bytes: no artifact near the cap needs more, and a hostile one cannot claim more
 
 def prune(weight: Tensor, fraction: float) -> Tensor:
     """Zero the smallest magnitudes of a large matrix; other tensors are returned as they are."""
@@ -905,7 +906,9 @@ def unpack(blob: bytes, origin: str = "artifact") -> tuple[dict, dict[str, Tenso
         if len(raw) != expanded:
             refuse(f"it expands to {len(raw)} bytes, not {expanded}")
         end = expanded - 4 - int.from_bytes(raw[-4:], "little")
-        table = json.loads(raw[max(end, 0) : -4])
+        if not max(0, expanded - MOST_TABLE) <= end:
+            refuse(f"its table claims {expanded - 4 - end} bytes")
+        table = json.loads(raw[end:-4])
         config, tensors = table["config"], [(name, tuple(shape), kind) for name, shape, kind in table["tensors"]]
         check_table(config, tensors)
     except (zstandard.ZstdError, ValueError, KeyError, TypeError, RecursionError, OverflowError) as e:
@@ -929,7 +932,7 @@ def check_table(config: dict, tensors: list[tuple]) -> None:
     """Check an artifact's table against the model that its configuration describes, before anything is allocated.
     Raises ValueError or UserError. The configuration is checked like the user's own variables."""
     known = Settings.__dataclass_fields__
-    if set(config) != set(MODEL_FIELDS) or any(type(value) is not type(known[name].default) for name, value in config.items()):
+    if not isinstance(config, dict) or set(config) != set(MODEL_FIELDS) or any(type(value) is not type(known[name].default) for name, value in config.items()):
         raise ValueError("the model's configuration is incomplete")
     check_combinations(s := Settings(**{name: parse_setting(known[name], value) for name, value in config.items()}))
     if len(tensors) < 10 * s.num_layers or any(kind not in (*LIMITS, "fp16", "fp32") for *_, kind in tensors):
@@ -1039,7 +1042,11 @@ def evaluate_sliding(forward: Callable, stream: Stream, s: Settings, run: Runtim
     size, stride, n = s.train_seq_len, s.eval_stride, stream.target_count
     start = np.arange(1 + -(-max(n - size, 0) // stride)) * stride
     length, skip = np.minimum(size, n - start), np.where(start > 0, size - stride, 0)
-    progress = Progress(log, "sliding", int(length.sum()) // run.world + 1)
+    shown = Progress(log, "sliding", int(length.sum()) // run.world + 1)
+    def progress(tokens: int, sums: Tensor) -> None:
+        if run.signal:
+            raise Interrupted(run.signal, "in the sliding evaluation, which keeps nothing")
+        shown(tokens, sums)
     return evaluate_windows(forward, stream, np.stack((start, length, skip), 1), s.eval_batch_seqs, run, progress)
 
 # ---- Test-time training: LoRA on Q and V, fresh for every document -------------------------------------------------
@@ -1229,8 +1236,8 @@ class Results:
             with np.load(self.path) as kept:
                 if str(kept["identity"]) == self.identity:
                     self.nll, self.done, self.seconds = kept["nll"], kept["done"], float(kept["seconds"])
-        except (OSError, ValueError, KeyError, EOFError, BadZipFile):
-            pass  # none, or cut short: score everything again
+        except Exception:  # none, or damaged in one of zip's many ways: score everything again
+            pass
 
 def score_documents(model: GPT, stream: Stream, s: Settings, run: Runtime, log: Log, results: Results, plan: list[np.ndarray],
                     clock: Callable[[], float], deadline: float) -> None:
@@ -1289,7 +1296,7 @@ def evaluate_ttt(model: GPT, stream: Stream, s: Settings, run: Runtime, log: Log
         results.load()
         log(f"resumed the evaluation: {int(results.done[1].sum())} of this rank's documents are done")
     clock = lambda: results.seconds + time.monotonic() - began
-    reserve = min(2.0, 0.01 * s.eval_max_seconds)  # for the last step, gathering and summing
+    reserve = min(2.0, 0.1 * s.eval_max_seconds)  # for the last step, gathering and summing
     score_documents(model, stream, s, run, log, results, plan, clock, s.eval_max_seconds - reserve if s.eval_max_seconds else math.inf)
     nll = run.sum(torch.from_numpy(results.nll)).numpy()  # each document is one rank's: the sum only places it
     finished = run.sum(torch.from_numpy(results.done[1].astype(np.int64))).numpy() > 0
@@ -1304,7 +1311,8 @@ def evaluate_ttt(model: GPT, stream: Stream, s: Settings, run: Runtime, log: Log
         arrays = dict(index=np.arange(len(finished)), targets=stream.targets, bytes=stream.document_bytes, finished=finished,
                       nll_no_adaptation=nll[0], nll_per_epoch=nll[1:])
         write_whole(output / "ttt_documents.npz", lambda f: np.savez(f, **arrays))
-    results.path.unlink(missing_ok=True)
+        for path in output.glob("ttt_progress_*.npz"):  # an earlier world size's too
+            path.unlink()
     curve = [figure(f, f"ttt_{s.ttt_protocol}", s.ttt_context, e == 0, epoch=e + 1) for e, f in enumerate(scores)]
     plain, scored = figure(without, "no_adaptation", "cached"), dict(backward_looking=curve[0], last_epoch=curve[-1], curve=curve)
     return account | dict(no_adaptation=plain) | scored, scores[0]
@@ -1315,11 +1323,10 @@ def report_ttt(without: Score, scores: list[Score], account: dict, s: Settings, 
     if s.ttt_protocol == "replay":
         for epoch, score in enumerate(scores, 1):
             log(f"ttt_epoch:{epoch}/{s.ttt_n_epochs} val_loss:{score.loss:.8f} val_bpb:{score.bpb:.8f}")
-        log(f"note: epoch 1 is backward-looking, a valid score; before each later epoch the adapters have trained on the whole document, "
-            f"before epoch {len(scores)} {len(scores) - 1} times: that figure is not a compression rate")
+    if len(scores) > 1:
+        log(f"note: only epoch 1 is backward-looking, a valid score; epoch {len(scores)} scores text it has trained on {len(scores) - 1} times")
     left = account["unfinished_documents"]
-    names = ", ".join(map(str, left[:20])) + (", …" if len(left) > 20 else "")
-    log(f"ttt documents:{account['documents']} scored_without_adaptation:{len(left)}{f' ({names})' if left else ''} "
+    log(f"ttt documents:{account['documents']} scored_without_adaptation:{len(left)} {left if len(left) < 20 else [*left[:20], ...]} "
         f"eval_seconds:{account['seconds']:.1f} within_budget:{account['within_budget']}")
     log(f"final_ttt_exact protocol:{s.ttt_protocol} context:{s.ttt_context} backward_looking_val_bpb:{scores[0].bpb:.8f} "
         f"last_epoch_val_bpb:{scores[-1].bpb:.8f}")
@@ -1372,19 +1379,21 @@ def trace_documents(model: GPT, tokens: list[np.ndarray], documents: np.ndarray,
 def describe(s: Settings, run: Runtime, log: Log) -> None:
     """What a reader needs to repeat the run from its log alone: source, settings (a star marks overridden ones), versions, devices."""
     log(SOURCE.read_text(encoding="utf-8"), console=False)
-    for f in fields(s):
-        log(f"{'*' if f.name.upper() in os.environ else ' '} {f.name.upper()}={getattr(s, f.name)}")
+    settings = [f"{'*' if f.name.upper() in os.environ else ' '} {f.name.upper()}={getattr(s, f.name)}" for f in fields(s)]
+    for line in misspelt(os.environ) + settings:
+        log(line)
     log(" ".join(f"{k}:{v}" for k, v in environment(run).items()))
 
-def open_output(s: Settings, run: Runtime) -> tuple[Settings, Path]:
-    """Fix the run's name on all ranks and make OUTPUT_DIR. Raises UserError."""
+def open_output(s: Settings, run: Runtime) -> tuple[Settings, Path, Log]:
+    """Fix the run's name on all ranks, make OUTPUT_DIR and open its log. Raises UserError."""
     run_id = s.run_id or run.gather(uuid.uuid4().hex[:12])[0]
     output = Path(s.output_dir or f"runs/{run_id}")
     try:
         output.mkdir(parents=True, exist_ok=True)
+        log = Log(open(output / "train.log", "a" if s.resume else "w", encoding="utf-8") if run.rank == 0 else None)
     except OSError as e:
-        raise UserError(f"cannot make OUTPUT_DIR={output}: {e.strerror} — set OUTPUT_DIR to a writable folder") from e
-    return replace(s, run_id=run_id, output_dir=str(output)), output
+        raise UserError(f"cannot write to OUTPUT_DIR={output}: {e.strerror} — set OUTPUT_DIR to a writable folder") from e
+    return replace(s, run_id=run_id, output_dir=str(output)), output, log
 
 def load_model(path: Path, s: Settings, run: Runtime) -> tuple[GPT, Settings, str]:
     """The model to be scored, frozen, from a .ptz artifact (whose header decides its configuration) or a .pt state dict.
@@ -1406,8 +1415,8 @@ def load_model(path: Path, s: Settings, run: Runtime) -> tuple[GPT, Settings, st
     model = GPT(s, run.dtype)
     load_weights(model, state, str(path))
     model.to(run.device).requires_grad_(False)
-    for module in (module for module in model.modules() if isinstance(module, Linear)):
-        module.weight.data = module.weight.data.to(run.dtype)  # cast once what every step would cast
+    for linear in (module for module in model.modules() if isinstance(module, Linear)):
+        linear.weight.data = linear.weight.data.to(run.dtype)  # cast once what every step would cast
     return model, s, hashlib.sha256(blob).hexdigest()
 
 def train_and_export(stream: Stream, s: Settings, run: Runtime, log: Log, output: Path) -> tuple[dict, dict]:
@@ -1417,7 +1426,6 @@ def train_and_export(stream: Stream, s: Settings, run: Runtime, log: Log, output
     optimizer = Optimizer(model, s, run)
     log(f"model parameters:{sum(p.numel() for p in model.parameters())}")
     trained = train(model, optimizer, stream, s, run, log, output)
-    log(f"training steps:{trained['steps']} seconds:{trained['seconds']:.3f} peak_memory:{trained['peak_memory']}")
     state = {name: tensor.detach().cpu().clone() for name, tensor in model.state_dict().items()}
 
     def write() -> dict:
@@ -1436,8 +1444,8 @@ def evaluate(stream: Stream, path: Path, s: Settings, run: Runtime, log: Log, ou
         score = evaluate_sliding(run.compiled(model, dynamic=False), stream, s, run, log)
         log(f"final_sliding_exact val_loss:{score.loss:.8f} val_bpb:{score.bpb:.8f}")
         seconds, _ = run.agree(time.monotonic() - began)
-        within = not s.eval_max_seconds or seconds <= s.eval_max_seconds
-        return dict(sliding=figure(score, "sliding", f"stride {s.eval_stride}"), seconds=seconds, within_budget=within), score
+        return dict(sliding=figure(score, "sliding", f"stride {s.eval_stride}"), seconds=seconds,
+                    within_budget=not s.eval_max_seconds or seconds <= s.eval_max_seconds), score
     scored_by = {k: v for k, v in asdict(s).items() if k.startswith("ttt_") or k in ("seed", "val_docs", "beta1", "beta2", "data_path")}
     identity = json.dumps(dict(weights=digest, world=run.world, targets=stream.target_count) | scored_by)
     figures, score = evaluate_ttt(model, stream, s, run, log, output, identity, began)
@@ -1449,10 +1457,7 @@ def main() -> int:
     """Load, train, export, reload, evaluate, report. Returns the exit code."""
     s = Settings.from_env(os.environ)
     run = Runtime(s)
-    s, output = open_output(s, run)
-    log = Log(output / "train.log" if run.rank == 0 else None, append=s.resume)
-    for line in misspelt(os.environ):
-        log(line)
+    s, output, log = open_output(s, run)
     describe(s, run, log)
     prepare_sample(s, run)
     if s.eval_only and Path(s.eval_only).suffix != ".pt":

@@ -147,8 +147,10 @@ TTT += [("ttt_cached", "single_pass_epochs_3_val_loss", dict(ttt_protocol="singl
         ("ttt_cached", "no_adaptation_val_loss", dict(plain=True))]
 
 
-@pytest.mark.parametrize("section, figure, how, together", [(*case, together) for case in TTT for together in (True, False)
-                                                             if together or "epochs_1_" not in case[1]], ids=str)
+CASES = [(*case, together) for case in TTT for together in (True, False) if together or "epochs_1_" not in case[1]]
+
+
+@pytest.mark.parametrize("section, figure, how, together", CASES, ids=[f"{a}-{b}-{'one_batch' if c else 'alone'}" for a, b, _, c in CASES])
 def test_losses_of_test_time_training(golden, section, figure, how, together):
     e = golden.expected[section]
     assert (golden.s.ttt_chunk_size, golden.s.ttt_eval_seq_len, golden.s.ttt_lora_rank, golden.s.ttt_lora_lr) == (

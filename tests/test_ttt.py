@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import train_gpt
-from conftest import random_model, random_tokens, small, stream_of
+from conftest import random_model, small, stream_of
 from test_model import reference
 
 MODES = [(protocol, context) for protocol in ("replay", "single_pass") for context in ("cached", "recompute")]
