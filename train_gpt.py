@@ -148,7 +148,8 @@ def parse_setting(f, raw):
     except (ValueError, KeyError, TypeError, OverflowError):
         good = False
     if not good:
-        raise UserError(f"{f.name.upper()}={str(raw)[:80]!r} — set {f.name.upper()} to {allowed} ({f.metadata['doc']})")
+        shown = "".join(c if c.isprintable() else "?" for c in str(raw)[:80])
+        raise UserError(f"{f.name.upper()}={shown} — set {f.name.upper()} to {allowed} ({f.metadata['doc']})")
     return value
 
 def check_combinations(s: Settings) -> None:
@@ -238,7 +239,7 @@ class Log:
             for file in (self.file, sys.stdout)[: 1 + console] if self.file else ():
                 print(line, file=file, flush=True)
         except OSError as e:
-            raise UserError(f"cannot write the log: {e.strerror} — free space or set OUTPUT_DIR") from e
+            raise UserError(f"cannot write {self.file.name}: {e.strerror} — free space or set OUTPUT_DIR") from e
 
 def environment(run: Runtime) -> dict:
     """Versions, devices and thread count: what a run depends on besides its source and settings."""
@@ -1415,7 +1416,7 @@ def load_model(path: Path, s: Settings, run: Runtime) -> tuple[GPT, Settings, st
     model = GPT(s, run.dtype)
     load_weights(model, state, str(path))
     model.to(run.device).requires_grad_(False)
-    for linear in (module for module in model.modules() if isinstance(module, Linear)):
+    for linear in (module for module in model.blocks.modules() if isinstance(module, Linear)):
         linear.weight.data = linear.weight.data.to(run.dtype)  # cast once what every step would cast
     return model, s, hashlib.sha256(blob).hexdigest()
 

@@ -253,7 +253,7 @@ def test_an_evaluation_budget_of_a_second_still_scores_every_target_and_names_wh
     done = runs.run(tmp_path, EVAL_ONLY=whole.folder / "final_model.ptz", EVAL_MAX_SECONDS=1, TTT_N_EPOCHS=200, TTT_BATCH_SIZE=2)
     figures = done.result["evaluation"]
     left = figures["unfinished_documents"]
-    assert left and all(str(document) in re.search(r"scored_without_adaptation:\d+ \((.*?)\)", done.out)[1] for document in left)
+    assert left and all(str(document) in re.search(r"scored_without_adaptation:\d+ \[(.*?)\]", done.out)[1] for document in left)
     assert len(figures["curve"]) == 200 and {row["targets"] for row in figures["curve"]} == {sum(runs.LENGTHS) - 1}
     kept = np.load(tmp_path / "ttt_documents.npz")
     assert (kept["nll_per_epoch"][:, left] == kept["nll_no_adaptation"][left]).all()
