@@ -76,3 +76,11 @@ def run():
         signal.signal(number, handler)
     runtime.device, runtime.dtype, runtime.compile = torch.device("cpu"), torch.float32, False
     return runtime
+
+
+def pytest_terminal_summary(terminalreporter):
+    """Print the figures that passing tests measured: lines of their output that begin with `figure:`."""
+    for report in terminalreporter.stats.get("passed", []):
+        for line in report.capstdout.splitlines():
+            if line.startswith("figure: "):
+                terminalreporter.write_line(f"{report.nodeid.split('::')[-1]}: {line.removeprefix('figure: ')}")

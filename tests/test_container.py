@@ -161,7 +161,7 @@ def test_the_artifact_is_smaller_than_torch_save_and_zstd():
     torch.save(quantised, reference)
     usual = zstandard.ZstdCompressor(level=22).compress(reference.getvalue())
     count = sum(w.numel() for w in state.values())
-    print(f"{count} weights: {len(blob)} bytes, {len(blob) / len(usual):.4f} of torch.save and zstd-22")
+    print(f"figure: {count} weights: {len(blob)} bytes, {len(blob) / len(usual):.4f} of torch.save and zstd-22")
     assert 3e6 < count < 6e6 and len(blob) <= 0.975 * len(usual)
 
 

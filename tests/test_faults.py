@@ -57,7 +57,7 @@ def test_a_run_killed_again_and_again_in_every_phase_ends_byte_identical(tmp_pat
         kills += life.wait() == 128 + signal.SIGKILL  # on a busy machine it may have ended just before
     last = runs.run(tmp_path, RESUME=1, **LONG)
     assert same_end(last, whole) and last.result["training"]["resumed"] is True and kills >= 6
-    print(f"kills survived: {kills} of {kills}")
+    print(f"figure: kills survived: {kills} of {kills}")
 
 
 @pytest.mark.parametrize("seed", [0, 1])
@@ -69,7 +69,7 @@ def test_a_run_killed_at_random_moments_ends_byte_identical(tmp_path, whole, see
         life.kill()
         kills += life.wait() == 128 + signal.SIGKILL
     assert same_end(runs.run(tmp_path, RESUME=1, **LONG), whole) and kills
-    print(f"kills survived: {kills} of {kills}")
+    print(f"figure: kills survived: {kills} of {kills}")
 
 
 @pytest.mark.parametrize("number, code", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
@@ -246,7 +246,7 @@ def test_under_a_wall_clock_cap_ranks_stop_in_time_and_with_equal_weights(tmp_pa
     assert times[-2] < 700 <= times[-1] + 1  # the step during which the time ran out was the last
     one, two = (torch.load(tmp_path / f"weights.{rank}") for rank in (0, 1))
     assert torch.equal(one, two) and one.norm() > 0
-    print(f"training overran its budget by {times[-1] - 700} ms, a step took {times[-1] / len(times):.0f} ms")
+    print(f"figure: training overran its budget by {times[-1] - 700} ms, a step took {times[-1] / len(times):.0f} ms")
 
 
 def test_an_evaluation_budget_of_a_second_still_scores_every_target_and_names_what_is_unfinished(tmp_path, whole):
@@ -258,7 +258,7 @@ def test_an_evaluation_budget_of_a_second_still_scores_every_target_and_names_wh
     kept = np.load(tmp_path / "ttt_documents.npz")
     assert (kept["nll_per_epoch"][:, left] == kept["nll_no_adaptation"][left]).all()
     assert figures["within_budget"] is (figures["seconds"] <= 1)
-    print(f"evaluation took {figures['seconds']:.3f} s of 1 s")
+    print(f"figure: evaluation took {figures['seconds']:.3f} s of 1 s")
 
 
 def test_when_the_plain_pass_alone_exceeds_the_budget_it_completes(tmp_path, whole):

@@ -290,7 +290,7 @@ def test_ten_thousand_mutated_artifacts_end_in_a_user_error_or_a_whole_model(art
                 assert all(weight.isfinite().all() for weight in state.values())
                 ends[way, "another whole model"] += 1
     assert ends.total() == ARTIFACTS
-    print(f"{ends.total()} mutated artifacts:", dict(ends))
+    print(f"figure: {ends.total()} mutated artifacts:", dict(ends))
 
 
 # ---- Shards
@@ -382,7 +382,7 @@ def test_two_thousand_mutated_shards_end_in_a_user_error_or_a_readable_shard(tmp
             assert blob[1024:] == np.asarray(tokens).tobytes() and max(tokens) < runs.VOCABULARY
             ends["another readable shard"] += 1
     assert ends.total() == SHARDS
-    print(f"{ends.total()} mutated shards:", dict(ends))
+    print(f"figure: {ends.total()} mutated shards:", dict(ends))
 
 
 # ---- Tokenizers
