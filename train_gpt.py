@@ -34,11 +34,11 @@ from typing import Callable, NamedTuple
 import numpy as np
 import sentencepiece
 import torch
+import torch._dynamo  # the meta device would import it on first use, within the evaluation's seconds
 import torch.distributed as dist
 import torch.nn.functional as F
 import zstandard
 from torch import Tensor, nn
-from torch.nn.attention.bias import causal_lower_right
 
 SOURCE = Path(__file__).resolve()
 SAMPLE = SOURCE.parent / "data" / "sample"
@@ -271,7 +271,7 @@ def open_shard(path: Path) -> np.ndarray:
         size, header = path.stat().st_size, np.fromfile(path, "<i4", 256)
         magic, version, count = header[:3].tolist() if len(header) == 256 else (0, 0, 0)
         if (magic, version) != (SHARD_MAGIC, SHARD_VERSION):
-            raise UserError(f"shard {path} ({size} bytes) has magic {magic} version {version}, not {SHARD_MAGIC} {SHARD_VERSION} — {repair}")
+            raise UserError(f"shard {path} ({size} bytes) has magic {magic}, version {version}, not {SHARD_MAGIC}, 1 — {repair}")
         if count < 1 or size != SHARD_HEADER_BYTES + 2 * count:
             raise UserError(f"shard {path} announces {count} tokens but has {(size - SHARD_HEADER_BYTES) / 2:g} — {repair}")
         return np.memmap(path, "<u2", "r", SHARD_HEADER_BYTES, (count,))
@@ -376,22 +376,21 @@ def load_validation(s: Settings, run: Runtime) -> Stream:
     shards = open_shards(s.data_path, "val")
     check_tokens(shards, s.vocab_size, run)
     tokens = np.concatenate(shards)
-    if len(tokens) < 2:
-        raise UserError(f"the validation shards in {s.data_path} hold {len(tokens)} token and no target — fetch or make them again")
     starts, targets = find_documents(tokens)
     if s.val_docs > len(starts):
         raise UserError(f"VAL_DOCS={s.val_docs} but {s.data_path} has {len(starts)} validation documents — set VAL_DOCS to at most that")
     if s.val_docs:
         tokens = tokens[: starts[s.val_docs - 1] + targets[s.val_docs - 1] + 1]
-    return Stream(tokens, target_bytes(sp, tokens), run.device)
+    if not (bytes_ := target_bytes(sp, tokens)).any():
+        raise UserError(f"the {len(tokens)} validation tokens of {s.data_path} hold no target with text — fetch or make the shards again")
+    return Stream(tokens, bytes_, run.device)
 
 def prepare_sample(s: Settings, run: Runtime) -> None:
     """Build the bundled sample if DATA_PATH is its place and it is missing: on rank 0, the others wait."""
     def build():
         if run.rank == 0 and Path(s.data_path).resolve() == SAMPLE and not SAMPLE.exists():
-            done = subprocess.run([sys.executable, str(SAMPLE.parent / "sample.py")], stdout=sys.stderr)
-            if done.returncode:
-                raise UserError(f"data/sample.py ended with code {done.returncode} — see its message above")
+            if code := subprocess.call([sys.executable, str(SAMPLE.parent / "sample.py")], stdout=sys.stderr):
+                raise UserError(f"data/sample.py ended with code {code} — see its message above")
     run.together(build)
 
 # ---- Model ---------------------------------------------------------------------------------------------------------
@@ -452,7 +451,11 @@ class Attention(nn.Module):
             y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
         else:  # every query sees the whole context, then its own chunk causally
             keys, values = torch.cat((kv[0], k), dim=2), torch.cat((kv[1], v), dim=2)
-            y = F.scaled_dot_product_attention(q, keys, values, causal_lower_right(q.size(2), keys.size(2)), enable_gqa=True)
+            if q.is_cuda:  # this kernel aligns causality with the last key, F.scaled_dot_product_attention with the first
+                y = torch.ops.aten._scaled_dot_product_flash_attention(q, keys, values, 0.0, True)[0]
+            else:
+                seen = torch.ones(q.size(2), keys.size(2), dtype=torch.bool).tril(keys.size(2) - q.size(2))
+                y = F.scaled_dot_product_attention(q, keys, values, seen, enable_gqa=True)
         return self.proj(y.transpose(1, 2).flatten(2)), k, v
 
 class MLP(nn.Module):
@@ -542,7 +545,7 @@ class GPT(nn.Module):
         """NLL of each target in nats, (B, T) float32, from ids and targets (B, T) int64.
         `lora` adapts every layer; `past` is the context before `ids`; with `keep`, what these add to it is returned too, detached."""
         embedded, x = self.embed(ids, past.last_id if past else None, past.last_x if past else None)
-        x0, skips, kept = x, [], []
+        x0, skips, kept = x.view_as(x), [], []  # a view: block 0 compiles like the others
         position = torch.arange(ids.size(1), device=ids.device) + (past.position if past else 0)
         cos, sin = rotary(position, self.blocks[0].attn.head_dim, self.rope_base, self.dtype)
         for i, block in enumerate(self.blocks):
@@ -558,6 +561,7 @@ class GPT(nn.Module):
     def compile_regions(self) -> None:
         """Compile the repeated parts once each instead of unrolling all layers: test-time training has many shapes."""
         torch._dynamo.config.recompile_limit = 64  # with or without gradient, adapters, context, one document or many
+        torch.fx.experimental._config.use_duck_shape = False  # sizes that are equal today need not be tomorrow
         for block in self.blocks:
             block.compile(dynamic=True)
         self.embed, self.head = torch.compile(self.embed, dynamic=True), torch.compile(self.head, dynamic=True)
@@ -567,12 +571,12 @@ def model_config(s: Settings) -> dict:
     return {name: getattr(s, name) for name in MODEL_FIELDS}
 
 def load_weights(model: GPT, state: dict[str, Tensor], origin: str) -> None:
-    """Copy a state dict into the model. Raises UserError where names or shapes differ."""
+    """Give the model a state dict's tensors. Raises UserError where names or shapes differ."""
     have, want = ({name: tuple(p.shape) for name, p in each.items()} for each in (state, model.state_dict()))
     for name in sorted(have.keys() | want.keys()):
         if have.get(name) != want.get(name):
-            raise UserError(f"{origin}: {name} has shape {have.get(name)}, the model's {want.get(name)} — set NUM_LAYERS, MODEL_DIM, … to its own")
-    model.load_state_dict(state)
+            raise UserError(f"{origin}: {name} is {have.get(name)}, the model's {want.get(name)} — set NUM_LAYERS, MODEL_DIM, … to match")
+    model.load_state_dict(state, assign=True)
 
 # ---- Optimiser: Muon for the matrices of the blocks, AdamW for the rest --------------------------------------------
 class Row(NamedTuple):
@@ -689,8 +693,8 @@ def lr_multiplier(step: int, elapsed: float, s: Settings) -> float:
         rules.append((s.max_wallclock_seconds - elapsed) / (s.warmdown_iters * elapsed / max(step, 1)))
     return max(min(rules), 0.0)
 
-FREE_ON_RESUME = ("preset", "data_path", "tokenizer_path", "run_id", "output_dir", "eval_only", "resume", "checkpoint_every", "compile", "val_docs",
-                  "warmup_steps", "val_loss_every", "val_batch_size", "train_log_every", "micro_batch_tokens", "artifact_max_bytes")
+FREE_ON_RESUME = ("preset", "data_path", "tokenizer_path", "run_id", "output_dir", "eval_only", "resume", "checkpoint_every", "compile",
+                  "val_docs", "warmup_steps", "val_loss_every", "val_batch_size", "train_log_every", "micro_batch_tokens", "artifact_max_bytes")
 
 def checkpoint_identity(s: Settings, data: str) -> dict:
     """What a run must agree with to go on from a checkpoint: source, data, and every setting that the training depends on."""
@@ -703,7 +707,7 @@ def load_checkpoint(path: Path, identity: dict) -> dict | None:
         return None
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-        theirs = state["identity"]
+        theirs = dict(state["identity"])
     except Exception as e:  # torch.load raises many kinds for a damaged file
         raise UserError(f"checkpoint {path} is damaged ({type(e).__name__}) — delete it to start afresh") from e
     for name in identity | theirs:
@@ -739,13 +743,15 @@ def train(model: GPT, optimizer: Optimizer, stream: Stream, s: Settings, run: Ru
     path, identity = output / "checkpoint.pt", checkpoint_identity(s, f"{len(shards)} shards, {loader.ends[-1]} tokens")
     average, averaged, step, elapsed, finished = torch.zeros_like(optimizer.weights), 0, 0, 0.0, False
     saved = load_checkpoint(path, identity) if s.resume else None
+    if run.rank == 0 and not s.resume:
+        path.unlink(missing_ok=True)  # an earlier run's: this one must not resume from it
     if saved:
         optimizer.restore(saved)
         average.copy_(saved["average"])
         averaged, step, elapsed, finished = (saved[k] for k in ("averaged", "step", "elapsed", "finished"))
         log(f"resumed from {path} at step {step}")
-    peak = torch.cuda.max_memory_allocated
-    account = lambda: dict(steps=step, seconds=elapsed, averaged=averaged, resumed=bool(saved), peak_memory=peak())
+    peak = torch.cuda.max_memory_allocated  # 0 on a CPU
+    account = lambda: dict(steps=step, seconds=elapsed, averaged=averaged, resumed=bool(saved), peak_memory=peak() or None)
     if finished:
         return account()
     log(f"training tokens:{loader.ends[-1]} rows per rank:{loader.rows} rows per micro-step:{loader.micro_rows}")
@@ -757,7 +763,8 @@ def train(model: GPT, optimizer: Optimizer, stream: Stream, s: Settings, run: Ru
         if run.rank == 0:
             state = dict(identity=identity, step=step, elapsed=elapsed, averaged=averaged, finished=finished, average=average)
             write_whole(path, lambda f: torch.save(state | optimizer.state, f))
-    norms, stop, timing = [], False, lambda: f"train_time:{1000 * elapsed:.0f}ms step_avg:{1000 * elapsed / max(step, 1):.2f}ms"
+    timing = lambda: f"train_time:{1000 * elapsed:.0f}ms step_avg:{1000 * elapsed / max(step, 1):.2f}ms"
+    norms, stop = [], 0 < s.max_wallclock_seconds <= elapsed
     run.synchronize()
     began = time.perf_counter() - elapsed  # moved on by whatever is not training
     while True:
@@ -782,7 +789,7 @@ def train(model: GPT, optimizer: Optimizer, stream: Stream, s: Settings, run: Ru
         check_finite(norms[:-1], s)
         norms = norms[-1:]
         elapsed, signal_number = run.agree(time.perf_counter() - began)
-        stop = bool(s.max_wallclock_seconds) and elapsed >= s.max_wallclock_seconds
+        stop = 0 < s.max_wallclock_seconds <= elapsed
         if step <= 10 or step % s.train_log_every == 0 or stop or step == s.iterations:
             log(f"step:{step}/{s.iterations} train_loss:{run.sum(loss).item():.8f} {timing()}")
         if signal_number or (s.checkpoint_every and step % s.checkpoint_every == 0):
@@ -814,8 +821,7 @@ def prune(weight: Tensor, fraction: float) -> Tensor:
     if weight.ndim != 2 or weight.numel() <= 65_536 or not fraction:
         return weight
     size = weight.abs().flatten()
-    few = size.numel() <= 1 << 24  # torch.quantile takes no more
-    threshold = torch.quantile(size, fraction) if few else np.quantile(size.numpy(), fraction)
+    threshold = torch.quantile(size, fraction) if size.numel() <= 1 << 24 else np.quantile(size.numpy(), fraction)  # torch takes no more
     return torch.where(weight.abs() < threshold, 0.0, weight)
 
 def kind_of(name: str, tensor: Tensor, fp16_patterns: list[str]) -> str:
@@ -844,9 +850,7 @@ def quantize(weight: Tensor, kind: str) -> tuple[Tensor, Tensor | None]:
 
 def dequantize(values: Tensor, scale: Tensor | None) -> Tensor:
     """The float32 tensor that the stored values stand for."""
-    if scale is None:
-        return values.float()
-    return (values.reshape(len(scale), -1).float() * scale.float()[:, None]).view(values.shape)
+    return values.float() if scale is None else (values.reshape(len(scale), -1).float() * scale.float()[:, None]).view(values.shape)
 
 STREAMS = {"int5": "<i1", "int6": "<i1", "int8": "<i1", "scale": "<f2", "fp16": "<f2", "fp32": "<f4"}  # in file order
 
@@ -932,8 +936,8 @@ def unpack(blob: bytes, origin: str = "artifact") -> tuple[dict, dict[str, Tenso
 def check_table(config: dict, tensors: list[tuple]) -> None:
     """Check an artifact's table against the model that its configuration describes, before anything is allocated.
     Raises ValueError or UserError. The configuration is checked like the user's own variables."""
-    known = Settings.__dataclass_fields__
-    if not isinstance(config, dict) or set(config) != set(MODEL_FIELDS) or any(type(value) is not type(known[name].default) for name, value in config.items()):
+    known = {f.name: f for f in fields(Settings) if f.name in MODEL_FIELDS}
+    if not isinstance(config, dict) or {n: type(v) for n, v in config.items()} != {n: type(f.default) for n, f in known.items()}:
         raise ValueError("the model's configuration is incomplete")
     check_combinations(s := Settings(**{name: parse_setting(known[name], value) for name, value in config.items()}))
     if len(tensors) < 10 * s.num_layers or any(kind not in (*LIMITS, "fp16", "fp32") for *_, kind in tensors):
@@ -970,17 +974,15 @@ def export(state: dict[str, Tensor], s: Settings, log: Log) -> tuple[bytes, dict
 
 # ---- Evaluation: bits per byte, every target exactly once ----------------------------------------------------------
 class Score(NamedTuple):
-    """A sum over scored targets."""
+    """A sum over scored targets; loss in nats per target, bpb in bits per byte."""
     nll: float  # nats
     targets: int
     bytes: int
     @property
     def loss(self) -> float:
-        """Nats per target."""
         return self.nll / self.targets
     @property
     def bpb(self) -> float:
-        """Bits per byte."""
         return self.nll / math.log(2) / self.bytes
     def checked(self, stream: Stream) -> "Score":
         """Itself, if it covers the stream: each mode must score every target once."""
@@ -1033,9 +1035,8 @@ def evaluate_windows(forward: Callable, stream: Stream, windows: np.ndarray, bat
 
 def evaluate_standard(forward: Callable, stream: Stream, s: Settings, run: Runtime) -> Score:
     """Non-overlapping rows of TRAIN_SEQ_LEN targets, the last one shorter."""
-    start = np.arange(0, stream.target_count, s.train_seq_len)
+    start, batch = np.arange(0, stream.target_count, s.train_seq_len), max(1, s.val_batch_size // (s.train_seq_len * run.world))
     length = np.minimum(s.train_seq_len, stream.target_count - start)
-    batch = max(1, s.val_batch_size // (s.train_seq_len * run.world))
     return evaluate_windows(forward, stream, np.stack((start, length, 0 * start), 1), batch, run)
 
 def evaluate_sliding(forward: Callable, stream: Stream, s: Settings, run: Runtime, log: Callable = lambda line: None) -> Score:
@@ -1241,10 +1242,10 @@ class Results:
             pass
 
 def score_documents(model: GPT, stream: Stream, s: Settings, run: Runtime, log: Log, results: Results, plan: list[np.ndarray],
-                    clock: Callable[[], float], deadline: float) -> None:
+                    clock: Callable[[], float], deadline: float) -> list[float]:
     """Fill `results` for this rank's batches: first all without adaptation, then adapted until the deadline in seconds of `clock`.
-    Raises Interrupted, the results saved."""
-    adam, size, stopped = run.compiled(adam_), s.ttt_chunk_size, lambda: run.signal != 0
+    Returns the seconds of `clock` when each of the two had ended. Raises Interrupted, the results saved."""
+    adam, size, ends, stopped = run.compiled(adam_), s.ttt_chunk_size, [], lambda: run.signal != 0
     expired = lambda: stopped() or clock() >= deadline
     for adapted, label in enumerate(("no_adaptation", f"ttt {s.ttt_protocol}")):
         todo = [documents for documents in plan if not results.done[adapted, documents].all()]
@@ -1266,15 +1267,17 @@ def score_documents(model: GPT, stream: Stream, s: Settings, run: Runtime, log: 
             progress(0, batch.sums[0, torch.from_numpy(finished)])
             if time.monotonic() - results.saved > 20:
                 results.save(clock())
+        ends.append(clock())
     if stopped():
         results.save(clock())
         raise Interrupted(run.signal, f"in the evaluation; {int(results.done[1].sum())} adapted documents of this rank are kept")
+    return ends
 
 def warm_up_ttt(model: GPT, s: Settings, run: Runtime, documents: int) -> float:
-    """Compile every shape on synthetic tokens. Returns the seconds it took."""
+    """Compile the shapes that batches of this size meet, on synthetic tokens. Returns the seconds it took."""
     began, chunk = time.monotonic(), s.ttt_chunk_size
     model.compile_regions()
-    targets = -np.sort(-np.tile([4 * chunk, 3 * chunk, 2 * chunk + 1], documents)[:documents])
+    targets = np.append(6 * chunk, -np.sort(-np.tile([5 * chunk, 4 * chunk, 2 * chunk + 1], documents)[: documents - 1]))
     starts = np.cumsum(targets) - targets
     tokens = np.random.default_rng(0).integers(BOS + 1, s.vocab_size, targets.sum() + 1)
     stream = Stream(tokens, np.ones(len(tokens) - 1, np.int16), run.device, (starts, targets))
@@ -1297,8 +1300,8 @@ def evaluate_ttt(model: GPT, stream: Stream, s: Settings, run: Runtime, log: Log
         results.load()
         log(f"resumed the evaluation: {int(results.done[1].sum())} of this rank's documents are done")
     clock = lambda: results.seconds + time.monotonic() - began
-    reserve = min(2.0, 0.1 * s.eval_max_seconds)  # for the last step, gathering and summing
-    score_documents(model, stream, s, run, log, results, plan, clock, s.eval_max_seconds - reserve if s.eval_max_seconds else math.inf)
+    deadline = s.eval_max_seconds - min(2.0, 0.1 * s.eval_max_seconds) if s.eval_max_seconds else math.inf  # the rest is for gathering
+    ends = score_documents(model, stream, s, run, log, results, plan, clock, deadline)
     nll = run.sum(torch.from_numpy(results.nll)).numpy()  # each document is one rank's: the sum only places it
     finished = run.sum(torch.from_numpy(results.done[1].astype(np.int64))).numpy() > 0
     nll[1:, ~finished] = nll[0, ~finished]
@@ -1314,8 +1317,8 @@ def evaluate_ttt(model: GPT, stream: Stream, s: Settings, run: Runtime, log: Log
         write_whole(output / "ttt_documents.npz", lambda f: np.savez(f, **arrays))
         for path in output.glob("ttt_progress_*.npz"):  # an earlier world size's too
             path.unlink()
-    curve = [figure(f, f"ttt_{s.ttt_protocol}", s.ttt_context, e == 0, epoch=e + 1) for e, f in enumerate(scores)]
-    plain, scored = figure(without, "no_adaptation", "cached"), dict(backward_looking=curve[0], last_epoch=curve[-1], curve=curve)
+    curve = [figure(f, f"ttt_{s.ttt_protocol}", s.ttt_context, ends[1] - ends[0], e == 0, epoch=e + 1) for e, f in enumerate(scores)]
+    plain, scored = figure(without, "no_adaptation", "cached", ends[0]), dict(backward_looking=curve[0], last_epoch=curve[-1], curve=curve)
     return account | dict(no_adaptation=plain) | scored, scores[0]
 
 def report_ttt(without: Score, scores: list[Score], account: dict, s: Settings, log: Log) -> None:
@@ -1325,17 +1328,17 @@ def report_ttt(without: Score, scores: list[Score], account: dict, s: Settings, 
         for epoch, score in enumerate(scores, 1):
             log(f"ttt_epoch:{epoch}/{s.ttt_n_epochs} val_loss:{score.loss:.8f} val_bpb:{score.bpb:.8f}")
     if len(scores) > 1:
-        log(f"note: only epoch 1 is backward-looking, a valid score; epoch {len(scores)} scores text it has trained on {len(scores) - 1} times")
+        log(f"note: only epoch 1 is backward-looking, a valid score; epoch {len(scores)} scores text trained on {len(scores) - 1} times")
     left = account["unfinished_documents"]
     log(f"ttt documents:{account['documents']} scored_without_adaptation:{len(left)} {left if len(left) < 20 else [*left[:20], ...]} "
         f"eval_seconds:{account['seconds']:.1f} within_budget:{account['within_budget']}")
     log(f"final_ttt_exact protocol:{s.ttt_protocol} context:{s.ttt_context} backward_looking_val_bpb:{scores[0].bpb:.8f} "
         f"last_epoch_val_bpb:{scores[-1].bpb:.8f}")
 
-def figure(score: Score, protocol: str, context: str, backward_looking: bool = True, **more) -> dict:
-    """A score with what is needed to read it, for result.json."""
+def figure(score: Score, protocol: str, context: str, seconds: float, backward_looking: bool = True, **more) -> dict:
+    """A score with what is needed to read it, for result.json; `seconds` are rank 0's for the pass, all its epochs together."""
     return dict(protocol=protocol, context=context, backward_looking=backward_looking, val_loss=score.loss, val_bpb=score.bpb,
-                targets=score.targets, bytes=score.bytes, **more)
+                targets=score.targets, bytes=score.bytes, seconds=seconds, **more)
 
 def audit(model: GPT, stream: Stream, s: Settings, run: Runtime, log: Log) -> list[dict]:
     """Does a later token reach an earlier score? For TTT_AUDIT documents, replace every token after t and score again.
@@ -1343,8 +1346,6 @@ def audit(model: GPT, stream: Stream, s: Settings, run: Runtime, log: Log) -> li
     rng = np.random.default_rng([s.seed, 0xA0D17])
     chosen = rng.permutation(np.flatnonzero(stream.targets > s.ttt_chunk_size))[: s.ttt_audit]
     chosen = chosen[np.argsort(-stream.targets[chosen], kind="stable")]
-    if len(chosen) < s.ttt_audit:
-        log(f"audit: only {len(chosen)} documents have two chunks")
     if not len(chosen):
         return []
     spans = [slice(int(stream.starts[d]), int(stream.starts[d] + stream.targets[d] + 1)) for d in chosen]
@@ -1413,7 +1414,8 @@ def load_model(path: Path, s: Settings, run: Runtime) -> tuple[GPT, Settings, st
             if name.upper() in os.environ and getattr(s, name) != value:
                 raise UserError(f"{name.upper()}={getattr(s, name)} contradicts {path}, which has {value} — unset {name.upper()}")
         check_combinations(s := replace(s, **config))
-    model = GPT(s, run.dtype)
+    with torch.device("meta"):
+        model = GPT(s, run.dtype)
     load_weights(model, state, str(path))
     model.to(run.device).requires_grad_(False)
     for linear in (module for module in model.blocks.modules() if isinstance(module, Linear)):
@@ -1424,9 +1426,8 @@ def train_and_export(stream: Stream, s: Settings, run: Runtime, log: Log, output
     """Train, write final_model.pt and the artifact final_model.ptz. Returns what training and export report."""
     torch.manual_seed(s.seed)
     model = GPT(s, run.dtype).to(run.device)
-    optimizer = Optimizer(model, s, run)
     log(f"model parameters:{sum(p.numel() for p in model.parameters())}")
-    trained = train(model, optimizer, stream, s, run, log, output)
+    trained = train(model, Optimizer(model, s, run), stream, s, run, log, output)
     state = {name: tensor.detach().cpu().clone() for name, tensor in model.state_dict().items()}
 
     def write() -> dict:
@@ -1436,16 +1437,13 @@ def train_and_export(stream: Stream, s: Settings, run: Runtime, log: Log, output
         return account
     return trained, run.together(lambda: None if run.rank else write())
 
-def evaluate(stream: Stream, path: Path, s: Settings, run: Runtime, log: Log, output: Path) -> tuple[dict, Score]:
-    """Reload the weights from `path` and score the stream. Returns the figures and the backward-looking score."""
-    began = time.monotonic()
-    model, s, digest = load_model(path, s, run)
-    log(f"evaluating {path}, {'quantised' if path.suffix != '.pt' else 'unquantised'} weights")
+def evaluate(stream: Stream, model: GPT, s: Settings, digest: str, began: float, run: Runtime, log: Log, output: Path):
+    """Score the stream with a model loaded at `began`. Returns the figures (dict) and the backward-looking Score."""
     if not s.ttt_enabled:
         score = evaluate_sliding(run.compiled(model, dynamic=False), stream, s, run, log)
         log(f"final_sliding_exact val_loss:{score.loss:.8f} val_bpb:{score.bpb:.8f}")
         seconds, _ = run.agree(time.monotonic() - began)
-        return dict(sliding=figure(score, "sliding", f"stride {s.eval_stride}"), seconds=seconds,
+        return dict(sliding=figure(score, "sliding", f"stride {s.eval_stride}", seconds), seconds=seconds,
                     within_budget=not s.eval_max_seconds or seconds <= s.eval_max_seconds), score
     scored_by = {k: v for k, v in asdict(s).items() if k.startswith("ttt_") or k in ("seed", "val_docs", "beta1", "beta2", "data_path")}
     identity = json.dumps(dict(weights=digest, world=run.world, targets=stream.target_count) | scored_by)
@@ -1461,15 +1459,17 @@ def main() -> int:
     s, output, log = open_output(s, run)
     describe(s, run, log)
     prepare_sample(s, run)
-    if s.eval_only and Path(s.eval_only).suffix != ".pt":
-        s = load_model(Path(s.eval_only), s, run)[1]  # the header decides the vocabulary that the data must have
+    path, began, trained, account = Path(s.eval_only or output / "final_model.ptz"), time.monotonic(), None, None
+    if s.eval_only:
+        model, s, digest = load_model(path, s, run)  # its header decides the vocabulary that the data must have
     stream = load_validation(s, run)
     log(f"validation documents:{len(stream.targets)} targets:{stream.target_count} bytes:{stream.byte_count}")
-    trained = account = None
     if not s.eval_only:
         trained, account = train_and_export(stream, s, run, log, output)
-    path = Path(s.eval_only) if s.eval_only else output / "final_model.ptz"
-    figures, score = evaluate(stream, path, s, run, log, output)
+        began = time.monotonic()
+        model, s, digest = load_model(path, s, run)
+    log(f"evaluating {path}, {'unquantised' if path.suffix == '.pt' else 'quantised'} weights: {model_config(s)}")
+    figures, score = evaluate(stream, model, s, digest, began, run, log, output)
     log(f"final_int8_zlib_roundtrip_exact val_loss:{score.loss:.8f} val_bpb:{score.bpb:.8f}")
     if run.rank == 0:
         result = dict(schema_version=1, run_id=s.run_id, seed=s.seed, source_sha256=hashlib.sha256(SOURCE.read_bytes()).hexdigest(),
@@ -1484,7 +1484,7 @@ def entry() -> int:
     try:
         code = main()
     except (UserError, Interrupted, RuntimeError) as e:
-        consequence = not isinstance(e, RuntimeError) or "gloo" in str(e).lower()
+        consequence = not isinstance(e, RuntimeError) or any(backend in str(e).lower() for backend in ("gloo", "nccl"))
         if consequence and os.environ.get("RANK", "0") != "0":  # rank 0 says the same, or a rank's end broke a collective:
             signal.signal(signal.SIGTERM, signal.SIG_DFL)  # leave the last word to the cause
             time.sleep(3)

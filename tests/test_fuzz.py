@@ -337,7 +337,7 @@ def test_a_shard_without_read_permission_is_refused(tmp_path):
 
 @pytest.mark.parametrize(
     "lengths, tokens",
-    [([2000], None), ([1, 1, 1, 5], None), ([5, 1], None), (None, [7, 8, 9] * 40), (None, [9, 1]), ([1, 1], None), (None, [5, 5, 1, 6])],
+    [([2000], None), ([1, 1, 1, 5], None), ([5, 1], None), (None, [7, 8, 9] * 40), (None, [99, 98]), (None, [1, 99, 1]), (None, [99, 99, 1, 98])],
 )
 def test_streams_with_odd_documents_are_scored_once_per_target(tmp_path, lengths, tokens):
     """Longer than any window, of one token, a lone final BOS, no BOS at all, tokens before the first BOS."""
