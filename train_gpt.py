@@ -52,6 +52,7 @@ def setting(default, doc: str, low=None, high=None, choices=None, tiny=None):
 
 @dataclass(frozen=True)
 class Settings:
+    """Every setting: default, documentation, range, and its value under PRESET=tiny where that differs."""
     preset: str = setting("record", "record, or tiny: a CPU-sized model on the bundled sample", choices=("record", "tiny"))
     data_path: str = setting("./data/datasets/fineweb10B_sp1024", "folder of fineweb_{train,val}_*.bin", tiny=str(SAMPLE))
     tokenizer_path: str = setting("./data/tokenizers/fineweb_1024_bpe.model", "SentencePiece model", tiny=str(SAMPLE / "sample_1024_bpe.model"))
@@ -410,6 +411,7 @@ class Lora(NamedTuple):
     b_v: Tensor  # (B, kv dim, r)
 
 def norm(x: Tensor) -> Tensor:
+    """RMS norm over the last dimension, without a learned weight."""
     return F.rms_norm(x, (x.size(-1),), eps=RMS_EPS)
 
 def rotary(position: Tensor, head_dim: int, base: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -419,6 +421,7 @@ def rotary(position: Tensor, head_dim: int, base: float, dtype: torch.dtype) -> 
     return angle.cos().to(dtype), angle.sin().to(dtype)
 
 def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotate (…, T, head_dim), in halves layout, by RoPE's angles (Su et al. 2021)."""
     x1, x2 = x.chunk(2, dim=-1)
     return torch.cat((x1 * cos + x2 * sin, x2 * cos - x1 * sin), dim=-1)
 
@@ -1116,8 +1119,7 @@ class DocumentBatch:
         self.chunks = -(-self.targets // s.ttt_chunk_size)
         if (np.diff(self.chunks) > 0).any():
             raise ValueError("documents must come longest first")
-        per_document = stream.starts[documents], self.targets, self.chunks
-        self.start, self.end, self.count = (torch.from_numpy(x).to(run.device) for x in per_document)
+        self.start, self.end, self.count = (torch.tensor(x, device=run.device) for x in (stream.starts[documents], self.targets, self.chunks))
         size, self.steps = s.ttt_chunk_size, []  # per chunk: how many documents have it, how many one after it, its targets in all
         for chunk in range(int(self.chunks[0])):
             n, go_on = ((self.chunks > c).sum() for c in (chunk, chunk + 1))
@@ -1278,9 +1280,8 @@ def warm_up_ttt(model: GPT, s: Settings, run: Runtime, documents: int) -> float:
     began, chunk = time.monotonic(), s.ttt_chunk_size
     model.compile_regions()
     targets = np.append(6 * chunk, -np.sort(-np.tile([5 * chunk, 4 * chunk, 2 * chunk + 1], documents)[: documents - 1]))
-    starts = np.cumsum(targets) - targets
     tokens = np.random.default_rng(0).integers(BOS + 1, s.vocab_size, targets.sum() + 1)
-    stream = Stream(tokens, np.ones(len(tokens) - 1, np.int16), run.device, (starts, targets))
+    stream = Stream(tokens, np.ones(len(tokens) - 1, np.int16), run.device, (np.cumsum(targets) - targets, targets))
     batch = DocumentBatch(model, stream, np.arange(documents), replace(s, ttt_n_epochs=2), run, run.compiled(adam_))
     batch.plain()
     batch.adapt(Adapters(np.stack([draw_lora_a(s, document) for document in range(documents)]), s, run.device))
@@ -1293,7 +1294,6 @@ def evaluate_ttt(model: GPT, stream: Stream, s: Settings, run: Runtime, log: Log
     without adaptation. Writes ttt_documents.npz."""
     plan = plan_batches(stream.targets, s, run)[run.rank]
     compile_seconds = warm_up_ttt(model, s, run, len(plan[0]) if plan else 1) if run.compile else 0.0
-    log(f"ttt compile_seconds:{compile_seconds:.1f}")
     figures = s.ttt_n_epochs if s.ttt_protocol == "replay" else 1
     results = Results(figures, len(stream.targets), output / f"ttt_progress_{run.rank}.npz", identity)
     if s.resume:
@@ -1331,7 +1331,7 @@ def report_ttt(without: Score, scores: list[Score], account: dict, s: Settings, 
         log(f"note: only epoch 1 is backward-looking, a valid score; epoch {len(scores)} scores text trained on {len(scores) - 1} times")
     left = account["unfinished_documents"]
     log(f"ttt documents:{account['documents']} scored_without_adaptation:{len(left)} {left if len(left) < 20 else [*left[:20], ...]} "
-        f"eval_seconds:{account['seconds']:.1f} within_budget:{account['within_budget']}")
+        f"compile_seconds:{account['compile_seconds']:.1f} eval_seconds:{account['seconds']:.1f} within_budget:{account['within_budget']}")
     log(f"final_ttt_exact protocol:{s.ttt_protocol} context:{s.ttt_context} backward_looking_val_bpb:{scores[0].bpb:.8f} "
         f"last_epoch_val_bpb:{scores[-1].bpb:.8f}")
 
