@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import gzip
 import hashlib
@@ -17,8 +16,6 @@ import time
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from types import ModuleType
-from typing import NamedTuple
 
 import numpy as np
 import pytest
@@ -31,38 +28,9 @@ sys.path.insert(0, str(DATA))
 import fineweb
 import sample
 import text
+from tools import Result, call, is_one_line_error
 
 FAST = settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
-
-
-class Result(NamedTuple):
-    code: int
-    out: str
-    err: str
-
-
-def call(module: ModuleType, *arguments: object) -> Result:
-    """Runs a tool's main function in this process as its command line would."""
-    out, err, argv, terminate = io.StringIO(), io.StringIO(), sys.argv, signal.getsignal(signal.SIGTERM)
-    sys.argv = [module.__name__, *map(str, arguments)]
-    try:
-        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), pytest.raises(SystemExit) as stop:
-            text.run(module.main)
-    finally:
-        sys.argv = argv
-        signal.signal(signal.SIGTERM, terminate)
-    return Result(stop.value.code, out.getvalue(), err.getvalue())
-
-
-def is_one_line_error(result: Result, *words: str) -> bool:
-    """The contract for a user's mistake: exit code 2 and `error: what — what to do` as the only line on stderr."""
-    lines = result.err.splitlines()
-    return (
-        (result.code, len(lines)) == (2, 1)
-        and lines[0].startswith("error: ")
-        and " — " in lines[0]
-        and all(word in lines[0] for word in words)
-    )
 
 
 def split_tokens(directory: Path, split: str) -> np.ndarray:

@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
-import io
 import json
 import math
-import signal
 import sys
 import xml.etree.ElementTree as ET
 from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import pytest
@@ -23,37 +19,11 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "data"))
 import plot
 import record
-import text
+from tools import call, is_one_line_error
 
 TARGETS, BYTES, DOCUMENTS = 62_021_845, 151_000_000, 50_000
 BASELINE = 1.95
 FAST = settings(deadline=None, max_examples=50)
-
-
-class Result(NamedTuple):
-    code: int
-    out: str
-    err: str
-
-
-def call(module: ModuleType, *arguments: object) -> Result:
-    """Runs a tool's main function in this process as its command line would."""
-    out, err, argv, terminate = io.StringIO(), io.StringIO(), sys.argv, signal.getsignal(signal.SIGTERM)
-    sys.argv = [module.__name__, *map(str, arguments)]
-    try:
-        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), pytest.raises(SystemExit) as stop:
-            text.run(module.main)
-    finally:
-        sys.argv = argv
-        signal.signal(signal.SIGTERM, terminate)
-    return Result(stop.value.code, out.getvalue(), err.getvalue())
-
-
-def refuses(result: Result, *words: str) -> bool:
-    """The contract for a user's mistake: exit code 2 and `error: what — what to do` as the only line on stderr."""
-    lines = result.err.splitlines()
-    one_line = result.code == 2 and len(lines) == 1 and lines[0].startswith("error: ") and " — " in lines[0]
-    return one_line and all(word in lines[0] for word in words)
 
 
 # ---------------------------------------------------------------------------------------------- results
@@ -302,7 +272,7 @@ def test_what_cannot_be_judged_leaves_it_incomplete(runs: Callable[..., list[Pat
 def test_the_step_under_way_at_the_end_of_training_may_finish(runs: Callable[..., list[Path]], tmp_path: Path):
     assert submit(tmp_path, *runs())["rules"]["train_seconds"]["outcome"] == "pass"  # 600.04 s
     late = put("training.seconds", 600.2)  # more than the mean step of 0.09 s
-    assert refuses(call(record, *runs(late)), "600.20 s", "600 s")
+    assert is_one_line_error(call(record, *runs(late)), "600.20 s", "600 s")
 
 
 def test_the_committed_placeholder_has_the_fields_of_a_submission(runs: Callable[..., list[Path]], tmp_path: Path):
@@ -342,17 +312,17 @@ def test_the_committed_placeholder_has_the_fields_of_a_submission(runs: Callable
 def test_refusals(change: Change, words: list[str], runs: Callable[..., list[Path]], tmp_path: Path):
     out = tmp_path / "submission.json"
     out.write_text("before")
-    assert refuses(call(record, *runs(change), "--baseline-loss", BASELINE, "--out", out), *words)
+    assert is_one_line_error(call(record, *runs(change), "--baseline-loss", BASELINE, "--out", out), *words)
     assert out.read_text() == "before"
 
 
 def test_files_of_another_kind_are_refused(tmp_path: Path):
     for content in ("[]", "{}", "no json", "null"):
         (tmp_path / "result.json").write_text(content)
-        assert refuses(call(record, tmp_path, "--out", tmp_path / "s.json"), "result.json")
-    assert refuses(call(record, tmp_path / "missing.json"), "missing.json")
-    assert refuses(call(record, tmp_path, "--baseline-loss", "-1"), "baseline-loss")
-    assert refuses(call(record, "--out", tmp_path / "s.json"), "--placeholder")
+        assert is_one_line_error(call(record, tmp_path, "--out", tmp_path / "s.json"), "result.json")
+    assert is_one_line_error(call(record, tmp_path / "missing.json"), "missing.json")
+    assert is_one_line_error(call(record, tmp_path, "--baseline-loss", "-1"), "baseline-loss")
+    assert is_one_line_error(call(record, "--out", tmp_path / "s.json"), "--placeholder")
     assert not (tmp_path / "s.json").exists()
 
 
@@ -514,15 +484,15 @@ def test_runs_of_one_name_are_told_apart():
 
 def test_mistakes_are_one_line(folder: Path, reference: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     out = "--out", tmp_path / "x"
-    assert refuses(call(plot, tmp_path / "none", *out), "none")
-    assert refuses(call(plot, tmp_path, *out), "train.log")
-    assert refuses(call(plot, reference, "--what", "ttt", *out), "ttt")
-    assert refuses(call(plot, folder, "--what", "pie", *out), "pie")
-    assert refuses(call(plot, *[folder] * 8, *out), "8 runs")
+    assert is_one_line_error(call(plot, tmp_path / "none", *out), "none")
+    assert is_one_line_error(call(plot, tmp_path, *out), "train.log")
+    assert is_one_line_error(call(plot, reference, "--what", "ttt", *out), "ttt")
+    assert is_one_line_error(call(plot, folder, "--what", "pie", *out), "pie")
+    assert is_one_line_error(call(plot, *[folder] * 8, *out), "8 runs")
     (tmp_path / "other.txt").write_bytes(b"\xff\xfe not a log")
-    assert refuses(call(plot, tmp_path / "other.txt", *out), "no figures")
+    assert is_one_line_error(call(plot, tmp_path / "other.txt", *out), "no figures")
     (tmp_path / "other.txt").write_text("step:7/9 train_loss:broken train_time:1ms step_avg:1ms")
-    assert refuses(call(plot, tmp_path / "other.txt", *out), "line 1")
+    assert is_one_line_error(call(plot, tmp_path / "other.txt", *out), "line 1")
     monkeypatch.setattr(plot, "mpl", None)
-    assert refuses(call(plot, folder, *out), "pip install matplotlib")
+    assert is_one_line_error(call(plot, folder, *out), "pip install matplotlib")
     assert not list(tmp_path.glob("x*"))

@@ -1,0 +1,42 @@
+"""Calls the data tools as their command lines would, for the tests of data/."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import signal
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import NamedTuple
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "data"))
+import text
+
+
+class Result(NamedTuple):
+    code: int
+    out: str
+    err: str
+
+
+def call(module: ModuleType, *arguments: object) -> Result:
+    """Runs a tool's main function in this process as its command line would."""
+    out, err, argv, terminate = io.StringIO(), io.StringIO(), sys.argv, signal.getsignal(signal.SIGTERM)
+    sys.argv = [module.__name__, *map(str, arguments)]
+    try:
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), pytest.raises(SystemExit) as stop:
+            text.run(module.main)
+    finally:
+        sys.argv = argv
+        signal.signal(signal.SIGTERM, terminate)
+    return Result(stop.value.code, out.getvalue(), err.getvalue())
+
+
+def is_one_line_error(result: Result, *words: str) -> bool:
+    """The contract for a user's mistake: exit code 2 and `error: what — what to do` as the only line on stderr."""
+    lines = result.err.splitlines()
+    one_line = result.code == 2 and len(lines) == 1 and lines[0].startswith("error: ") and " — " in lines[0]
+    return one_line and all(word in lines[0] for word in words)
