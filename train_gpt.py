@@ -81,7 +81,7 @@ class Settings:
     max_wallclock_seconds: float = setting(600.0, "training time; 0: no limit", 0.0, tiny=0.0)
     train_batch_tokens: int = setting(786_432, "tokens per optimiser step, over all ranks", 1, 1 << 30, tiny=4_096)
     train_seq_len: int = setting(2048, "tokens per row", 2, 1 << 20, tiny=256)
-    micro_batch_tokens: int = setting(98_304, "most tokens per rank in one forward and backward", 1)
+    micro_batch_tokens: int = setting(98_304, "most tokens per rank in one forward and backward", 1, tiny=2_048)
     val_loss_every: int = setting(500, "steps between validations; 0: only at the end", 0, tiny=80)
     val_batch_size: int = setting(524_288, "tokens per validation batch, over all ranks", 1, tiny=8_192)
     train_log_every: int = setting(100, "steps between log lines", 1, tiny=20)
@@ -117,7 +117,7 @@ class Settings:
     ttt_lora_lr: float = setting(0.001, "peak of the adapters' cosine", 0.0)
     ttt_n_epochs: int = setting(50, "epochs per document (replay) or steps per chunk (single_pass)", 1, 100_000)
     ttt_chunk_size: int = setting(256, "targets per adaptation step", 1)
-    ttt_eval_seq_len: int = setting(2048, "longest window, the chunk included", 2, tiny=1024)
+    ttt_eval_seq_len: int = setting(2048, "longest window, the chunk included", 2, tiny=512)
     ttt_batch_size: int = setting(0, "documents adapted side by side; 0: chosen for the device", 0)
     ttt_audit: int = setting(0, "documents audited for leaks of later tokens into earlier scores", 0, tiny=2)
 
@@ -402,7 +402,7 @@ class Past(NamedTuple):
     position: int | Tensor  # tokens before the chunk
     last_id: Tensor  # (B, 1) the token before it
     last_x: Tensor  # (B, 1, d) that token's normalised embedding, before SmearGate
-    kv: Tensor  # (layers, 2, B, kv heads, context, head dim) rotated keys, and values
+    kv: Tensor  # (B, layers, 2, kv heads, context, head dim) rotated keys, and values
 
 class Lora(NamedTuple):
     """One layer's adapters for B documents: q += x A[:r]' Bq', v += x A[r:]' Bv'."""
@@ -453,7 +453,7 @@ class Attention(nn.Module):
         if kv is None:
             y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
         else:  # every query sees the whole context, then its own chunk causally
-            keys, values = torch.cat((kv[0], k), dim=2), torch.cat((kv[1], v), dim=2)
+            keys, values = torch.cat((kv[:, 0], k), dim=2), torch.cat((kv[:, 1], v), dim=2)
             if q.is_cuda:  # this kernel aligns causality with the last key, F.scaled_dot_product_attention with the first
                 y = torch.ops.aten._scaled_dot_product_flash_attention(q, keys, values, 0.0, True)[0]
             else:
@@ -540,31 +540,32 @@ class GPT(nn.Module):
     def head(self, x: Tensor, targets: Tensor) -> Tensor:
         """NLL of each target in nats under the capped logits, (B, T) float32."""
         weight = self.tok_emb.weight if not hasattr(self, "lm_head") else self.lm_head.weight
-        logits = F.linear(norm(x), weight.to(x.dtype)).float()
-        logits = self.softcap * torch.tanh(logits / self.softcap)
+        capped = F.linear(norm(x), (weight / self.softcap).to(x.dtype)).float().tanh()  # one pass less over the logits
+        logits = self.softcap * capped
         return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none").view(targets.shape)
     def forward(self, ids: Tensor, targets: Tensor, lora: list[Lora] | None = None, past: Past | None = None,
                 keep: bool = False) -> tuple[Tensor, Past | None]:
         """NLL of each target in nats, (B, T) float32, from ids and targets (B, T) int64.
         `lora` adapts every layer; `past` is the context before `ids`; with `keep`, what these add to it is returned too, detached."""
         embedded, x = self.embed(ids, past.last_id if past else None, past.last_x if past else None)
-        x0, skips, kept = x.view_as(x), [], []  # a view: block 0 compiles like the others
+        x0, skips, kept = x.view_as(x), [], []
+        x = x.requires_grad_() if lora else x  # block 0 then compiles like the others; nobody asks for this gradient
         position = torch.arange(ids.size(1), device=ids.device) + (past.position if past else 0)
         cos, sin = rotary(position, self.blocks[0].attn.head_dim, self.rope_base, self.dtype)
         for i, block in enumerate(self.blocks):
             if i >= self.encoders and skips:
                 x = x + self.skip_weights[i - self.encoders].to(x.dtype) * skips.pop()
-            x, k, v = block(x, x0, cos, sin, lora[i] if lora else None, past.kv[i] if past else None)
+            x, k, v = block(x, x0, cos, sin, lora[i] if lora else None, past.kv[:, i] if past else None)
             if i < self.encoders:
                 skips.append(x)
             if keep:
-                kept.append(torch.stack((k.detach(), v.detach())))
-        present = Past(position[-1] + 1, ids[:, -1:], embedded[:, -1:].detach(), torch.stack(kept)) if keep else None
+                kept.append(torch.stack((k.detach(), v.detach()), 1))
+        present = Past(position[-1] + 1, ids[:, -1:], embedded[:, -1:].detach(), torch.stack(kept, 1)) if keep else None
         return self.head(x, targets), present
     def compile_regions(self) -> None:
         """Compile the repeated parts once each instead of unrolling all layers: test-time training has many shapes."""
-        torch._dynamo.config.recompile_limit = 64  # with or without gradient, adapters, context, one document or many
         torch.fx.experimental._config.use_duck_shape = False  # sizes that are equal today need not be tomorrow
+        torch.fx.experimental._config.backed_size_oblivious = True  # one document is no special case
         for block in self.blocks:
             block.compile(dynamic=True)
         self.embed, self.head = torch.compile(self.embed, dynamic=True), torch.compile(self.head, dynamic=True)
@@ -609,9 +610,10 @@ def newton_schulz(g: Tensor, steps: int = 5) -> Tensor:
 
 def adam_(p: Tensor, g: Tensor, m: Tensor, v: Tensor, step: Tensor, lr: Tensor, beta1: float, beta2: float, eps: float,
           decay: float = 0.0) -> None:
-    """One AdamW step in place (Loshchilov & Hutter 2019). `step` counts from 1; it may differ per row, (rows, 1)."""
+    """One AdamW step in place (Loshchilov & Hutter 2019). `step`, () or one per row, counts from 1."""
     m.lerp_(g, 1 - beta1)
     v.mul_(beta2).addcmul_(g, g, value=1 - beta2)
+    step = step.unsqueeze(-1)
     direction = m / (1 - beta1**step) / ((v / (1 - beta2**step)).sqrt() + eps)
     p.mul_(1 - lr * decay).sub_(lr * direction)
 
@@ -693,7 +695,7 @@ def lr_multiplier(step: int, elapsed: float, s: Settings) -> float:
         return 1.0
     rules = [1.0, (s.iterations - step) / s.warmdown_iters]
     if s.max_wallclock_seconds and elapsed:
-        rules.append((s.max_wallclock_seconds - elapsed) / (s.warmdown_iters * elapsed / max(step, 1)))
+        rules.append((s.max_wallclock_seconds - elapsed) * max(step, 1) / (s.warmdown_iters * elapsed))
     return max(min(rules), 0.0)
 
 FREE_ON_RESUME = ("preset", "data_path", "tokenizer_path", "run_id", "output_dir", "eval_only", "resume", "checkpoint_every", "compile",
@@ -1055,7 +1057,7 @@ def evaluate_sliding(forward: Callable, stream: Stream, s: Settings, run: Runtim
     return evaluate_windows(forward, stream, np.stack((start, length, skip), 1), s.eval_batch_seqs, run, progress)
 
 # ---- Test-time training: LoRA on Q and V, fresh for every document -------------------------------------------------
-TTT_BATCH = {"cpu": 16, "cuda": 64}  # documents side by side, where TTT_BATCH_SIZE=0
+TTT_BATCH = {"cpu": 8, "cuda": 64}  # documents side by side, where TTT_BATCH_SIZE=0
 STEP_FLOOR = {"cpu": 0, "cuda": 4096}  # tokens below which a step costs no less: launches, not arithmetic
 
 def draw_lora_a(s: Settings, document: int) -> np.ndarray:
@@ -1073,12 +1075,13 @@ class Adapters:
         self.flat, self.m, self.v = (torch.zeros(len(a), sum(map(math.prod, self.shapes)), device=device) for _ in range(3))
         self.flat[:, : a[0].size] = torch.from_numpy(a.reshape(len(a), -1)).to(device)
         self.betas = s.beta1, s.beta2
-    def layers(self, flat: Tensor) -> list[Lora]:
-        """Views of the first documents' rows by layer. One split and one unbind: their backward is one copy each."""
-        parts = flat.split([math.prod(shape) for shape in self.shapes], dim=1)
-        return [Lora(*layer) for layer in zip(*(p.unflatten(1, shape).unbind(1) for p, shape in zip(parts, self.shapes)))]
+    def layers(self, n: int) -> tuple[Tensor, list[Lora]]:
+        """The first n documents' rows as a leaf, (n, all), and views of it by layer. Two unbinds: their backward is one copy each."""
+        leaf = self.flat[:n].detach().requires_grad_()
+        parts = leaf.split([math.prod(shape) for shape in self.shapes], dim=1)
+        return leaf, [Lora(*layer) for layer in zip(*(p.unflatten(1, shape).unbind(1) for p, shape in zip(parts, self.shapes)))]
     def step(self, gradient: Tensor, count: Tensor, lr: Tensor, adam: Callable) -> None:
-        """One Adam step of the first len(gradient) documents; `count` (n, 1) counts each document's own steps from 1."""
+        """One Adam step of the first len(gradient) documents; `count` (n,) counts each document's own steps from 1."""
         n = len(gradient)
         adam(self.flat[:n], gradient, self.m[:n], self.v[:n], count, lr, *self.betas, 1e-10)
 
@@ -1086,24 +1089,24 @@ class ContextCache:
     """Rotated keys and values of the last `window` tokens of each document, in a ring; order is free, positions are in the keys."""
     def __init__(self, model: GPT, batch: int, window: int, device: torch.device):
         attn = model.blocks[0].attn
-        self.kv = torch.zeros(len(model.blocks), 2, batch, attn.c_k.out_features // attn.head_dim, window, attn.head_dim,
-                              dtype=model.dtype, device=device)
+        self.kv = torch.zeros(batch, len(model.blocks), 2, attn.c_k.out_features // attn.head_dim, window + 1, attn.head_dim,
+                              dtype=model.dtype, device=device)  # one slot more: a full context has strides like any other
         self.window, self.last, self.position = window, None, 0
     def past(self, n: int) -> Past | None:
         """The context of the first n documents, None at their start."""
         if not self.position:
             return None
         context = min(self.position, self.window)
-        return Past(self.last.position, self.last.last_id[:n], self.last.last_x[:n], self.kv[:, :, :n, :, :context])
+        return Past(self.last.position, self.last.last_id[:n], self.last.last_x[:n], self.kv[:n, ..., :context, :])
     def push(self, present: Past | None) -> None:
         """Append a chunk of the first len(present.last_id) documents, if it was kept."""
         if present is None:
             return
-        n, tokens = present.kv.size(2), present.kv.size(4)
+        n, tokens = present.kv.size(0), present.kv.size(4)
         self.position += tokens
         if keep := min(tokens, self.window):
             slots = torch.arange(self.position - keep, self.position, device=self.kv.device) % self.window
-            self.kv[:, :, :n, :, slots] = present.kv[..., tokens - keep :, :]
+            self.kv[:n, ..., slots, :] = present.kv[..., tokens - keep :, :]
         self.last = present
 
 class DocumentBatch:
@@ -1148,19 +1151,18 @@ class DocumentBatch:
                 first, last = chunk * size, int(end[i])
                 self.nll[figure, i, first:last] = nll[i, first - int(begin[i]) : last - int(begin[i])].detach()
         return nll.sum(1) / sums[:, 1].float(), present
-    @torch.no_grad()
-    def plain(self) -> np.ndarray:
-        """Score without adaptation, with the cached context. Returns that all documents were finished, (B,) bool."""
+    def plain(self, fresh: Adapters) -> np.ndarray:
+        """Score without adaptation: under fresh adapters, whose B is zero, so that compiled code is shared. Returns (B,) true."""
         self.begin(1)
         for chunk, (n, go_on, targets) in enumerate(self.steps):
-            self.cache.push(self.score(chunk, n, figure=0, keep=go_on > 0)[1])
+            self.cache.push(self.score(chunk, n, fresh.layers(n)[1], 0, go_on > 0)[1])
             self.progress(targets)
         return np.ones(len(self.documents), bool)
     def train(self, adapters: Adapters, chunk: int, n: int, epoch: int, count: Tensor, figure: int | None = None,
               keep: bool = False) -> Past | None:
-        """Score a chunk under the adapters as they are, then take one Adam step on its mean NLL. `count` (n, 1): steps, from 1."""
-        leaf = adapters.flat[:n].detach().requires_grad_()
-        loss, present = self.score(chunk, n, adapters.layers(leaf), figure, keep, self.s.ttt_context == "cached")
+        """Score a chunk under the adapters as they are, then take one Adam step on its mean NLL. `count` (n,): steps, from 1."""
+        leaf, lora = adapters.layers(n)
+        loss, present = self.score(chunk, n, lora, figure, keep, self.s.ttt_context == "cached")
         (gradient,) = torch.autograd.grad(loss.sum(), leaf)  # documents are independent: the sum gives each its own
         lr = self.s.ttt_lora_lr * 0.5 * (1 + math.cos(math.pi * epoch / self.s.ttt_n_epochs))
         adapters.step(gradient, count, torch.full((), lr, device=leaf.device), self.adam)
@@ -1178,7 +1180,7 @@ class DocumentBatch:
             for chunk, (n, go_on, targets) in enumerate(self.steps):
                 if expired():
                     return (self.chunks <= chunk) & (epoch == epochs - 1)
-                count = self.count[:n, None] * epoch + chunk + 1
+                count = self.count[:n] * epoch + chunk + 1
                 self.cache.push(self.train(adapters, chunk, n, epoch, count, epoch, go_on > 0))
                 self.progress(targets)
         return np.ones(len(self.documents), bool)
@@ -1187,17 +1189,15 @@ class DocumentBatch:
         cached, epochs = self.s.ttt_context == "cached", self.s.ttt_n_epochs
         self.begin(1)
         for chunk, (n, go_on, _) in enumerate(self.steps):
-            with torch.no_grad():
-                self.score(chunk, n, adapters.layers(adapters.flat[:n]), figure=0, cached=cached)
+            self.score(chunk, n, adapters.layers(n)[1], figure=0, cached=cached)
             for epoch in range(epochs if go_on else 0):
                 if expired():
                     return self.chunks <= chunk + 1
-                count = torch.full((go_on, 1), chunk * epochs + epoch + 1, device=self.run.device)
+                count = torch.full((go_on,), chunk * epochs + epoch + 1, device=self.run.device)
                 self.train(adapters, chunk, go_on, epoch, count)
                 self.progress(go_on * self.s.ttt_chunk_size)
             if go_on and cached:  # the next chunk's context is this one under its final adapters
-                with torch.no_grad():
-                    self.cache.push(self.score(chunk, go_on, adapters.layers(adapters.flat[:go_on]), keep=True)[1])
+                self.cache.push(self.score(chunk, go_on, adapters.layers(go_on)[1], keep=True)[1])
         return np.ones(len(self.documents), bool)
 
 def plan_batches(targets: np.ndarray, s: Settings, run: Runtime) -> list[list[np.ndarray]]:
@@ -1247,7 +1247,7 @@ def score_documents(model: GPT, stream: Stream, s: Settings, run: Runtime, log: 
                     clock: Callable[[], float], deadline: float) -> list[float]:
     """Fill `results` for this rank's batches: first all without adaptation, then adapted until the deadline in seconds of `clock`.
     Returns the seconds of `clock` when each of the two had ended. Raises Interrupted, the results saved."""
-    adam, size, ends, stopped = run.compiled(adam_), s.ttt_chunk_size, [], lambda: run.signal != 0
+    adam, size, ends, stopped = run.compiled(adam_, dynamic=True), s.ttt_chunk_size, [], lambda: run.signal != 0
     expired = lambda: stopped() or clock() >= deadline
     for adapted, label in enumerate(("no_adaptation", f"ttt {s.ttt_protocol}")):
         todo = [documents for documents in plan if not results.done[adapted, documents].all()]
@@ -1258,8 +1258,8 @@ def score_documents(model: GPT, stream: Stream, s: Settings, run: Runtime, log: 
             if (expired if adapted else stopped)():
                 break
             batch = DocumentBatch(model, stream, documents, s, run, adam, progress)
-            adapters = lambda: Adapters(np.stack([draw_lora_a(s, int(d)) for d in documents]), s, run.device)
-            finished = batch.adapt(adapters(), expired) if adapted else batch.plain()
+            adapters = Adapters(np.stack([draw_lora_a(s, int(d)) for d in documents]), s, run.device)
+            finished = batch.adapt(adapters, expired) if adapted else batch.plain(adapters)
             nll, targets, bytes_ = batch.sums.cpu().numpy()[:, finished].transpose(2, 0, 1)
             scored = documents[finished]
             if (targets != stream.targets[scored]).any() or (bytes_ != stream.document_bytes[scored]).any():
@@ -1282,8 +1282,7 @@ def warm_up_ttt(model: GPT, s: Settings, run: Runtime, documents: int) -> float:
     targets = np.append(6 * chunk, -np.sort(-np.tile([5 * chunk, 4 * chunk, 2 * chunk + 1], documents)[: documents - 1]))
     tokens = np.random.default_rng(0).integers(BOS + 1, s.vocab_size, targets.sum() + 1)
     stream = Stream(tokens, np.ones(len(tokens) - 1, np.int16), run.device, (np.cumsum(targets) - targets, targets))
-    batch = DocumentBatch(model, stream, np.arange(documents), replace(s, ttt_n_epochs=2), run, run.compiled(adam_))
-    batch.plain()
+    batch = DocumentBatch(model, stream, np.arange(documents), replace(s, ttt_n_epochs=2), run, run.compiled(adam_, dynamic=True))
     batch.adapt(Adapters(np.stack([draw_lora_a(s, document) for document in range(documents)]), s, run.device))
     run.synchronize()
     return time.monotonic() - began
@@ -1369,9 +1368,10 @@ def trace_documents(model: GPT, tokens: list[np.ndarray], documents: np.ndarray,
     targets, flat = np.array([len(x) - 1 for x in tokens]), np.concatenate(tokens)
     stream = Stream(flat, np.zeros(len(flat) - 1, np.int16), run.device, (ends - targets - 1, targets))
     batch = DocumentBatch(model, stream, np.arange(len(tokens)), s, run, trace=True)
-    batch.plain()
+    adapters = Adapters(np.stack([draw_lora_a(s, int(document)) for document in documents]), s, run.device)
+    batch.plain(adapters)
     traces = {"no_adaptation": batch.nll[0]}
-    batch.adapt(Adapters(np.stack([draw_lora_a(s, int(document)) for document in documents]), s, run.device))
+    batch.adapt(adapters)
     traces["epoch_1" if s.ttt_protocol == "replay" else "single_pass"] = batch.nll[0]
     if len(batch.nll) > 1:
         traces[f"last_epoch_{len(batch.nll)}"] = batch.nll[-1]

@@ -1,10 +1,13 @@
 """Measures what the specification sets figures for: training, test-time training and packing.
 
-    python tests/bench.py train|ttt|pack [--device cpu|cuda] [--shard FILE] [--repeats N]
+    python tests/bench.py train|ttt|pack|curve [--device cpu|cuda] [--shard FILE] [--repeats N] [--profile]
 
 The model and every other setting come from the environment, as for train_gpt.py; PRESET defaults to `record` on CUDA and
-`tiny` on a CPU. Tokens are synthetic (random ids, log-normal document lengths like FineWeb's) unless a shard is given.
-Medians of several repetitions after a warm-up; the hardware's own ceilings are measured first.
+`tiny` on a CPU, the latter with the record's window of 2,048 tokens. Tokens are synthetic (random ids, log-normal document lengths like FineWeb's) unless a shard is given.
+Medians of several repetitions after a warm-up; the hardware's own ceilings are measured first. `--profile` adds torch.profiler's
+table of where a step's time goes. `curve` trains twice from the same weights on the same batches (--shard is needed): as
+train_gpt.py does, and with the optimiser written out one parameter at a time and nothing compiled; and a third time from other
+weights, to tell what difference the seed alone makes.
 """
 
 import argparse
@@ -21,12 +24,14 @@ FULL_SPLIT_TOKENS, GPUS, BUDGET = 62_021_845, 8, 600.0
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("work", choices=("train", "ttt", "pack"))
+    parser.add_argument("work", choices=("train", "ttt", "pack", "curve"))
     parser.add_argument("--device", choices=("cpu", "cuda"), help="default: CUDA if there is one")
     parser.add_argument("--shard", type=Path, help="take real documents from this shard")
-    parser.add_argument("--documents", type=int, default=0, help="documents in a ttt batch; 0: as train_gpt.py chooses")
+    parser.add_argument("--documents", type=int, nargs="*", default=[], help="sizes of ttt batches to compare; none: as train_gpt.py chooses")
     parser.add_argument("--epochs", type=int, default=2, help="epochs per repetition of ttt")
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--steps", type=int, default=200, help="steps of curve")
+    parser.add_argument("--profile", action="store_true", help="also print torch.profiler's table of a step")
     args = parser.parse_args()
     if args.device == "cpu":
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
@@ -37,15 +42,15 @@ def main() -> None:
     cuda = torch.cuda.is_available()
     if args.device == "cuda" and not cuda:
         sys.exit("error: no CUDA device — leave --device out or choose cpu")
-    s = t.Settings.from_env({"PRESET": "record" if cuda else "tiny"} | dict(os.environ))
+    s = t.Settings.from_env({"PRESET": "record" if cuda else "tiny", "TTT_EVAL_SEQ_LEN": "2048"} | dict(os.environ))
     run = t.Runtime(s)
     torch.manual_seed(s.seed)
     print(" ".join(f"{k}:{v}" for k, v in t.environment(run).items()))
-    {"train": bench_train, "ttt": bench_ttt, "pack": bench_pack}[args.work](t, torch, s, run, args)
+    {"train": bench_train, "ttt": bench_ttt, "pack": bench_pack, "curve": bench_curve}[args.work](t, torch, s, run, args)
 
 
 def seconds_of(run, work, repeats: int) -> float:
-    """Median wall seconds of `work()`, the device idle before and after, one warm-up not counted."""
+    """Median wall seconds of `work()`, the device idle before and after, one warm-up not counted (0 repeats: the warm-up itself)."""
     times = []
     for _ in range(repeats + 1):
         run.synchronize()
@@ -53,7 +58,20 @@ def seconds_of(run, work, repeats: int) -> float:
         work()
         run.synchronize()
         times.append(time.perf_counter() - began)
-    return statistics.median(times[1:])
+    return statistics.median(times[1:] or times)
+
+
+def show_profile(torch, run, work) -> None:
+    """The operators that take most time, by their own time on the device."""
+    from torch.profiler import ProfilerActivity, profile
+
+    cuda = run.device.type == "cuda"
+    with profile(activities=[ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * cuda) as table:
+        work()
+        run.synchronize()
+    rows = {(row.key, row.count): row.self_device_time_total if cuda else row.self_cpu_time_total for row in table.key_averages()}
+    for (name, count), own in sorted(rows.items(), key=lambda row: -row[1])[:14]:
+        print(f"  {100 * own / sum(rows.values()):5.1f}%  {own / 1000:9.2f} ms  {count:6d} calls  {name[:70]}")
 
 
 def ceilings(torch, run) -> float:
@@ -109,6 +127,43 @@ def bench_train(t, torch, s, run, args) -> None:
         t.forward_backward(forward, batch, 1.0)
         optimizer.step(1, 1e-6)
     report("training step", tokens, seconds_of(run, step, args.repeats), flop, ceiling, torch, run)
+    if args.profile:
+        show_profile(torch, run, step)
+
+
+def bench_curve(t, torch, s, run, args) -> None:
+    """Losses of --steps optimiser steps: train_gpt.py's path, the plain one, and train_gpt.py's from another seed."""
+    import numpy as np
+    from plain import Loop
+
+    if not args.shard:
+        sys.exit("error: curve needs real text — give --shard")
+    loader, curves = t.BatchLoader([t.open_shard(args.shard)], s, run), []
+    for seed, plain in ((s.seed, False), (s.seed, True), (s.seed + 1, False)):
+        torch.manual_seed(seed)
+        model = t.GPT(s, run.dtype).to(run.device)
+        optimizer = Loop(model, s) if plain else t.Optimizer(model, s, run)
+        forward = model if plain else run.compiled(model, dynamic=False)
+        if plain:
+            for name, p in model.named_parameters():
+                p.data = optimizer.weights[name].data  # the loop updates them in place
+        losses = []
+        for step in range(args.steps):
+            batch = loader.batch(step)
+            losses.append(t.forward_backward(forward, batch, 1 / len(batch)))
+            multiplier = t.lr_multiplier(step, 0.0, s)
+            if plain:
+                optimizer.step({name: p.grad for name, p in model.named_parameters()}, step, multiplier)
+                model.zero_grad()
+            else:
+                optimizer.step(step, multiplier)
+        curves.append(torch.stack(losses).cpu().numpy())
+    fast, plain, other = curves
+    print("step: ours, plain, another seed: training loss in nats, mean of the last 20 steps")
+    for step in range(20, args.steps + 1, 20):
+        print(f"{step:5d}  " + "  ".join(f"{curve[step - 20 : step].mean():.5f}" for curve in curves))
+    print(f"mean |ours - plain| {np.abs(fast - plain).mean():.5f}, of the last 20 {np.abs(fast - plain)[-20:].mean():.5f}; "
+          f"mean |ours - another seed| {np.abs(fast - other).mean():.5f}, of the last 20 {np.abs(fast - other)[-20:].mean():.5f}")
 
 
 def bench_ttt(t, torch, s, run, args) -> None:
@@ -125,35 +180,51 @@ def bench_ttt(t, torch, s, run, args) -> None:
         tokens = rng.integers(t.BOS + 1, s.vocab_size, lengths.sum() + 1)
         tokens[np.concatenate([[0], np.cumsum(lengths)])] = t.BOS
     stream = t.Stream(tokens, np.ones(len(tokens) - 1, np.int16), run.device)
-    one = t.plan_batches(stream.targets, replace(s, ttt_batch_size=args.documents or s.ttt_batch_size), run)[0]
+    settings = replace(s, ttt_protocol="replay", ttt_n_epochs=args.epochs)
+    one = t.plan_batches(stream.targets, settings, run)[0]
     if run.compile:
         print(f"compile_seconds:{t.warm_up_ttt(model, s, run, len(one[0])):.1f}")
     adam = run.compiled(t.adam_)
 
-    def adapt(documents, settings):
+    def adapt(documents, settings=settings):
         batch = t.DocumentBatch(model, stream, documents, settings, run, adam)
         batch.adapt(t.Adapters(np.stack([t.draw_lora_a(settings, int(d)) for d in documents]), settings, run.device))
 
-    settings = replace(s, ttt_protocol="replay", ttt_n_epochs=args.epochs)
-    typical = min((b for b in one if stream.targets[b].min() >= 1000), key=lambda b: stream.targets[b].max(), default=one[0])
-    rates = {}
-    for context in ("cached", "recompute"):
-        part = replace(settings, ttt_context=context)
-        scored = int(stream.targets[typical].sum()) * args.epochs
-        mean = float((stream.targets[typical] ** 2).sum() / stream.targets[typical].sum() / 2)
-        flop = 2 * scored * flop_per_token(model, s, min(mean, s.ttt_eval_seq_len))  # the backward pass has no weight gradients
-        label = f"ttt {context}, {len(typical)} documents of {stream.targets[typical].min()}-{stream.targets[typical].max()} tokens"
-        rates[context] = report(label, scored, seconds_of(run, lambda: adapt(typical, part), args.repeats), flop, ceiling, torch, run)
-    print(f"cached / recompute on documents of >= 1,000 tokens: {rates['cached'] / rates['recompute']:.2f}")
+    def measure(label, documents, settings=settings):
+        scored, lengths = int(stream.targets[documents].sum()) * args.epochs, stream.targets[documents]
+        context = float((lengths**2).sum() / lengths.sum() / 2)  # keys that a query sees, on average
+        flop = 2 * scored * flop_per_token(model, s, min(context, s.ttt_eval_seq_len))  # no weight gradients in the backward pass
+        label = f"{label}, {len(documents)} documents of {lengths.min()}-{lengths.max()} tokens"
+        return report(label, scored, seconds_of(run, lambda: adapt(documents, settings), args.repeats), flop, ceiling, torch, run)
 
-    seconds = [seconds_of(run, lambda: adapt(b, settings), 1) / args.epochs for b in one]  # of one epoch of each batch
-    tokens_seen = int(sum(stream.targets[b].sum() for b in one))
-    rate = tokens_seen / sum(seconds)
-    print(f"ttt cached, {len(stream.targets)} documents of all lengths: {rate:,.0f} scored token-epochs/s")
-    full = s.ttt_n_epochs * FULL_SPLIT_TOKENS / rate / GPUS
-    print(f"full split, {s.ttt_n_epochs} epochs, {GPUS} such devices: {full:,.0f} s by throughput "
-          f"(budget {BUDGET:.0f} s); critical path, the longest batch alone: {s.ttt_n_epochs * seconds[0]:,.0f} s "
-          f"({len(t.DocumentBatch(model, stream, one[0], s, run).steps)} chunks x {s.ttt_n_epochs} steps)")
+    typical = min((b for b in one if stream.targets[b].min() >= 1000), key=lambda b: stream.targets[b].max(), default=one[0])
+    rates = [measure(f"ttt {context}", typical, replace(settings, ttt_context=context)) for context in ("cached", "recompute")]
+    print(f"cached / recompute on documents of >= 1,000 tokens: {rates[0] / rates[1]:.2f}")
+    if args.profile:
+        show_profile(torch, run, lambda: adapt(typical))
+    longest_first = np.argsort(-stream.targets, kind="stable")
+    for size in args.documents:
+        first = int(np.searchsorted(-stream.targets[longest_first], -stream.targets[typical].max()))
+        measure("ttt cached", longest_first[first : first + size])
+    project(t, s, run, stream, one, adapt, args)
+
+
+def project(t, s, run, stream, batches, adapt, args) -> None:
+    """The full split's seconds on GPUS such devices, from one pass over every document of the sample, batch by batch."""
+    import numpy as np
+
+    targets, epochs = stream.targets, s.ttt_n_epochs
+    seconds = np.array([seconds_of(run, lambda: adapt(b), 1 if run.device.type == "cuda" else 0) for b in batches]) / args.epochs
+    rate = int(targets.sum()) / seconds.sum()
+    print(f"ttt cached, {len(targets)} documents of all lengths: {rate:,.0f} scored token-epochs/s")
+    predicted = np.array([t.batch_cost(targets[b], s, t.STEP_FLOOR[run.device.type]) for b in batches])
+    off = seconds / predicted * predicted.sum() / seconds.sum()
+    print(f"measured / predicted cost of a batch: {np.quantile(off, 0.05):.2f} to {np.quantile(off, 0.95):.2f} (5% to 95%)")
+    print(f"full split, {epochs} epochs, {GPUS} such devices: {epochs * FULL_SPLIT_TOKENS / rate / GPUS:,.0f} s by throughput "
+          f"(budget {BUDGET:.0f} s, everything included)")
+    longest = int(np.argmax([targets[b].max() for b in batches]))
+    print(f"critical path: {epochs * seconds[longest]:,.0f} s, the batch of the longest document, {int(targets.max()):,} tokens = "
+          f"{-(-int(targets.max()) // s.ttt_chunk_size)} chunks x {epochs} steps in sequence")
 
 
 def bench_pack(t, torch, s, run, args) -> None:

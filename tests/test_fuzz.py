@@ -352,7 +352,8 @@ def test_streams_with_odd_documents_are_scored_once_per_target(tmp_path, lengths
     runtime = one_process()
     runtime.compile, runtime.signal, runtime.event = False, 0, None
     batch = train_gpt.DocumentBatch(model, stream, np.array(batch_of), s, runtime)
-    batch.plain()
+    fresh = np.stack([train_gpt.draw_lora_a(s, document) for document in batch_of])
+    batch.plain(train_gpt.Adapters(fresh, s, runtime.device))
     assert batch.sums[0, :, 1].sum() == len(tokens) - 1 and batch.sums.isfinite().all()
 
 

@@ -53,7 +53,7 @@ class Golden:
         """Losses of each figure of these documents, (documents, figures), from one batch."""
         count = sum(d["targets"] for d in self.expected["ttt_cached"]["docs"])
         batch = train_gpt.DocumentBatch(self.model, self.stream(count + 1), np.array(documents), replace(self.s, **changes), self.run)
-        batch.plain() if plain else batch.adapt(self.adapters(documents))
+        batch.plain(self.adapters(documents)) if plain else batch.adapt(self.adapters(documents))
         nll, targets, bytes_ = batch.sums.permute(2, 1, 0).numpy()
         expected = self.expected["ttt_replay"]["docs"]
         assert (targets == np.array([[expected[d]["targets"]] for d in documents])).all()

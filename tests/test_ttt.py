@@ -22,7 +22,7 @@ def batch_of(model, stream, documents, s, run, adapters=None, plain=False, **mor
     """The batch after its pass."""
     batch = train_gpt.DocumentBatch(model, stream, np.array(documents), s, run, trace=True, **more)
     if plain:
-        batch.plain()
+        batch.plain(adapters_of(s, documents))
     else:
         batch.adapt(adapters or adapters_of(s, documents))
     return batch
@@ -191,7 +191,7 @@ class Watched(train_gpt.Adapters):
     def step(self, gradient, count, lr, adam):
         super().step(gradient, count, lr, adam)
         self.history.append(self.flat.clone())
-        for document, n in enumerate(count[:, 0].tolist()):
+        for document, n in enumerate(count.tolist()):
             self.counts[document].append(n)
 
 
