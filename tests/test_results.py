@@ -1,4 +1,4 @@
-"""Tests of the tools that turn runs into results: data/record.py and data/plot.py."""
+"""Tests of the tools that turn runs into results: data/record.py, data/plot.py and data/compare.py."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "data"))
+import compare
 import plot
 import record
 from tools import call, is_one_line_error
@@ -496,3 +497,61 @@ def test_mistakes_are_one_line(folder: Path, reference: Path, tmp_path: Path, mo
     monkeypatch.setattr(plot, "mpl", None)
     assert is_one_line_error(call(plot, folder, *out), "pip install matplotlib")
     assert not list(tmp_path.glob("x*"))
+
+
+# ---------------------------------------------------------------------------------------------- compare
+
+
+def a_scored_run(folder: Path, without: np.ndarray, adapted: np.ndarray, bytes_: np.ndarray, unfinished: int = 0, **changes: object) -> Path:
+    """What train_gpt.py leaves of a test-time training evaluation, as far as compare.py reads it."""
+    folder.mkdir()
+    about = {"ttt_protocol": "single_pass", "ttt_n_epochs": 10, "ttt_lora_lr": 0.001, "ttt_chunk_size": 256, "ttt_lora_rank": 8}
+    (folder / "result.json").write_text(json.dumps({"settings": about | changes}))
+    finished = np.arange(len(bytes_)) >= unfinished
+    np.savez(folder / "ttt_documents.npz", nll_no_adaptation=without, nll_per_epoch=adapted[None], bytes=bytes_, finished=finished)
+    return folder
+
+
+def cells(out: str) -> list[list[str]]:
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in out.splitlines() if line.startswith("|")][2:]
+
+
+def test_compare_shows_the_best_first_with_intervals_that_the_normal_law_confirms(tmp_path: Path) -> None:
+    rng, n = np.random.default_rng(3), 400
+    bytes_ = np.full(n, 3000)
+    without = rng.normal(5000, 800, n)
+    gains = {"worse": rng.normal(5, 20, n), "better": rng.normal(12, 20, n)}
+    runs = [a_scored_run(tmp_path / name, without, without - gain, bytes_, ttt_lora_lr=lr) for (name, gain), lr in zip(gains.items(), (0.1, 0.2))]
+    result = call(compare, *runs, "--samples", 4000)
+    assert result.code == 0, result.err
+    best, second = cells(result.out)
+    assert (best[2], second[2]) == ("0.2", "0.1") and "400 documents, 1,200,000 bytes" in result.out
+    scale = math.log(2) * 3000
+    for row, gain in ((best, gains["better"]), (second, gains["worse"])):
+        assert float(row[7]) == pytest.approx(gain.mean() / scale, abs=5e-5)
+        assert float(row[6]) == pytest.approx((without - gain).sum() / math.log(2) / bytes_.sum(), abs=5e-5)
+        low, high = map(float, row[8].split(" to "))
+        assert high - low == pytest.approx(2 * 1.96 * gain.std() / math.sqrt(n) / scale, rel=0.08)
+    low, high = map(float, second[9].split(" to "))
+    difference = gains["better"] - gains["worse"]
+    assert (low + high) / 2 == pytest.approx(difference.mean() / scale, abs=1e-4) and best[9] == "–"
+
+
+def test_compare_weighs_documents_by_their_bytes(tmp_path: Path) -> None:
+    bytes_, without = np.array([10, 1000]), np.array([100.0, 100.0])
+    run = a_scored_run(tmp_path / "a", without, without - np.array([0.0, 10.0]), bytes_, ttt_protocol="replay", ttt_n_epochs=50)
+    (row,) = cells(call(compare, run).out)
+    assert float(row[7]) == pytest.approx(10 / math.log(2) / 1010, abs=5e-5) and row[1] == "1 of 50"
+
+
+def test_compare_refuses_what_cannot_be_compared(tmp_path: Path) -> None:
+    a, b = np.array([5.0, 6.0]), np.array([7, 8])
+    good = a_scored_run(tmp_path / "good", a, a, b)
+    assert is_one_line_error(call(compare, tmp_path / "none"), "none")
+    assert is_one_line_error(call(compare, good, a_scored_run(tmp_path / "other", a, a, b + 1)), "other", "same documents")
+    assert is_one_line_error(call(compare, good, a_scored_run(tmp_path / "model", 2 * a, a, b)), "model")
+    assert is_one_line_error(call(compare, a_scored_run(tmp_path / "late", a, a, b, unfinished=1)), "late", "EVAL_MAX_SECONDS")
+    whole = (good / "ttt_documents.npz").read_bytes()
+    for damaged in (whole[: len(whole) // 2], b"not a zip", b""):
+        (good / "ttt_documents.npz").write_bytes(damaged)
+        assert is_one_line_error(call(compare, good), "good")
