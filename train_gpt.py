@@ -559,8 +559,8 @@ class GPT(nn.Module):
             if i < self.encoders:
                 skips.append(x)
             if keep:
-                kept.append(torch.stack((k.detach(), v.detach()), 1))
-        present = Past(position[-1] + 1, ids[:, -1:], embedded[:, -1:].detach(), torch.stack(kept, 1)) if keep else None
+                kept += k.detach(), v.detach()
+        present = Past(position[-1] + 1, ids[:, -1:], embedded[:, -1:].detach(), torch.stack(kept, 1).unflatten(1, (-1, 2))) if keep else None
         return self.head(x, targets), present
     def compile_regions(self) -> None:
         """Compile the repeated parts once each instead of unrolling all layers: test-time training has many shapes."""
