@@ -541,8 +541,7 @@ class GPT(nn.Module):
         """NLL of each target in nats under the capped logits, (B, T) float32."""
         weight = self.tok_emb.weight if not hasattr(self, "lm_head") else self.lm_head.weight
         capped = F.linear(norm(x), (weight / self.softcap).to(x.dtype)).float().tanh()  # one pass less over the logits
-        logits = self.softcap * capped
-        return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none").view(targets.shape)
+        return F.cross_entropy(self.softcap * capped.flatten(0, 1), targets.flatten(), reduction="none").view(targets.shape)
     def forward(self, ids: Tensor, targets: Tensor, lora: list[Lora] | None = None, past: Past | None = None,
                 keep: bool = False) -> tuple[Tensor, Past | None]:
         """NLL of each target in nats, (B, T) float32, from ids and targets (B, T) int64.
@@ -564,6 +563,7 @@ class GPT(nn.Module):
         return self.head(x, targets), present
     def compile_regions(self) -> None:
         """Compile the repeated parts once each instead of unrolling all layers: test-time training has many shapes."""
+        torch._dynamo.config.recompile_limit = 64  # beyond it a function would silently run uncompiled
         torch.fx.experimental._config.use_duck_shape = False  # sizes that are equal today need not be tomorrow
         torch.fx.experimental._config.backed_size_oblivious = True  # one document is no special case
         for block in self.blocks:

@@ -138,6 +138,7 @@ def bench_curve(t, torch, s, run, args) -> None:
 
     if not args.shard:
         sys.exit("error: curve needs real text — give --shard")
+    s = replace(s, iterations=args.steps, warmdown_iters=args.steps // 2)
     loader, curves = t.BatchLoader([t.open_shard(args.shard)], s, run), []
     for seed, plain in ((s.seed, False), (s.seed, True), (s.seed + 1, False)):
         torch.manual_seed(seed)
@@ -183,8 +184,8 @@ def bench_ttt(t, torch, s, run, args) -> None:
     settings = replace(s, ttt_protocol="replay", ttt_n_epochs=args.epochs)
     one = t.plan_batches(stream.targets, settings, run)[0]
     if run.compile:
-        print(f"compile_seconds:{t.warm_up_ttt(model, s, run, len(one[0])):.1f}")
-    adam = run.compiled(t.adam_)
+        print(f"compile_seconds:{t.warm_up_ttt(model, settings, run, len(one[0])):.1f}")
+    adam = run.compiled(t.adam_, dynamic=True)
 
     def adapt(documents, settings=settings):
         batch = t.DocumentBatch(model, stream, documents, settings, run, adam)

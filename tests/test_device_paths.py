@@ -28,7 +28,8 @@ def graphs(run, monkeypatch):
     monkeypatch.setattr(run, "compile", True)
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
     monkeypatch.setattr(nn.Module, "compile", functools.partialmethod(nn.Module.compile, backend="aot_eager"))
-    yield lambda: (counters["stats"]["unique_graphs"], dict(counters["graph_break"]))
+    with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True):  # else the rest would run uncompiled, unnoticed
+        yield lambda: (counters["stats"]["unique_graphs"], dict(counters["graph_break"]))
     torch._dynamo.reset()
     for name, value in kept.items():
         setattr(_config, name, value)
@@ -40,7 +41,8 @@ def adapted(model, s, run, documents, adam=None):
     fresh = lambda: train_gpt.Adapters(np.stack([train_gpt.draw_lora_a(s, d) for d in documents]), s, run.device)
     batch.plain(fresh())
     plain = batch.sums[:, :, 0].clone()
-    batch.adapt(fresh())
+    batch.adapt(adapters := fresh())
+    assert {x.dtype for x in (adapters.flat, adapters.m, adapters.v)} == {torch.float32}
     return torch.cat((plain, batch.sums[:, :, 0]))
 
 
@@ -61,7 +63,7 @@ def test_compiled_test_time_training_scores_as_eager_does_with_few_graphs(run, g
 
 
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
-def test_a_compiled_training_step_is_one_graph_and_equals_the_eager_one(run, graphs, dtype):
+def test_a_compiled_training_step_compiles_once_and_equals_the_eager_one(run, graphs, dtype):
     s = small(num_layers=2)
     tokens = torch.randint(2, s.vocab_size, (4, s.train_seq_len + 1), generator=torch.Generator().manual_seed(0))
     results = []
@@ -70,7 +72,12 @@ def test_a_compiled_training_step_is_one_graph_and_equals_the_eager_one(run, gra
         model = train_gpt.GPT(s, dtype)
         run.compile = compiled
         optimizer, forward = train_gpt.Optimizer(model, s, run), run.compiled(model, dynamic=False)
-        losses = [train_gpt.forward_backward(forward, [(tokens[:, :-1], tokens[:, 1:])], 1.0) + 0 * optimizer.step(step, 1.0) for step in range(3)]
+        losses, counts = [], []
+        for step in range(3):
+            losses.append(train_gpt.forward_backward(forward, [(tokens[:, :-1], tokens[:, 1:])], 1.0))
+            optimizer.step(step, 1.0)
+            counts.append(graphs()[0])
+        assert counts[0] == counts[2] and (counts[0] > 0) == compiled
         results.append(torch.stack(losses))
     torch.testing.assert_close(results[1], results[0], rtol=1e-4 if dtype == torch.float32 else 5e-3, atol=0)
     assert results[0][-1] < results[0][0] and not graphs()[1]
@@ -85,4 +92,3 @@ def test_test_time_training_in_bf16_stays_near_float32_and_apart_from_its_batch(
     torch.testing.assert_close(together, expected, rtol=1e-2, atol=0)
     for d in range(len(LENGTHS)):
         torch.testing.assert_close(adapted(rough, s, run, [d])[:, 0], together[:, d], rtol=1e-3, atol=0)
-    assert train_gpt.Adapters(np.zeros((1, s.num_layers, 2 * s.ttt_lora_rank, s.model_dim), np.float32), s, run.device).flat.dtype == torch.float32
