@@ -547,8 +547,7 @@ class GPT(nn.Module):
         """NLL of each target in nats, (B, T) float32, from ids and targets (B, T) int64.
         `lora` adapts every layer; `past` is the context before `ids`; with `keep`, what these add to it is returned too, detached."""
         embedded, x = self.embed(ids, past.last_id if past else None, past.last_x if past else None)
-        x0, skips, kept = x.view_as(x), [], []
-        x = x.requires_grad_() if lora else x  # block 0 then compiles like the others; nobody asks for this gradient
+        x0, x, skips, kept = x.view_as(x), x.requires_grad_() if lora else x, [], []  # with lora, block 0 compiles like the others
         position = torch.arange(ids.size(1), device=ids.device) + (past.position if past else 0)
         cos, sin = rotary(position, self.blocks[0].attn.head_dim, self.rope_base, self.dtype)
         for i, block in enumerate(self.blocks):
@@ -1283,7 +1282,8 @@ def warm_up_ttt(model: GPT, s: Settings, run: Runtime, documents: int) -> float:
     tokens = np.random.default_rng(0).integers(BOS + 1, s.vocab_size, targets.sum() + 1)
     stream = Stream(tokens, np.ones(len(tokens) - 1, np.int16), run.device, (np.cumsum(targets) - targets, targets))
     batch = DocumentBatch(model, stream, np.arange(documents), replace(s, ttt_n_epochs=2), run, run.compiled(adam_, dynamic=True))
-    batch.adapt(Adapters(np.stack([draw_lora_a(s, document) for document in range(documents)]), s, run.device))
+    for work in (batch.plain, batch.adapt):  # the plain pass is cached even where TTT_CONTEXT is not
+        work(Adapters(np.stack([draw_lora_a(s, document) for document in range(documents)]), s, run.device))
     run.synchronize()
     return time.monotonic() - began
 
