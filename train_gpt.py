@@ -564,7 +564,6 @@ class GPT(nn.Module):
         """Compile the repeated parts once each instead of unrolling all layers: test-time training has many shapes."""
         torch._dynamo.config.recompile_limit = 64  # beyond it a function would silently run uncompiled
         torch.fx.experimental._config.use_duck_shape = False  # sizes that are equal today need not be tomorrow
-        torch.fx.experimental._config.backed_size_oblivious = True  # one document is no special case
         for block in self.blocks:
             block.compile(dynamic=True)
         self.embed, self.head = torch.compile(self.embed, dynamic=True), torch.compile(self.head, dynamic=True)
@@ -1278,7 +1277,7 @@ def warm_up_ttt(model: GPT, s: Settings, run: Runtime, documents: int) -> float:
     """Compile the shapes that batches of this size meet, on synthetic tokens. Returns the seconds it took."""
     began, chunk = time.monotonic(), s.ttt_chunk_size
     model.compile_regions()
-    targets = np.append(6 * chunk, -np.sort(-np.tile([5 * chunk, 4 * chunk, 2 * chunk + 1], documents)[: documents - 1]))
+    targets = np.append(7 * chunk, -np.sort(-np.tile([5 * chunk, 4 * chunk, 2 * chunk + 1], documents)[: documents - 1]))
     tokens = np.random.default_rng(0).integers(BOS + 1, s.vocab_size, targets.sum() + 1)
     stream = Stream(tokens, np.ones(len(tokens) - 1, np.int16), run.device, (np.cumsum(targets) - targets, targets))
     batch = DocumentBatch(model, stream, np.arange(documents), replace(s, ttt_n_epochs=2), run, run.compiled(adam_, dynamic=True))
