@@ -1,94 +1,220 @@
-"""What a GPU runs, as far as a CPU can run it: bf16 compute, captured graphs, and both together.
+"""What a GPU runs, as far as a CPU can run it: compiled graphs, bf16 compute, and both together.
 
-Graphs are captured and differentiated as on a GPU but executed by torch's own kernels (backend `aot_eager`): generating code would
-take minutes and is PyTorch's to test."""
-import functools
+Graphs are captured, differentiated and checked as on a GPU, but executed by torch's own kernels (tests/strict.py);
+one test generates code with Inductor. Compiled figures must equal eager ones, a stage compiles nothing after its
+warm-up, and no graph may break: each would be paid for in the seconds of the run."""
+
+import shutil
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import pytest
 import torch
-from torch import nn
+from conftest import random_model, small, stream_of
+from strict import strict, strictly
+from torch import Tensor
+from torch._dynamo.utils import counters
+from torch._inductor.utils import fresh_cache
+from torch.fx.experimental import _config as shape_config
 
 import train_gpt
-from conftest import random_model, small, stream_of
 
-LENGTHS = [100, 90, 70, 40, 33, 16, 5]  # up to seven chunks, then one document alone
+CHUNK, WINDOW = 16, 64  # of the small settings: a context is full after three chunks
+LENGTHS = [100, 90, 70, 40, 33, 16, 5]  # targets: up to seven chunks; the longest goes on alone, one has a single chunk
+EVERY_WAY = [(protocol, context) for protocol in ("replay", "single_pass") for context in ("cached", "recompute")]
+FLAGS = ("use_duck_shape", "backed_size_oblivious")  # of torch, for the whole process
+
+
+# ---- All contact with the names and signatures of train_gpt.py ------------------------------------------------------
+class Trainer:
+    """A fresh model with its optimiser, compiled or not, on one batch of two micro-batches of `rows` rows."""
+
+    def __init__(self, s, run, compiled: bool, dtype: torch.dtype, rows: int):
+        run.compile = compiled
+        torch.manual_seed(0)
+        self.s, self.run, self.steps = s, run, 0
+        self.model = train_gpt.GPT(s, dtype)
+        self.optimizer = train_gpt.Optimizer(self.model, s, run)
+        self.forward = run.compiled(self.model, dynamic=False)
+        size = (2 * rows, s.train_seq_len + 1)
+        tokens = torch.randint(2, s.vocab_size, size, generator=torch.Generator().manual_seed(0))
+        self.micro_batches = list(zip(tokens[:, :-1].split(rows), tokens[:, 1:].split(rows), strict=True))
+
+    def step(self) -> Tensor:
+        """One training step: its loss."""
+        loss = train_gpt.forward_backward(self.forward, self.micro_batches, 1 / len(self.micro_batches))
+        self.optimizer.step(self.steps, 1.0)
+        self.steps += 1
+        return loss
+
+    def validate(self) -> Tensor:
+        """The loss of the standard evaluation: batches of three rows, the last batch and its last row not full."""
+        return torch.tensor(
+            train_gpt.evaluate_standard(self.forward, stream_of(self.s, [150, 7]), self.s, self.run).loss
+        )
+
+    def slide(self) -> Tensor:
+        """The loss of the sliding window: batches of five windows, the last batch and its last window not full."""
+        return torch.tensor(train_gpt.evaluate_sliding(self.forward, stream_of(self.s, [90, 7]), self.s, self.run).loss)
+
+
+class Evaluation:
+    """Test-time training of one frozen model, compiled or not."""
+
+    def __init__(self, s, run, compiled: bool, dtype: torch.dtype = torch.float32):
+        run.compile = compiled
+        self.s, self.run = s, run
+        self.model = random_model(s, dtype=dtype)
+        self.adam = run.compiled(train_gpt.adam_, dynamic=True)
+
+    def warm_up(self, documents: int) -> None:
+        """What precedes the evaluation of batches of so many documents."""
+        train_gpt.warm_up_ttt(self.model, self.s, self.run, documents)
+
+    def compile_only(self) -> None:
+        """Compile at first use."""
+        self.model.compile_regions()
+
+    def score(self, documents: list[int]) -> Tensor:
+        """NLL of every figure and document, plain first, from one batch. The adapters stay float32."""
+        batch = train_gpt.DocumentBatch(
+            self.model, stream_of(self.s, LENGTHS), np.array(documents), self.s, self.run, self.adam
+        )
+        figures = []
+        for work in (batch.plain, batch.adapt):
+            a = np.stack([train_gpt.draw_lora_a(self.s, document) for document in documents])
+            adapters = train_gpt.Adapters(a, self.s, self.run.device)
+            work(adapters)
+            figures.append(batch.sums[:, :, 0].clone())
+            assert {x.dtype for x in (adapters.flat, adapters.m, adapters.v)} == {torch.float32}
+        return torch.cat(figures)
+
+
+def gradients_in_growing_contexts(s, run, compiled: bool) -> list[Tensor]:
+    """What one block's adapters get from chunks of two documents after contexts of one, two and three chunks."""
+    model = random_model(s)
+    if compiled:
+        model.compile_regions()
+    adapters = train_gpt.Adapters(np.stack([train_gpt.draw_lora_a(s, d) for d in range(2)]), s, run.device)
+    adapters.flat.add_(0.01)  # no branch is silent
+    generator = torch.Generator().manual_seed(0)
+    head_dim = s.model_dim // s.num_heads
+    ring = torch.randn(2, 2, s.num_kv_heads, WINDOW + 1, head_dim, generator=generator)
+    gradients = []
+    for context in (CHUNK, 2 * CHUNK, 3 * CHUNK):
+        leaf, layers = adapters.layers(2)
+        x = torch.randn(2, CHUNK, s.model_dim, generator=generator).requires_grad_()
+        angles = train_gpt.rotary(torch.arange(context, context + CHUNK), head_dim, s.rope_base, torch.float32)
+        y = model.blocks[0](x, x.view_as(x), *angles, layers[0], ring[..., :context, :])[0]
+        gradients.append(torch.autograd.grad(y.square().sum(), leaf)[0])
+    return gradients
+
+
+# ---- Fixtures -------------------------------------------------------------------------------------------------------
+@pytest.fixture
+def compiler(run, monkeypatch) -> Iterator[None]:
+    """A compiler that remembers nothing; what the script tells torch about compilation is taken back afterwards."""
+    kept = {name: getattr(shape_config, name) for name in FLAGS}
+    monkeypatch.setattr(run, "compile", run.compile)
+    torch._dynamo.reset()
+    counters.clear()
+    with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True):  # else the rest would run uncompiled, unnoticed
+        yield
+    torch._dynamo.reset()
+    for name, value in kept.items():
+        setattr(shape_config, name, value)
 
 
 @pytest.fixture
-def graphs(run, monkeypatch):
-    """Turn compilation on; the fixture counts captured graphs and graph breaks."""
-    import torch._dynamo
-    from torch._dynamo.utils import counters
-    from torch.fx.experimental import _config
+def graphs(compiler) -> Iterator[Callable[[], int]]:
+    """Within, everything is compiled by the strict backend; the fixture counts the graphs so far and refuses breaks."""
 
-    kept = {name: getattr(_config, name) for name in ("use_duck_shape", "backed_size_oblivious")}
-    torch._dynamo.reset()
-    counters.clear()
-    monkeypatch.setattr(run, "compile", True)
-    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
-    monkeypatch.setattr(nn.Module, "compile", functools.partialmethod(nn.Module.compile, backend="aot_eager"))
-    with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True):  # else the rest would run uncompiled, unnoticed
-        yield lambda: (counters["stats"]["unique_graphs"], dict(counters["graph_break"]))
-    torch._dynamo.reset()
-    for name, value in kept.items():
-        setattr(_config, name, value)
+    def count() -> int:
+        assert not counters["graph_break"]
+        return counters["stats"]["unique_graphs"]
+
+    with strictly():
+        yield count
 
 
-def adapted(model, s, run, documents, adam=None):
-    """NLL of every figure and document, plain first, from one batch."""
-    batch = train_gpt.DocumentBatch(model, stream_of(s, LENGTHS), np.array(documents), s, run, adam)
-    fresh = lambda: train_gpt.Adapters(np.stack([train_gpt.draw_lora_a(s, d) for d in documents]), s, run.device)
-    batch.plain(fresh())
-    plain = batch.sums[:, :, 0].clone()
-    batch.adapt(adapters := fresh())
-    assert {x.dtype for x in (adapters.flat, adapters.m, adapters.v)} == {torch.float32}
-    return torch.cat((plain, batch.sums[:, :, 0]))
+# ---- The backend itself ---------------------------------------------------------------------------------------------
+def test_the_strict_backend_refuses_a_saved_activation_of_other_strides(compiler):
+    """The fault that it exists for: torch freezes the strides of an activation whose size it leaves dynamic."""
+
+    def f(x: Tensor, y: Tensor) -> Tensor:
+        return (torch.cat((x, y), dim=1).sin() * 2).cos().sum()
+
+    def gradients(function: Callable, size: int) -> tuple[Tensor, ...]:
+        generator = torch.Generator().manual_seed(size)
+        inputs = [torch.randn(3, n, 4, generator=generator, requires_grad=True) for n in (size, 5)]
+        return torch.autograd.grad(function(*inputs), inputs)
+
+    for frozen in (False, True):
+        torch._dynamo.reset()
+        shape_config.backed_size_oblivious = frozen
+        compiled = torch.compile(f, backend=strict, dynamic=True)
+        torch.testing.assert_close(gradients(compiled, 7), gradients(f, 7))
+        if frozen:
+            with pytest.raises(AssertionError, match="expected size .* stride"):
+                gradients(compiled, 9)
+        else:
+            torch.testing.assert_close(gradients(compiled, 9), gradients(f, 9))
 
 
-@pytest.mark.parametrize("protocol", ("replay", "single_pass"))
-def test_compiled_test_time_training_scores_as_eager_does_with_few_graphs(run, graphs, protocol):
-    """The number of graphs is the compile time that the 600 seconds pay for: none may come back unnoticed."""
-    s, documents = small(ttt_protocol=protocol, ttt_n_epochs=3), list(range(len(LENGTHS)))
-    model = random_model(s).requires_grad_(False)
-    run.compile = False
-    expected = adapted(model, s, run, documents)
-    run.compile = True
-    assert graphs() == (0, {})
-    train_gpt.warm_up_ttt(model, s, run, len(documents))
-    warm, breaks = graphs()
-    torch.testing.assert_close(adapted(model, s, run, documents, run.compiled(train_gpt.adam_, dynamic=True)), expected, rtol=1e-5, atol=0)
-    assert 5 <= warm <= 9 and not breaks
-    assert graphs() == (warm, {})  # the warm-up on synthetic tokens has met every shape
-
-
-@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
-def test_a_compiled_training_step_compiles_once_and_equals_the_eager_one(run, graphs, dtype):
+# ---- Training and the evaluations without adaptation ----------------------------------------------------------------
+@pytest.mark.parametrize("dtype, rows", ((torch.float32, 3), (torch.bfloat16, 3), (torch.float32, 1)), ids=str)
+def test_compiled_training_and_evaluation_equal_eager_and_compile_once(run, graphs, dtype, rows):
     s = small(num_layers=2)
-    tokens = torch.randint(2, s.vocab_size, (4, s.train_seq_len + 1), generator=torch.Generator().manual_seed(0))
     results = []
     for compiled in (False, True):
-        torch.manual_seed(0)
-        model = train_gpt.GPT(s, dtype)
-        run.compile = compiled
-        optimizer, forward = train_gpt.Optimizer(model, s, run), run.compiled(model, dynamic=False)
-        losses, counts = [], []
-        for step in range(3):
-            losses.append(train_gpt.forward_backward(forward, [(tokens[:, :-1], tokens[:, 1:])], 1.0))
-            optimizer.step(step, 1.0)
-            counts.append(graphs()[0])
-        assert counts[0] == counts[2] and (counts[0] > 0) == compiled
-        results.append(torch.stack(losses))
-    torch.testing.assert_close(results[1], results[0], rtol=1e-4 if dtype == torch.float32 else 5e-3, atol=0)
-    assert results[0][-1] < results[0][0] and not graphs()[1]
+        trainer = Trainer(s, run, compiled, dtype, rows)
+        figures = [trainer.step(), trainer.validate(), trainer.slide()]
+        warm = graphs()
+        assert (warm > 0) == compiled
+        for _ in range(2):
+            figures += [trainer.step(), trainer.validate(), trainer.slide()]
+        assert graphs() == warm
+        results.append(torch.stack(figures).double())
+    eager, compiled = results
+    torch.testing.assert_close(compiled, eager, rtol=1e-4 if dtype == torch.float32 else 5e-3, atol=0)
+    assert eager[6] < eager[0]  # it learns
+
+
+# ---- Test-time training ---------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("documents", (range(len(LENGTHS)), [0]), ids=("seven_documents", "one_document"))
+@pytest.mark.parametrize("protocol, context", EVERY_WAY)
+def test_compiled_test_time_training_equals_eager_with_few_graphs(run, graphs, protocol, context, documents):
+    """The number of graphs is the compile time that the run pays for: none may come back unnoticed."""
+    s = small(ttt_protocol=protocol, ttt_context=context, ttt_chunk_size=CHUNK, ttt_eval_seq_len=WINDOW, num_layers=2)
+    expected = Evaluation(s, run, compiled=False).score(list(documents))
+    assert graphs() == 0
+    evaluation = Evaluation(s, run, compiled=True)
+    evaluation.warm_up(len(documents))
+    warm = graphs()
+    torch.testing.assert_close(evaluation.score(list(documents)), expected, rtol=1e-5, atol=0)
+    assert graphs() == warm  # the warm-up on synthetic tokens has met every shape
+    assert 5 <= warm <= 9
+
+
+@pytest.mark.skipif(not shutil.which("g++"), reason="Inductor's C++ needs a compiler")
+def test_code_that_inductor_generates_bears_a_context_that_grows(run, compiler):
+    """The one test of generated code: half a minute of a busy core, most of it g++'s."""
+    s = small(num_layers=2, ttt_chunk_size=CHUNK, ttt_eval_seq_len=WINDOW)
+    expected = gradients_in_growing_contexts(s, run, compiled=False)
+    # no vector code, no pool of compilers: less to generate and to start
+    with fresh_cache(), torch._inductor.config.patch({"compile_threads": 1, "cpp.simdlen": 1}):
+        actual = gradients_in_growing_contexts(s, run, compiled=True)
+    torch.testing.assert_close(actual, expected, rtol=1e-3, atol=1e-4)
+    assert counters["stats"]["unique_graphs"] == 1 and not counters["graph_break"]
 
 
 @pytest.mark.parametrize("protocol", ("replay", "single_pass"))
 def test_test_time_training_in_bf16_stays_near_float32_and_apart_from_its_batch(run, protocol):
-    """On a GPU a document's score may move by 1e-3 with its batch. The adapters themselves stay float32."""
+    """On a GPU a document's score may move by 1e-3 with its batch."""
     s = small(ttt_protocol=protocol, ttt_n_epochs=3)
-    exact, rough = (random_model(s, dtype=dtype).requires_grad_(False) for dtype in (torch.float32, torch.bfloat16))
-    together, expected = (adapted(model, s, run, list(range(len(LENGTHS)))) for model in (rough, exact))
+    rough = Evaluation(s, run, compiled=False, dtype=torch.bfloat16)
+    together = rough.score(list(range(len(LENGTHS))))
+    expected = Evaluation(s, run, compiled=False).score(list(range(len(LENGTHS))))
     torch.testing.assert_close(together, expected, rtol=1e-2, atol=0)
     for d in range(len(LENGTHS)):
-        torch.testing.assert_close(adapted(rough, s, run, [d])[:, 0], together[:, d], rtol=1e-3, atol=0)
+        torch.testing.assert_close(rough.score([d])[:, 0], together[:, d], rtol=1e-3, atol=0)
