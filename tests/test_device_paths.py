@@ -21,7 +21,8 @@ import train_gpt
 
 CHUNK, WINDOW = 16, 64  # of the small settings: a context is full after three chunks
 LENGTHS = [100, 90, 70, 40, 33, 16, 5]  # targets: up to seven chunks; the longest goes on alone, one has a single chunk
-EVERY_WAY = [(protocol, context) for protocol in ("replay", "single_pass") for context in ("cached", "recompute")]
+ALL = list(range(len(LENGTHS)))
+AFTER_THE_WARM_UP = 4  # most graphs that a last batch of one document still compiles after a warm-up for many
 FLAGS = ("use_duck_shape", "backed_size_oblivious")  # of torch, for the whole process
 
 
@@ -70,10 +71,6 @@ class Evaluation:
     def warm_up(self, documents: int) -> None:
         """What precedes the evaluation of batches of so many documents."""
         train_gpt.warm_up_ttt(self.model, self.s, self.run, documents)
-
-    def compile_only(self) -> None:
-        """Compile at first use."""
-        self.model.compile_regions()
 
     def score(self, documents: list[int]) -> Tensor:
         """NLL of every figure and document, plain first, from one batch. The adapters stay float32."""
@@ -181,19 +178,32 @@ def test_compiled_training_and_evaluation_equal_eager_and_compile_once(run, grap
 
 
 # ---- Test-time training ---------------------------------------------------------------------------------------------
-@pytest.mark.parametrize("documents", (range(len(LENGTHS)), [0]), ids=("seven_documents", "one_document"))
-@pytest.mark.parametrize("protocol, context", EVERY_WAY)
+@pytest.mark.parametrize(
+    "protocol, context, documents",
+    (
+        ("replay", "cached", ALL),
+        ("single_pass", "cached", ALL),
+        ("replay", "recompute", ALL),
+        ("replay", "cached", [0]),
+        ("single_pass", "recompute", [0]),
+    ),
+    ids=str,
+)
 def test_compiled_test_time_training_equals_eager_with_few_graphs(run, graphs, protocol, context, documents):
     """The number of graphs is the compile time that the run pays for: none may come back unnoticed."""
     s = small(ttt_protocol=protocol, ttt_context=context, ttt_chunk_size=CHUNK, ttt_eval_seq_len=WINDOW, num_layers=2)
-    expected = Evaluation(s, run, compiled=False).score(list(documents))
+    batches = [documents] if documents == [0] else [documents, documents[2:], [3]]
+    eager = Evaluation(s, run, compiled=False)
+    expected = [eager.score(batch) for batch in batches]
     assert graphs() == 0
-    evaluation = Evaluation(s, run, compiled=True)
-    evaluation.warm_up(len(documents))
+    compiled = Evaluation(s, run, compiled=True)
+    compiled.warm_up(len(documents))
     warm = graphs()
-    torch.testing.assert_close(evaluation.score(list(documents)), expected, rtol=1e-5, atol=0)
-    assert graphs() == warm  # the warm-up on synthetic tokens has met every shape
-    assert 5 <= warm <= 9
+    assert 5 <= warm <= 13
+    for batch, figures in zip(batches, expected, strict=True):
+        torch.testing.assert_close(compiled.score(batch), figures, rtol=1e-5, atol=0)
+        # the warm-up on synthetic tokens has met every shape
+        assert graphs() <= warm + (AFTER_THE_WARM_UP if batch == [3] else 0)
 
 
 @pytest.mark.skipif(not shutil.which("g++"), reason="Inductor's C++ needs a compiler")
@@ -213,8 +223,8 @@ def test_test_time_training_in_bf16_stays_near_float32_and_apart_from_its_batch(
     """On a GPU a document's score may move by 1e-3 with its batch."""
     s = small(ttt_protocol=protocol, ttt_n_epochs=3)
     rough = Evaluation(s, run, compiled=False, dtype=torch.bfloat16)
-    together = rough.score(list(range(len(LENGTHS))))
-    expected = Evaluation(s, run, compiled=False).score(list(range(len(LENGTHS))))
+    together = rough.score(ALL)
+    expected = Evaluation(s, run, compiled=False).score(ALL)
     torch.testing.assert_close(together, expected, rtol=1e-2, atol=0)
     for d in range(len(LENGTHS)):
         torch.testing.assert_close(rough.score([d])[:, 0], together[:, d], rtol=1e-3, atol=0)
