@@ -8,20 +8,15 @@ place only when it is whole and its header is right; run the command again to go
 
 from __future__ import annotations
 
-import argparse
 import json
 import shutil
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from text import DISK_FULL, Parser, UserError, check_shard, load_tokenizer, positive, run
-
-try:
-    from huggingface_hub import HfApi, constants, errors, hf_hub_download
-    from huggingface_hub.utils import disable_progress_bars, logging
-except ImportError:
-    HfApi = None
+from common import DISK_FULL, Parser, UserError, check_shard, number, run
+from text import load_tokenizer
 
 REPO = "willdepueoai/parameter-golf"
 REMOTE = "datasets"  # the folder of the repository that holds the manifest and all it names
@@ -47,14 +42,14 @@ class Variant:
 
 def find_variant(manifest: dict, variant: str) -> Variant:
     """Looks a variant such as "sp1024" up in the manifest; UserError naming the variants there are."""
-    prefix = "fineweb10B_"
     try:
-        datasets = {entry["name"].removeprefix(prefix): entry for entry in manifest["datasets"]}
+        datasets = {entry["name"].removeprefix("fineweb10B_"): entry for entry in manifest["datasets"]}
         tokenizers = {entry["name"]: entry.get("model_path") for entry in manifest["tokenizers"]}
         if variant not in datasets:
             raise UserError(f"there is no variant {variant} — choose from {', '.join(sorted(datasets))}")
         entry = datasets[variant]
-        stats, tokenizer = entry["stats"], tokenizers[entry["tokenizer_name"]]
+        stats = entry["stats"]
+        tokenizer = tokenizers[entry["tokenizer_name"]]
         found = Variant(entry["name"], int(stats["files_train"]), int(stats["files_val"]), tokenizer)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise UserError(f"the manifest of {REPO} has another form than expected ({error!r}) — {AGAIN}") from error
@@ -68,31 +63,44 @@ class Hub:
 
     def __init__(self, staging: Path) -> None:
         """Asks for the newest commit, so that every file comes from the same one; UserError if it cannot be had."""
-        if HfApi is None:
-            raise UserError("downloading needs huggingface_hub — pip install huggingface_hub")
+        import huggingface_hub
+        from huggingface_hub.utils import disable_progress_bars, logging
+
         logging.set_verbosity_error()
         if not sys.stderr.isatty():
             disable_progress_bars()
         self.staging = staging
         try:
-            self.commit = HfApi().dataset_info(REPO).sha
+            self.commit = huggingface_hub.HfApi().dataset_info(REPO).sha
         except Exception as error:
             raise explain(error, REPO) from error
 
-    def get(self, path: str) -> Path:
-        """Downloads the file `path` below REMOTE and returns where it lies in the staging folder."""
+    def get(self, paths: Sequence[str]) -> None:
+        """Downloads the files at `paths` below REMOTE into the staging folder; UserError if one does not arrive."""
+        from huggingface_hub import snapshot_download
+
+        wanted = [f"{REMOTE}/{path}" for path in paths]
         try:
-            name = f"{REMOTE}/{path}"
-            staged = hf_hub_download(REPO, name, repo_type="dataset", revision=self.commit, local_dir=self.staging)
+            snapshot_download(
+                REPO, repo_type="dataset", revision=self.commit, local_dir=self.staging, allow_patterns=wanted
+            )
         except Exception as error:  # the hub's, its HTTP library's (not the same in every release) or the system's
             if getattr(error, "filename", None):
                 raise
-            raise explain(error, path) from error
-        return Path(staged)
+            raise explain(error, f"{Path(paths[0]).name} and what follows it") from error
+        for path in paths:
+            if not self.staged(path).is_file():
+                raise UserError(f"{path} is not in {REPO} — {AGAIN}")
+
+    def staged(self, path: str) -> Path:
+        """Where a downloaded file lies."""
+        return self.staging / REMOTE / path
 
 
 def explain(error: Exception, what: str) -> UserError:
-    """Puts what huggingface_hub raised in one line."""
+    """Puts in one line what huggingface_hub raised when it was to get `what`."""
+    from huggingface_hub import constants, errors
+
     status = getattr(getattr(error, "response", None), "status_code", None)
     if getattr(error, "errno", None) in DISK_FULL:
         return UserError(f"the disk is full, {what} does not fit — free some space and run it again")
@@ -100,65 +108,79 @@ def explain(error: Exception, what: str) -> UserError:
         return UserError(f"{what} is not here and HF_HUB_OFFLINE forbids to get it — unset HF_HUB_OFFLINE")
     if isinstance(error, errors.RepositoryNotFoundError) or status in (401, 403):
         return UserError(f"no access to {what} of {REPO} — set HF_TOKEN to a token that may read it")
-    if status == 404:
-        return UserError(f"{what} is not in {REPO} at {constants.ENDPOINT} — {AGAIN}")
-    detail = f"{type(error).__name__}: {error}"[:200]
+    detail = f"{type(error).__name__}: {error}"[:300]
     return UserError(
         f"cannot get {what} from {constants.ENDPOINT} ({detail}) — check the connection and run it again;"
         " finished files are kept"
     )
 
 
-def fetch(source: Hub, path: str, destination: Path) -> int:
-    """Brings one shard unless it is there, and returns its number of tokens; UserError if its header is wrong."""
-    if destination.exists():
-        return check_shard(destination)
-    staged = source.get(path)
-    try:
-        count = check_shard(staged, AGAIN)
-    except UserError:
-        staged.unlink()
-        raise
+def place(staged: Path, destination: Path) -> None:
     destination.parent.mkdir(parents=True, exist_ok=True)
     staged.replace(destination)
-    return count
 
 
-def fetch_tokenizer(source: Hub, path: str, destination: Path) -> None:
+def fetch_tokenizer(hub: Hub, path: str, destination: Path) -> None:
     """Brings the tokenizer; UserError if it is no SentencePiece model that suits the shards."""
-    staged = source.get(path)
-    load_tokenizer(staged.read_bytes(), path)
-    destination.parent.mkdir(parents=True, exist_ok=True)
-    staged.replace(destination)
+    hub.get([path])
+    load_tokenizer(hub.staged(path).read_bytes(), path)
+    place(hub.staged(path), destination)
+
+
+def fetch_shards(hub: Hub, paths: Sequence[str], out: Path) -> None:
+    """Brings the shards that are not there; UserError if one does not arrive, or if its header is wrong.
+
+    A shard that arrived takes its place even if another one did not.
+    """
+    missing = [path for path in paths if not (out / path).exists()]
+    try:
+        if missing:
+            hub.get(missing)
+    finally:
+        for path in missing:
+            staged = hub.staged(path)
+            if not staged.is_file():
+                continue
+            try:
+                check_shard(staged, AGAIN)
+            except UserError:
+                staged.unlink()
+                raise
+            place(staged, out / path)
 
 
 def download(variant_name: str, train_shards: int, out: Path) -> None:
     """Brings a variant's tokenizer, validation shards and first training shards to out/tokenizers and out/datasets."""
-    source = Hub(out / STAGING)
+    hub = Hub(out / STAGING)
+    hub.get(["manifest.json"])
     try:
-        manifest = json.loads(source.get("manifest.json").read_bytes())
+        manifest = json.loads(hub.staged("manifest.json").read_bytes())
     except ValueError as error:
         raise UserError(f"the manifest of {REPO} is not JSON — {AGAIN}") from error
     variant = find_variant(manifest, variant_name)
     if train_shards > variant.train_shards:
         raise UserError(f"{variant_name} has {variant.train_shards} training shards — lower --train-shards to that")
     tokenizer = out / "tokenizers" / Path(variant.tokenizer).name
-    fetch_tokenizer(source, variant.tokenizer, tokenizer)
-    paths, total = variant.shards(train_shards), 0
-    for number, path in enumerate(paths, start=1):
-        count = fetch(source, path, out / path)
+    fetch_tokenizer(hub, variant.tokenizer, tokenizer)
+    paths = variant.shards(train_shards)
+    fetch_shards(hub, paths, out)
+    total = 0
+    for position, path in enumerate(paths, start=1):
+        count = check_shard(out / path)
         total += count
-        print(f"{number}/{len(paths)} {Path(path).name}: {count:,} tokens", flush=True)
-    shutil.rmtree(source.staging)
+        print(f"{position}/{len(paths)} {Path(path).name}: {count:,} tokens", flush=True)
+    shutil.rmtree(hub.staging)
     print(f"{out / 'datasets' / variant.name}: {total:,} tokens in {len(paths)} shards; tokenizer {tokenizer}")
 
 
 def main() -> None:
     parser = Parser(description="Downloads the challenge's FineWeb shards and their tokenizer.")
     parser.add_argument("--variant", default="sp1024", help="the tokenization (default sp1024)")
-    parser.add_argument("--train-shards", type=positive, default=80, help="of 100 million tokens each (default 80)")
+    parser.add_argument(
+        "--train-shards", type=number(int, 1), default=80, help="of 100 million tokens each (default 80)"
+    )
     parser.add_argument("--out", type=Path, default=OUT, help="gets datasets/ and tokenizers/ (default: this folder)")
-    options: argparse.Namespace = parser.parse_args()
+    options = parser.parse_args()
     download(options.variant, options.train_shards, options.out)
 
 

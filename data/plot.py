@@ -1,9 +1,11 @@
-"""Draws runs: loss, validation bits per byte, test-time training epoch by epoch, and where the bytes go.
+"""Draws runs: loss, validation bits per byte, where the bytes go, and test-time training by epoch and by position.
 
-    python data/plot.py runs/a runs/b --out docs/runs
+    python data/plot.py runs/a runs/b --out pictures/runs
+    python data/plot.py runs/a --what ttt position --out pictures/evaluation
 
-Writes PREFIX.png and PREFIX.svg, the same bytes for the same logs. A run is its folder or its log alone; the logs of the
-reference scripts are read too. A panel for which no run has figures is left out. Needs matplotlib.
+Writes PREFIX.png and PREFIX.svg, the same bytes for the same runs. A run is its folder, its log alone (the logs of the
+reference scripts are read too), or the result_<tag>.json of another evaluation in its folder. A panel for which no run
+has figures is left out.
 """
 
 from __future__ import annotations
@@ -16,28 +18,22 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from text import Parser, UserError
-from text import run as run_tool
+import numpy as np
+from common import Parser, UserError, read_documents, read_run
+from common import run as run_tool
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-
-try:
-    import matplotlib as mpl
     from matplotlib.figure import Figure
     from matplotlib.lines import Line2D
-    from matplotlib.ticker import MaxNLocator, StrMethodFormatter
-except ImportError:
-    mpl = None
 
 SIZE_CAP = 16_000_000  # bytes; what a log of the reference scripts does not say
 
-COLOURS = "#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00", "#444444"
-KINDS = "int5", "int6", "int8", "fp16", "fp32", "scale", "header", "model", "code"  # in the order of their bars
+COLOURS = ["#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00", "#444444"]
+KINDS = ["int5", "int6", "int8", "fp16", "fp32", "scale", "header", "model", "code"]  # in the order of their bars
 GREY, PALE, WARNING = "#6b6b6b", "#f1efe9", "#8a3200"
 LONG_RUN = 20  # logged figures
-WIDTH = 9.0  # inches: at 100 pixels to the inch, the width of a README
-ROW, WIDE_ROW, LINE = 3.0, 3.2, 0.18  # inches; LINE for each run in a legend outside the axes
+WIDTH, ROW, LINE = 9.0, 3.2, 0.18  # inches: at 100 pixels to the inch, the width of a README; a row; a legend's line
 DPI = 200
 STYLE = {
     "font.family": "DejaVu Sans",  # comes with matplotlib, so that every machine draws the same
@@ -59,9 +55,11 @@ STYLE = {
     "savefig.facecolor": "white",
     "svg.hashsalt": "train_gpt",
 }
+# How a figure is drawn, by what it is: without adaptation, a valid score, trained on what it scores.
+PLAIN, VALID, SEEN = {"lw": 1.4, "ls": ":"}, {"lw": 1.8, "ls": "-"}, {"lw": 1.5, "ls": (0, (4, 2))}
 
 
-# ---------------------------------------------------------------------------------------------- reading logs
+# ---------------------------------------------------------------------------------------------- reading
 
 
 class Point(NamedTuple):
@@ -74,16 +72,18 @@ class Point(NamedTuple):
 
 @dataclass
 class Run:
-    """What a log tells; whatever it does not say stays empty."""
+    """What a log or a result tells; whatever it does not say stays empty."""
 
     label: str
     colour: str
     train: dict[int, Point] = field(default_factory=dict)  # by step
     val: dict[int, Point] = field(default_factory=dict)
-    no_adaptation: float | None = None  # this and all below in bits per byte
+    no_adaptation: float | None = None  # this and what follows in bits per byte
     epochs: dict[int, float] = field(default_factory=dict)  # of replay, from 1
     single_pass: float | None = None
     final: float | None = None
+    positions: dict[str, list[float]] = field(default_factory=dict)  # by figure, for each span of `spans`
+    spans: list[str] = field(default_factory=list)  # tokens from the document's start, such as "256–512"
     kinds: dict[str, int] = field(default_factory=dict)  # bytes of the artifact and the code
     bits: dict[str, float] = field(default_factory=dict)  # per weight, by kind
     cap: int = SIZE_CAP
@@ -98,76 +98,95 @@ class Run:
         """Bytes of artifact and code together."""
         return sum(self.kinds.values())
 
-    def read(self, line: str) -> None:
-        """Takes in one line of a log; most are of no interest. ValueError for a line of a known form with a wrong value."""
-        if found := re.match(r"Code size: (\d+) bytes", line):  # the reference scripts
-            self.kinds["code"] = int(found[1])
-        elif found := re.match(r"Serialized model \S+: (\d+) bytes", line):
-            self.kinds["model"] = int(found[1])
-        elif re.match(r"step:\d+/\d+ (train|val)_loss:", line):
-            self.read_step(pairs(line))
-        elif re.match(r"(ttt_epoch:\d+/\d+|no_adaptation|final_\w+_exact) ", line):
-            self.read_score(line.split()[0], pairs(line))
-        elif re.match(r"export (kind|model_bytes):", line):
-            self.read_export(pairs(line))
-
-    def read_step(self, values: dict[str, str]) -> None:
-        step, seconds = int(values["step"].split("/")[0]), float(values["train_time"].removesuffix("ms")) / 1000
-        if "val_loss" in values:
-            self.val[step] = Point(seconds, float(values["val_loss"]), float(values["val_bpb"]))
-        else:
-            self.train[step] = Point(seconds, float(values["train_loss"]))
-
-    def read_score(self, name: str, values: dict[str, str]) -> None:
-        if name.startswith("ttt_epoch"):
-            self.epochs[int(values["ttt_epoch"].split("/")[0])] = float(values["val_bpb"])
-        elif name == "no_adaptation":
+    def read_line(self, line: str) -> None:
+        """Takes in one line of a log; most tell nothing. ValueError or KeyError for a known form with a wrong value."""
+        values = dict(re.findall(r"(\w+):(\S+)", line))
+        name = line.split(" ")[0].split(":")[0]
+        if found := re.match(r"(Code size|Serialized model \S+): (\d+) bytes", line):  # the reference scripts
+            self.kinds["code" if found[1] == "Code size" else "model"] = int(found[2])
+        elif found := re.match(r"step:(\d+)/\d+ (train|val)_loss:", line):
+            seconds = float(values["train_time"].removesuffix("ms")) / 1000
+            bpb = float(values["val_bpb"]) if found[2] == "val" else None
+            series = self.val if found[2] == "val" else self.train
+            series[int(found[1])] = Point(seconds, float(values[f"{found[2]}_loss"]), bpb)
+        elif found := re.match(r"ttt_epoch:(\d+)/\d+ ", line):
+            self.epochs[int(found[1])] = float(values["val_bpb"])
+        elif name == "no_adaptation" and values:
             self.no_adaptation = float(values["val_bpb"])
         elif name == "final_ttt_exact" and values["protocol"] == "single_pass":
             self.single_pass = float(values["backward_looking_val_bpb"])
-        elif name == "final_int8_zlib_roundtrip_exact":
+        elif name == "final_int8_zlib_roundtrip_exact" and values:
             self.final = float(values["val_bpb"])
-
-    def read_export(self, values: dict[str, str]) -> None:
-        if "kind" in values:
+        elif line.startswith("export kind:"):
             self.kinds[values["kind"]] = int(values["bytes"])
             self.bits[values["kind"]] = float(values["bits_per_weight"])
-        else:
+        elif line.startswith("export model_bytes:"):
             self.kinds["header"] = int(values["model_bytes"]) - sum(self.kinds[kind] for kind in self.bits)
-            self.kinds["code"], self.cap = int(values["code_bytes"]), int(values["max_bytes"])
+            self.kinds["code"] = int(values["code_bytes"])
+            self.cap = int(values["max_bytes"])
 
+    def read_log(self, log: Path) -> None:
+        """Takes in a log; UserError if it is not there or damaged."""
+        if not log.is_file():
+            raise UserError(f"{log} does not exist — give a run's folder or its log")
+        for number, line in enumerate(log.read_text(encoding="utf-8", errors="replace").splitlines(), start=1):
+            try:
+                self.read_line(line)
+            except (ValueError, KeyError) as error:
+                raise UserError(f"{log} line {number} is damaged ({error}) — give an untouched log") from error
 
-def pairs(line: str) -> dict[str, str]:
-    """The `name:value` pairs of a log line."""
-    return dict(re.findall(r"(\w+):(\S+)", line))
+    def read_result(self, path: Path) -> None:
+        """Takes in an evaluation with test-time training; UserError if it or its documents are damaged."""
+        found = read_run(path)
+        evaluation = found.result["evaluation"]
+        self.final = found.score["val_bpb"]
+        if "sliding" in evaluation:
+            return
+        self.no_adaptation = evaluation["no_adaptation"]["val_bpb"]
+        if found.result["settings"].get("ttt_protocol") == "single_pass":
+            self.single_pass = found.score["val_bpb"]
+        else:
+            curve = evaluation.get("curve") or []
+            self.epochs = {figure["epoch"]: figure["val_bpb"] for figure in curve if figure.get("epoch")}
+        arrays = read_documents(found)
+        if "nll_by_chunk" in arrays:
+            self.read_positions(arrays, found.result["settings"].get("ttt_chunk_size"), found.documents)
+
+    def read_positions(self, arrays: dict[str, np.ndarray], chunk: int, path: Path) -> None:
+        """Bits per byte of each figure in spans of the document that double; see common.read_documents."""
+        try:
+            nats, bytes_ = arrays["nll_by_chunk"], arrays["bytes_by_chunk"]
+            edges = [0, *(2**k for k in range(20) if 2**k < len(bytes_)), len(bytes_)]
+            for low, high in zip(edges, edges[1:], strict=False):
+                self.spans.append(f"{low * chunk:,}–{high * chunk:,}")
+                values = nats[:, low:high].sum(1) / math.log(2) / bytes_[low:high].sum()
+                for name, bpb in zip(arrays["chunk_figures"].tolist(), values.tolist(), strict=True):
+                    self.positions.setdefault(name, []).append(bpb)
+        except (ValueError, KeyError, IndexError, TypeError) as error:
+            raise UserError(f"{path} has damaged figures by chunk ({error}) — give an untouched run") from error
 
 
 def read_runs(paths: Sequence[Path]) -> list[Run]:
-    """Reads folders (their train.log) and logs; UserError for one without any figures, or for too many."""
+    """Reads folders, logs and results; UserError for one without any figures, or for too many."""
     if len(paths) > len(COLOURS):
         raise UserError(f"{len(paths)} runs are too many for one picture — draw at most {len(COLOURS)}")
-    logs = [path / "train.log" if path.is_dir() else path for path in paths]
     runs = []
-    for log, label, colour in zip(logs, labels(logs), COLOURS, strict=False):
-        if not log.is_file():
-            raise UserError(f"{log} does not exist — give a run's folder or its log")
+    for path, label, colour in zip(paths, labels(paths), COLOURS, strict=False):
         run = Run(label, colour)
-        with open(log, encoding="utf-8", errors="replace") as lines:
-            for number, line in enumerate(lines, start=1):
-                try:
-                    run.read(line)
-                except (ValueError, KeyError) as error:
-                    raise UserError(f"{log} line {number} is damaged ({error}) — give an untouched log") from error
+        if path.suffix != ".json":
+            run.read_log(path / "train.log" if path.is_dir() else path)
+        if path.suffix == ".json" or (path / "result.json").is_file():
+            run.read_result(path)
         if run == Run(label, colour):
-            raise UserError(f"{log} has no figures of a run — give a log of train_gpt.py or of a reference script")
+            raise UserError(f"{path} has no figures of a run — give a log of train_gpt.py or of a reference script")
         runs.append(run)
     return runs
 
 
-def labels(logs: Sequence[Path]) -> list[str]:
-    """A short name for each log, from its end: the folder of a train.log, else the file; as much path as tells them apart."""
-    ends = [log.parent if log.name == "train.log" else log.with_suffix("") for log in (log.resolve() for log in logs)]
-    parts = [end.parts for end in ends]
+def labels(paths: Sequence[Path]) -> list[str]:
+    """A short name for each run, from its path's end: as much of it as tells them apart."""
+    ends = [path.parent if path.name in ("train.log", "result.json") else path.with_suffix("") for path in paths]
+    parts = [end.resolve().parts for end in ends]
     depth = 1
     while len(names := ["/".join(part[-depth:]) for part in parts]) > len(set(names)) and depth < max(map(len, parts)):
         depth += 1
@@ -177,14 +196,12 @@ def labels(logs: Sequence[Path]) -> list[str]:
 # ---------------------------------------------------------------------------------------------- panels
 
 
-def draw_loss(ax: Axes, runs: Sequence[Run]) -> None:
-    """Training loss (a line) and validation loss (dots) against the step."""
+def draw_steps(ax: Axes, runs: Sequence[Run]) -> None:
     draw_losses(ax, runs, "step", lambda step, _: step)
     ax.set_title("Loss against steps")
 
 
 def draw_time(ax: Axes, runs: Sequence[Run]) -> None:
-    """Training loss (a line) and validation loss (dots) against the time spent training."""
     minutes = max(point.seconds for run in runs for _, point in run.points) > 300
     unit, name = (60, "minutes") if minutes else (1, "seconds")
     draw_losses(ax, runs, f"{name} of training", lambda _, point: point.seconds / unit)
@@ -192,14 +209,14 @@ def draw_time(ax: Axes, runs: Sequence[Run]) -> None:
 
 
 def draw_losses(ax: Axes, runs: Sequence[Run], label: str, x: Callable[[int, Point], float]) -> None:
+    """Training loss (a line) and validation loss (dots) against `x`."""
     batch, validation = {"lw": 0.9, "alpha": 0.55}, {"lw": 1.5, "marker": "o"}
     for run in runs:
         for series, style in ((run.train, batch), (run.val, validation | {"ms": dot(run)})):
-            values = [point.loss for point in series.values()]
-            ax.plot([x(*item) for item in series.items()], values, color=run.colour, **style)
+            losses = [point.loss for point in series.values()]
+            ax.plot([x(*item) for item in series.items()], losses, color=run.colour, **style)
     crop(ax, [[(step, point.loss) for step, point in run.points] for run in runs])
-    ax.set_xlabel(label)
-    ax.set_ylabel("nats per token")
+    ax.set(xlabel=label, ylabel="nats per token")
     ax.legend([key(**batch), key(**validation, ms=4.5)], ["training batch", "validation"], loc="upper right")
 
 
@@ -207,72 +224,82 @@ def draw_bpb(ax: Axes, runs: Sequence[Run]) -> None:
     """Validation bits per byte during training, and the final score of the artifact beside its end."""
     training, final = {"lw": 1.5, "marker": "o"}, {"lw": 0, "marker": "*", "ms": 13, "mec": "white", "mew": 0.7}
     for run in runs:
-        values = [point.bpb for point in run.val.values()]
-        ax.plot(list(run.val), values, color=run.colour, ms=dot(run), **training)
+        ax.plot(list(run.val), [point.bpb for point in run.val.values()], color=run.colour, ms=dot(run), **training)
         if run.val and run.final is not None:
             ax.plot(max(run.val), run.final, color=run.colour, zorder=4, **final)
     crop(ax, [[(step, point.bpb) for step, point in run.val.items()] for run in runs])
-    ax.set_title("Validation bits per byte")
-    ax.set_xlabel("step")
-    ax.set_ylabel("bits per byte")
+    ax.set(title="Validation bits per byte", xlabel="step", ylabel="bits per byte")
     scores = [f"{run.final:.4f}" for run in runs if run.final is not None]
-    names = ["in training", "score of the artifact" + (f": {', '.join(scores)}" if len(scores) < 3 else "")]
-    ax.legend([key(**training, ms=4.5), key(**final)][: 1 + bool(scores)], names[: 1 + bool(scores)], loc="upper right")
+    entries = [(key(**training, ms=4.5), "in training")]
+    if scores:
+        digits = f": {', '.join(scores)}" if len(scores) < 3 else ""
+        entries.append((key(**final), "score of the artifact" + digits))
+    ax.legend(*zip(*entries, strict=True), loc="upper right")
 
 
 def draw_ttt(ax: Axes, runs: Sequence[Run]) -> None:
     """Bits per byte by replay epoch. Only epoch 1 is a score; a shaded field around the others says what they are."""
     last = max(max(run.epochs, default=1) for run in runs)
-    ax.axvspan(1.5, last + 0.8, color=PALE, lw=0, zorder=0)
+    right = last + 0.03 * last + 0.3
+    ax.axvspan(1.5, right, color=PALE, lw=0, zorder=0)
+    entries = []
     for run in runs:
+        who = f"{run.label}: " if len(runs) > 1 else ""
         if run.no_adaptation is not None:
-            ax.axhline(run.no_adaptation, color=run.colour, lw=1.2, ls=":")
+            ax.axhline(run.no_adaptation, color=run.colour, **PLAIN)
+            entries.append((key(run.colour, **PLAIN), f"{who}no adaptation {run.no_adaptation:.4f}"))
         if run.single_pass is not None:
-            ax.axhline(run.single_pass, color=run.colour, lw=1.6)
-        if run.epochs:
-            end = max(run.epochs)
-            ax.plot(list(run.epochs), list(run.epochs.values()), color=run.colour, lw=1.6, ls=(0, (4, 2)))
-            ax.plot(end, run.epochs[end], color=run.colour, marker="o", ms=6, mfc=PALE, zorder=4)
+            ax.axhline(run.single_pass, color=run.colour, **VALID)
+            entries.append((key(run.colour, **VALID), f"{who}single pass {run.single_pass:.4f}, a valid score"))
         if 1 in run.epochs:
-            ax.plot(1, run.epochs[1], color=run.colour, marker="o", ms=10, mec="white", mew=1, zorder=4)
-    ax.set_xlim(0.2, last + 0.8)
-    ax.set_xticks(sorted({1, last, *range(10, last, 10)}))
-    ax.margins(y=0.1)
-    ground = {"facecolor": PALE, "edgecolor": "none", "pad": 3}
-    note = {"size": 10.5, "bbox": ground, "zorder": 1.5}  # above the grid, below the curves
-    corner = {"transform": ax.transAxes, "ha": "right", "va": "top"}
-    what = f"epochs 2 to {last}: has trained on what it scores\n\N{EM DASH} not a compression rate"
-    ax.text(0.985, 0.8, what, color=WARNING, style="italic", **corner, **note)
+            full = {"color": run.colour, "marker": "o", "ms": 9, "mec": "white", "mew": 1}
+            ax.plot(1, run.epochs[1], zorder=4, **full)
+            entries.append((key(lw=0, **full), f"{who}epoch 1 {run.epochs[1]:.4f}, a valid score"))
+        if len(run.epochs) > 1:
+            end = max(run.epochs)
+            hollow = SEEN | {"color": run.colour, "marker": "o", "ms": 6, "mfc": PALE}
+            ax.plot(list(run.epochs), list(run.epochs.values()), markevery=[-1], zorder=3, **hollow)
+            entries.append((key(**hollow), f"{who}epoch {end} {run.epochs[end]:.4f} (not a score)"))
+    ax.set(title="Test-time training, epoch by epoch", xlabel="epoch", ylabel="bits per byte (lower is better)")
+    ax.set_xlim(0.2, right)
+    ax.set_xticks(sorted({1, last, *range(10, last - 4, 10)}))
+    ax.margins(y=0.12)
+    note = {"bbox": {"facecolor": PALE, "edgecolor": "none", "pad": 3}, "zorder": 1.5}  # below the curves
+    seen = f"epochs 2 to {last}: has trained\non what it scores \N{EM DASH}\nnot a compression rate"
+    ax.text(0.97, 0.86, seen, color=WARNING, style="italic", transform=ax.transAxes, ha="right", va="top", **note)
     if firsts := [run.epochs[1] for run in runs if 1 in run.epochs]:
-        what, at = "epoch 1:\nbackward-looking,\na valid score", {"xytext": (0.045, 0.1), "textcoords": "axes fraction"}
         arrow = {"arrowstyle": "-|>", "color": "black", "shrinkB": 7, "relpos": (0.1, 1)}
-        ax.annotate(what, (1, min(firsts)), weight="bold", arrowprops=arrow, **at, **note)
-    ax.set_title("Test-time training, replayed epoch by epoch")
-    ax.set_xlabel("epoch")
-    ax.set_ylabel("bits per byte")
-    entries = [(key(run.colour, lw=3), line) for run in runs if (line := ttt_figures(run))]
-    below = {"loc": "upper center", "bbox_to_anchor": (0.5, 0), "borderaxespad": 4}
-    ax.legend(*zip(*entries, strict=True), handlelength=1.4, **below)
+        at = {"xytext": (0.07, 0.08), "textcoords": "axes fraction"}
+        first = "epoch 1:\nbackward-looking,\na valid score"
+        ax.annotate(first, (1, min(firsts)), weight="bold", arrowprops=arrow, **at, **note)
+    ax.legend(*zip(*entries, strict=True), loc="upper center", bbox_to_anchor=(0.5, 0), borderaxespad=4)
 
 
-def ttt_figures(run: Run) -> str:
-    """The legend's line for a run: the figures of its evaluation, in digits; empty if it has none."""
-    last = max(run.epochs, default=1)
-    figures = {
-        "no adaptation {:.4f} (dotted)": run.no_adaptation,
-        "single pass {:.4f}": run.single_pass,
-        "epoch 1 {:.4f}": run.epochs.get(1),
-        f"epoch {last} {{:.4f}} (not a score)": run.epochs[last] if last > 1 else None,
-    }
-    known = [form.format(bpb) for form, bpb in figures.items() if bpb is not None]
-    return f"{run.label}:  " + "  ·  ".join(known) if known else ""
+def draw_position(ax: Axes, runs: Sequence[Run]) -> None:
+    """Bits per byte by position in the document: what context brings, what adaptation adds, what was only memorised."""
+    spans = max((run.spans for run in runs), key=len)
+    entries = []
+    for run in (run for run in runs if run.positions):
+        for name, values in run.positions.items():
+            valid = name in ("epoch_1", "single_pass")
+            style = PLAIN if name == "no_adaptation" else VALID if valid else SEEN
+            marker = {"color": run.colour, "marker": "o", "ms": 4.5, "mfc": run.colour if valid else "white"}
+            what = name.replace("_", " ") + (", a valid score" if valid else "")
+            what += "" if valid or name == "no_adaptation" else " (not a score)"
+            ax.plot(values, **style | marker)
+            entries.append((key(**style | marker), f"{run.label}: {what}" if len(runs) > 1 else what))
+    ax.set(title="By position in the document", xlabel="tokens from the document's start")
+    ax.set_ylabel("bits per byte (lower is better)")
+    ax.set_xticks(range(len(spans)), [span.replace("–", "–\n") for span in spans], size=8)
+    ax.legend(*zip(*entries, strict=True), loc="upper center", bbox_to_anchor=(0.5, 0), borderaxespad=5)
 
 
 def draw_bytes(ax: Axes, runs: Sequence[Run]) -> None:
     """Bytes of the artifact by kind, of the code and in total, against the cap."""
     runs = [run for run in runs if run.kinds]
     kinds = [kind for kind in KINDS if any(kind in run.kinds for run in runs)]
-    cap, most, thickness = min(run.cap for run in runs), max(run.total for run in runs), 0.84 / len(runs)
+    cap, most = min(run.cap for run in runs), max(run.total for run in runs)
+    thickness = 0.84 / len(runs)
     unit, name = (1e6, "MB") if most >= 1e6 else (1e3, "kB")
     near, legible = cap < 2 * most, len(runs) * (len(kinds) + 1) <= 16
     right = 1.05 * max(cap, most) if near else 1.3 * most
@@ -299,7 +326,9 @@ def draw_bytes(ax: Axes, runs: Sequence[Run]) -> None:
 
 def key(colour: str = GREY, **style: object) -> Line2D:
     """A legend's sample."""
-    return Line2D([], [], color=colour, **style)
+    from matplotlib.lines import Line2D
+
+    return Line2D([], [], **{"color": colour} | style)
 
 
 def dot(run: Run) -> float:
@@ -309,7 +338,9 @@ def dot(run: Run) -> float:
 
 def pale(colour: str) -> tuple[float, ...]:
     """A colour mixed with white: unlike a transparent one, it hides the grid."""
-    return tuple(0.55 + 0.45 * part for part in mpl.colors.to_rgb(colour))
+    from matplotlib.colors import to_rgb
+
+    return tuple(0.55 + 0.45 * part for part in to_rgb(colour))
 
 
 def readable(size: int) -> str:
@@ -329,8 +360,8 @@ def crop(ax: Axes, runs: Sequence[Sequence[tuple[int, float]]]) -> None:
     if len(late) >= LONG_RUN * len(runs) and min(late) < max(late):
         margin = 0.08 * (max(late) - min(late))
         ax.set_ylim(min(late) - margin, max(late) + margin)
-    ax.xaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 4, 5, 10]))
-    ax.xaxis.set_major_formatter(StrMethodFormatter("{x:,g}"))
+    ax.locator_params(axis="x", nbins=6, steps=[1, 2, 4, 5, 10])
+    ax.xaxis.set_major_formatter("{x:,g}")
 
 
 class Panel(NamedTuple):
@@ -338,56 +369,52 @@ class Panel(NamedTuple):
 
     draw: Callable[[Axes, Sequence[Run]], None]
     shows: Callable[[Run], bool]
-    wide: bool = False
 
 
 PANELS = {
-    "loss": Panel(draw_loss, lambda run: bool(run.points)),
+    "loss": Panel(draw_steps, lambda run: bool(run.points)),
     "time": Panel(draw_time, lambda run: bool(run.points)),
     "bpb": Panel(draw_bpb, lambda run: len(run.val) > 1),
     "bytes": Panel(draw_bytes, lambda run: bool(run.kinds)),
-    "ttt": Panel(draw_ttt, lambda run: len(run.epochs) > 1, wide=True),
+    "ttt": Panel(draw_ttt, lambda run: len(run.epochs) > 1),
+    "position": Panel(draw_position, lambda run: bool(run.positions)),
 }
-
-
-# ---------------------------------------------------------------------------------------------- picture
 
 
 def draw(runs: Sequence[Run], wanted: Sequence[str]) -> Figure:
     """Returns the picture of the wanted panels for which there are figures; UserError if there are none."""
+    from matplotlib.figure import Figure
+
     names = [name for name, panel in PANELS.items() if name in wanted and any(map(panel.shows, runs))]
     if not names:
         raise UserError(f"no run has figures for {', '.join(wanted)} — give other logs or another --what")
-    narrow = [name for name in names if not PANELS[name].wide]
-    rows = [narrow[i : i + 2] for i in range(0, len(narrow), 2)] + [[name] for name in names if PANELS[name].wide]
-    heights = [WIDE_ROW + LINE * len(runs) if PANELS[row[0]].wide else ROW for row in rows]
+    rows = [names[i : i + 2] for i in range(0, len(names), 2)]
+    legend = {"ttt", "position"}
+    heights = [ROW + LINE * (2 + 3 * len(runs)) * bool(legend.intersection(row)) for row in rows]
     figure = Figure((WIDTH, sum(heights) + 2 * LINE * (len(runs) > 1)), layout="constrained")
     figure.get_layout_engine().set(w_pad=0.1, h_pad=0.1)  # inches
     axes = figure.subplot_mosaic([row * (2 // len(row)) for row in rows], height_ratios=heights)
     for name in names:
         PANELS[name].draw(axes[name], runs)
     if len(runs) > 1:
-        handles, names = [key(run.colour, lw=3) for run in runs], [run.label for run in runs]
-        figure.legend(handles, names, loc="outside upper left", ncols=4)
+        samples = [key(run.colour, lw=3) for run in runs]
+        figure.legend(samples, [run.label for run in runs], loc="outside upper left", ncols=4)
     return figure
 
 
-def parse_arguments() -> argparse.Namespace:
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="a run's folder, or a log")
-    parser.add_argument("--out", type=Path, required=True, metavar="PREFIX", help="writes PREFIX.png and PREFIX.svg")
-    parser.add_argument("--what", nargs="+", choices=PANELS, default=list(PANELS), help="panels; default: all")
-    return parser.parse_args()
-
-
 def main() -> None:
-    options = parse_arguments()
-    if mpl is None:
-        raise UserError("drawing needs matplotlib — pip install matplotlib")
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("runs", nargs="+", type=Path, metavar="RUN", help="a run's folder, a log, or a result_<tag>.json")
+    add("--out", type=Path, required=True, metavar="PREFIX", help="writes PREFIX.png and PREFIX.svg")
+    add("--what", nargs="+", choices=PANELS, default=list(PANELS), help="panels; default: all")
+    options = parser.parse_args()
+    import matplotlib
+
     runs = read_runs(options.runs)
     prefix = options.out.with_suffix("") if options.out.suffix in (".png", ".svg") else options.out
     prefix.parent.mkdir(parents=True, exist_ok=True)
-    with mpl.rc_context(STYLE):
+    with matplotlib.rc_context(STYLE):
         figure = draw(runs, options.what)
         for suffix, metadata in ((".png", {"Software": None}), (".svg", {"Date": None, "Creator": None})):
             path = prefix.with_name(prefix.name + suffix)

@@ -1,10 +1,11 @@
-"""Turns the result.json of N runs into submission.json: scores, their spread, and each of the challenge's rules judged.
+"""Turns the results of N runs into submission.json: scores, their spread, and each of the challenge's rules judged.
 
-    python data/record.py runs/seed42 runs/seed43 runs/seed44 --baseline-loss 1.9296
+    python data/record.py runs/seed42 runs/seed43 runs/seed44 --baseline-loss 1.9296 [--folder records/NAME]
 
 The score is the backward-looking figure: every token was scored before any update had seen it. Replay's last epoch has
-trained on what it scores; it stands in a field of its own and takes part in nothing. With --placeholder instead of runs,
-the file has the same fields and says that nothing was measured.
+trained on what it scores; it stands in a field of its own and takes part in nothing. --folder makes what a pull request
+to the challenge needs: README.md, submission.json, train_gpt.py and the logs. With --placeholder instead of runs,
+submission.json has the same fields and says that nothing was measured.
 """
 
 from __future__ import annotations
@@ -13,15 +14,14 @@ import argparse
 import json
 import math
 import statistics
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Sequence
 from datetime import UTC, datetime
-from itertools import pairwise
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-from text import Parser, UserError
-from text import run as run_tool
+from common import Parser, Run, UserError, new_directory, number, read_log, read_run, write_atomic
+from common import run as run_tool
 
 # The challenge's rules, in its numbers.
 SIZE_CAP = 16_000_000  # bytes, train_gpt.py and artifact together
@@ -30,10 +30,15 @@ WORLD_SIZE, DEVICE = 8, "H100"
 DOCUMENTS, MILLION_TOKENS, VOCABULARY = 50_000, 62.0, 1024  # of the full FineWeb validation split
 MARGIN = 0.005  # nats per token by which a record must beat the one before
 SIGNIFICANCE = 0.01
+RULES = [
+    *("size_cap", "train_seconds", "eval_seconds", "hardware_8xH100", "full_validation_split"),
+    *("every_target_scored_once", "backward_looking_score", "quantised_artifact", "same_experiment"),
+    *("distinct_trainings", "significant_improvement", "no_network_no_training_data_at_evaluation"),
+]
+SOURCE_RULE = RULES[-1]
 
 LONGEST_LAST_STEP = 0.5  # training ends with the step under way at 600 s: 0.09 s on 8xH100; slower steps get no more
-SCHEMA_VERSION = 1
-PASS, FAIL, NOT_APPLICABLE = "pass", "fail", "not applicable"
+OUTCOMES = {True: "pass", False: "fail", None: "not applicable"}
 UNMEASURED = "not measured on 8xH100"
 
 # The settings behind the figures, as in result.json. These values, the defaults, are the placeholder's.
@@ -48,9 +53,18 @@ PROTOCOL = {
     "ttt_eval_seq_len": 2048,
     "eval_stride": 64,
 }
-# Settings in which the runs of one submission may differ: none of them changes the experiment.
-FREE_SETTINGS = {"seed", "run_id", "resume", "checkpoint_every", "eval_only", "ttt_audit"}
-FREE_SETTINGS |= {"data_path", "tokenizer_path", "output_dir"}  # the same files may lie elsewhere
+# What must agree in all runs of a submission, beside all settings but those that change nothing of the experiment.
+SHARED = [
+    "source_sha256",
+    "data.validation",
+    "data.train",
+    "environment.torch",
+    "environment.dtype",
+    "environment.device",
+]
+FREE = {"seed", "run_id", "resume", "checkpoint_every", "eval_only", "data_path", "tokenizer_path", "output_dir"}
+# What no two trainings have in common.
+UNIQUE = ["seed", "run_id", "weights_sha256", "artifact.sha256", "training.seconds"]
 
 SCORE_LABEL = "backward-looking: every token is scored once, before any update has seen it"
 REPLAY_LABEL = "not a compression rate: the adapters have trained on the whole document before this pass scores it"
@@ -58,227 +72,151 @@ NAME = "10L 512d GPT, int5 MLP, int6 attention, SWA, per-document LoRA test-time
 AUTHOR = "the train_gpt.py authors"
 BLURB = (
     "10 layers of width 512 with GQA, U-Net skips, a hashed bigram embedding and SmearGate; Muon and AdamW, warmdown "
-    "against the wall clock, SWA; int5 MLPs, int6 attention, zstd-22 in a container without pickle; rank-8 LoRA on Q and "
-    "V adapted per document. Only scores made before any update had seen the token count."
+    "against the wall clock, SWA; int5 MLPs, int6 attention, zstd-22 in a container without pickle; rank-8 LoRA on Q "
+    "and V adapted per document. Only scores made before any update had seen the token count."
 )
 
 
-# ---------------------------------------------------------------------------------------------- reading runs
+def value_of(run: Run, path: str) -> Any:
+    """The value at a dotted path of result.json; None where the run has none."""
+    value = run.result
+    for key in path.split("."):
+        value = value.get(key) if isinstance(value, dict) else None
+    return value
 
 
-class Figure(NamedTuple):
-    """One score over the validation stream: nats per token, bits per byte, and what was counted."""
-
-    val_loss: float
-    val_bpb: float
-    targets: int
-    bytes: int
-    backward_looking: bool
-    epoch: int | None  # of replay
-
-    @property
-    def counted(self) -> tuple[int, int]:
-        """The stream that was scored, as far as a figure tells: its targets and their bytes."""
-        return self.targets, self.bytes
+def mean_std(values: Sequence[float]) -> tuple[float | None, float | None]:
+    """Returns the mean and the sample standard deviation, None where there are too few values."""
+    mean = statistics.fmean(values) if values else None
+    return mean, statistics.stdev(values) if len(values) > 1 else None
 
 
-@dataclass(frozen=True)
-class Run:
-    """What a submission needs of one result.json; None where the run did not train or make the artifact itself."""
-
-    path: Path
-    run_id: str
-    seed: int
-    source_sha256: str
-    settings: dict[str, Any]
-    environment: dict[str, Any]
-    world_size: int
-    quantised: bool
-    val_loss: float
-    val_bpb: float
-    score: Figure
-    figures: list[Figure]  # all of them, `score` among them
-    audit: list[tuple[int, bool]]  # (document, did a later token reach an earlier, backward-looking score?)
-    documents: int | None  # unknown to the sliding window
-    unfinished: int
-    eval_seconds: float
-    steps: int | None
-    train_seconds: float | None
-    bytes_model: int | None
-    bytes_code: int | None
-    bytes_total: int | None
-    artifact_sha256: str | None
-
-    @property
-    def device(self) -> str:
-        """The name of the accelerator, or of the processor."""
-        return str(self.environment.get("device"))
-
-    @property
-    def replay_last_epoch(self) -> Figure | None:
-        """The figure of replay's last epoch, if there was more than one."""
-        last = self.figures[-1]
-        return None if last.backward_looking else last
-
-    @property
-    def train_limit(self) -> float:
-        """Seconds: the budget and one step, since the step under way when the time is up is finished."""
-        return TRAIN_SECONDS + min((self.train_seconds or 0) / max(self.steps or 0, 1), LONGEST_LAST_STEP)
+def largest(runs: Sequence[Run], path: str) -> float | None:
+    """Returns the maximum of what stands at a dotted path, or None if a run has nothing there or there is no run."""
+    values = [value_of(run, path) for run in runs]
+    return None if not values or None in values else max(values)
 
 
-def read_run(path: Path) -> Run:
-    """Reads a result.json, or the one in a run's folder; UserError if it is anything else."""
-    path = path / "result.json" if path.is_dir() else path
-    advice = "give the result.json of a finished run"
-    try:
-        result = json.loads(path.read_bytes())
-    except FileNotFoundError:
-        raise UserError(f"{path} does not exist — {advice}") from None
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path} is no JSON ({error}) — {advice}") from error
-    version = result.get("schema_version") if isinstance(result, dict) else None
-    if version != SCHEMA_VERSION:
-        raise UserError(f"{path} has schema_version {version!r}, not {SCHEMA_VERSION} — {advice}")
+# ---------------------------------------------------------------------------------------------- rules
 
-    def get(keys: str, kind: type) -> Any:
-        """The value at a dotted path, checked: `float` takes any finite number, and only `bool` takes a truth value."""
-        value = result
-        for key in keys.split("."):
-            value = value.get(key) if isinstance(value, dict) else None
-        accepted = (int, float) if kind is float else kind
-        if not isinstance(value, accepted) or (isinstance(value, bool) and kind is not bool):
-            raise UserError(f"{path} has no {keys} of type {kind.__name__} — {advice}")
-        if isinstance(value, float) and not math.isfinite(value):
-            raise UserError(f"{path} has {keys} = {value} — {advice}")
-        return value
-
-    def figure(name: str) -> Figure:
-        of = f"evaluation.{name}."
-        counts = get(of + "targets", int), get(of + "bytes", int)
-        epoch = get(of + "epoch", int) if "epoch" in get(of[:-1], dict) else None
-        return Figure(
-            get(of + "val_loss", float), get(of + "val_bpb", float), *counts, get(of + "backward_looking", bool), epoch
-        )
-
-    evaluation = get("evaluation", dict)
-    if sliding := "sliding" in evaluation:
-        figures = [score := figure("sliding")]
-    else:
-        figures = [figure("no_adaptation"), score := figure("backward_looking"), figure("last_epoch")]
-    trained, packed = result.get("training") is not None, result.get("artifact") is not None
-    return Run(
-        path=path,
-        run_id=get("run_id", str),
-        seed=get("seed", int),
-        source_sha256=get("source_sha256", str),
-        settings=get("settings", dict),
-        environment=get("environment", dict),
-        world_size=get("world_size", int),
-        quantised=get("quantised", bool),
-        val_loss=get("val_loss", float),
-        val_bpb=get("val_bpb", float),
-        score=score,
-        figures=figures,
-        audit=read_audit(get("evaluation.audit", list), path) if "audit" in evaluation else [],
-        documents=None if sliding else get("evaluation.documents", int),
-        unfinished=0 if sliding else len(get("evaluation.unfinished_documents", list)),
-        eval_seconds=get("evaluation.seconds", float),
-        steps=get("training.steps", int) if trained else None,
-        train_seconds=get("training.seconds", float) if trained else None,
-        bytes_model=get("artifact.model_bytes", int) if packed else None,
-        bytes_code=get("artifact.code_bytes", int) if packed else None,
-        bytes_total=get("artifact.total_bytes", int) if packed else None,
-        artifact_sha256=get("artifact.sha256", str) if packed else None,
-    )
+Verdict = tuple[bool | None, str]  # is a rule kept (None: that cannot be judged), and on what it was judged
+Judged = dict[str, Verdict]
 
 
-def read_audit(rows: list[Any], path: Path) -> list[tuple[int, bool]]:
-    """Returns (document, leak) for each row of an audit: a leak is a change beyond that of an unchanged repeat."""
-    try:
-        return [(row["document"], row["backward_looking"] and not row["change"] <= row["repeat"]) for row in rows]
-    except (KeyError, TypeError) as error:
-        raise UserError(
-            f"{path} has another form of audit than expected ({error!r}) — give an untouched result.json"
-        ) from error
+def judge_limits(runs: Sequence[Run]) -> Judged:
+    """Bytes, seconds and machine."""
+    size = largest(runs, "artifact.total_bytes")
+    trained = largest(runs, "training.seconds")
+    evaluated = largest(runs, "evaluation.seconds")
+    machines = {(run.result["world_size"], run.result["environment"]["device"]) for run in runs}
+
+    def in_time(run: Run) -> bool:
+        training = run.result["training"]
+        last_step = min(training["seconds"] / max(training["steps"], 1), LONGEST_LAST_STEP)
+        return training["seconds"] <= TRAIN_SECONDS + last_step
+
+    judged: Judged = {
+        "size_cap": (None, "a run made no artifact, so its size with the code is unknown"),
+        "train_seconds": (None, "a run did not train"),
+    }
+    if size is not None:
+        judged["size_cap"] = size <= SIZE_CAP, f"{size:,} of {SIZE_CAP:,} bytes"
+    if trained is not None:
+        detail = f"{trained:.2f} of {TRAIN_SECONDS} s (the step under way at the end may finish)"
+        judged["train_seconds"] = all(map(in_time, runs)), detail
+    judged["eval_seconds"] = evaluated <= EVAL_SECONDS, f"{evaluated:.2f} of {EVAL_SECONDS} s"
+    fast = all(world == WORLD_SIZE and DEVICE in device.split() for world, device in machines)
+    judged["hardware_8xH100"] = fast, ", ".join(sorted(f"{world} x {device}" for world, device in machines))
+    return judged
 
 
-def refuse_over_limit(run: Run) -> None:
-    """UserError if the run breaks a limit of the challenge, so that no submission can contain it."""
-    if run.bytes_total is not None and run.bytes_total > SIZE_CAP:
-        raise UserError(
-            f"{run.path} has {run.bytes_total:,} bytes, over the cap of {SIZE_CAP:,} — prune or quantise more"
-        )
-    if run.train_seconds is not None and run.train_seconds > run.train_limit:
-        advice = f"train with MAX_WALLCLOCK_SECONDS={TRAIN_SECONDS}"
-        raise UserError(
-            f"{run.path} trained for {run.train_seconds:.2f} s, over the limit of {TRAIN_SECONDS} s — {advice}"
-        )
-    if run.eval_seconds > EVAL_SECONDS:
-        advice = f"evaluate with EVAL_MAX_SECONDS={EVAL_SECONDS}"
-        raise UserError(
-            f"{run.path} evaluated for {run.eval_seconds:.2f} s, over the limit of {EVAL_SECONDS} s — {advice}"
-        )
+def judge_split(runs: Sequence[Run]) -> Judged:
+    """The full split is known by its counts, if all runs scored one text; that it is FineWeb's no result can show."""
+    paths = "evaluation.documents", "data.validation", "settings.vocab_size"
+    found = {(run.score["targets"] + 1, *(str(value_of(run, path)) for path in paths)) for run in runs}
+    texts = [
+        f"{documents} documents, {tokens:,} tokens of a vocabulary of {vocabulary}, fingerprint {fingerprint:.16}"
+        for tokens, documents, fingerprint, vocabulary in sorted(found)
+    ]
+    detail = "; ".join(texts) + "; not verifiable here: that this text is FineWeb's"
+    tokens, documents, _, vocabulary = min(found)
+    counts = documents, round(tokens / 1e6, 1), vocabulary
+    kept: bool | None = len(found) == 1 and counts == (str(DOCUMENTS), MILLION_TOKENS, str(VOCABULARY))
+    if any("sliding" in run.result["evaluation"] for run in runs) and len(found) == 1:
+        kept = None  # that evaluation does not count documents
+    return {"full_validation_split": (kept, detail)}
 
 
-def refuse_unlike(runs: Sequence[Run]) -> None:
-    """UserError unless the runs are one experiment repeated: same source, settings and text, different seeds."""
-    for one, other in pairwise(runs):
-        pair = f"{one.path} and {other.path}"
-        if one.source_sha256 != other.source_sha256:
-            raise UserError(f"{pair} come from different sources (source_sha256) — give runs of one train_gpt.py")
-        names = sorted((one.settings.keys() | other.settings.keys()) - FREE_SETTINGS)
-        if changed := [name for name in names if one.settings.get(name) != other.settings.get(name)]:
-            raise UserError(f"{pair} differ in {', '.join(changed)} — give runs that differ in the seed alone")
-        if one.score.counted != other.score.counted:
-            raise UserError(f"{pair} scored different validation text — give runs on one validation split")
-    for attribute, what in (("seed", "seed"), ("artifact_sha256", "artifact")):
-        first: dict[Any, Run] = {}
-        for run in runs:
-            value = getattr(run, attribute)
-            if value is not None and first.setdefault(value, run) is not run:
-                raise UserError(
-                    f"{first[value].path} and {run.path} have the same {what} {value} — give each seed once"
-                )
+def judge_scores(runs: Sequence[Run]) -> Judged:
+    """What was scored, in which order, and from which file."""
+    judged: Judged = {}
+    first = runs[0].score
+    detail = f"{first['targets']:,} targets and {first['bytes']:,} bytes in every figure"
+    judged["every_target_scored_once"] = True, detail
+    audited = sum(len({row["document"] for row in audit_of(run)}) for run in runs)
+    judged["backward_looking_score"] = True, f"{SCORE_LABEL}; documents audited: {audited}"
+    judged["quantised_artifact"] = True, "scored from the artifact"
+    for run in runs:
+        result = run.result
+        seed = f"seed {result['seed']}"
+        for figure in run.figures:
+            targets, size = figure["targets"], figure["bytes"]
+            nats = figure["val_bpb"] * size * math.log(2)
+            whole = (targets, size) == (run.score["targets"], run.score["bytes"]) and min(targets, size) > 0
+            if not whole or not math.isclose(nats, figure["val_loss"] * targets):
+                judged["every_target_scored_once"] = False, f"the figures of {seed} contradict one another"
+        reported = result["val_loss"], result["val_bpb"]
+        if not run.score["backward_looking"] or reported != (run.score["val_loss"], run.score["val_bpb"]):
+            judged["backward_looking_score"] = False, f"the score of {seed} is not its backward-looking figure"
+        if any(row["backward_looking"] and row["change"] > row["repeat"] for row in audit_of(run)):
+            judged["backward_looking_score"] = False, f"the audit of {seed} found later tokens in earlier scores"
+        if not result["quantised"]:
+            judged["quantised_artifact"] = False, f"{seed} scored an unquantised state dict"
+        elif result["artifact"] and result["artifact"]["sha256"] != result["weights_sha256"]:
+            judged["quantised_artifact"] = False, f"{seed} scored another file than the artifact it made"
+    return judged
 
 
-# ---------------------------------------------------------------------------------------------- statistics
+def audit_of(run: Run) -> list[dict[str, Any]]:
+    return run.result["evaluation"].get("audit") or []
 
 
-def incomplete_beta(a: float, b: float, x: float) -> float:
-    """Returns the regularised incomplete beta function I_x(a, b), by its continued fraction (DLMF 8.17.22).
+def judge_repetition(runs: Sequence[Run]) -> Judged:
+    """The runs repeat one experiment, each with a training of its own: one artifact scored twice is not two seeds."""
 
-    Good to about 1e-14 for a and b up to some thousands.
-    """
-    if x <= 0 or x >= 1:
-        return float(x >= 1)
-    if x > (a + 1) / (a + b + 2):  # there the fraction of the mirrored function converges faster
-        return 1 - incomplete_beta(b, a, 1 - x)
-    fraction = 1.0
-    for m in range(200, 0, -1):
-        even = m * (b - m) / ((a + 2 * m - 1) * (a + 2 * m))
-        odd = -(a + m - 1) * (a + b + m - 1) / ((a + 2 * m - 2) * (a + 2 * m - 1))
-        fraction = 1 + odd * x / (1 + even * x / fraction)
-    log_beta = math.lgamma(a) + math.lgamma(b) - math.lgamma(a + b)
-    return math.exp(a * math.log(x) + b * math.log1p(-x) - log_beta) / (a * fraction)
+    def conditions(run: Run) -> dict[str, Any]:
+        settings = {f"settings.{name}": value for name, value in run.result["settings"].items() if name not in FREE}
+        scored = {f"{name} scored": run.score[name] for name in ("targets", "bytes")}
+        return {path: value_of(run, path) for path in SHARED} | scored | settings
 
-
-def t_tail(t: float, freedom: int) -> float:
-    """Returns P(T > t) for Student's t distribution with `freedom` degrees of freedom."""
-    square = t * t
-    if square < freedom:  # this form is exact for a small t, the other one for a small tail
-        tail = (1 - incomplete_beta(0.5, freedom / 2, square / (freedom + square))) / 2
-    else:
-        tail = incomplete_beta(freedom / 2, 0.5, freedom / (freedom + square)) / 2
-    return tail if t >= 0 else 1 - tail
+    first = conditions(runs[0])
+    differences = {}
+    for other in map(conditions, runs[1:]):
+        for name in sorted(first.keys() | other.keys()):
+            if first.get(name) != other.get(name):
+                differences[name] = f"{name}: {first.get(name)} and {other.get(name)}"
+    repeated = []
+    for path in UNIQUE:
+        counts = Counter(value_of(run, path) for run in runs)
+        repeated += [
+            f"{path} {value} more than once" for value, count in counts.items() if value is not None and count > 1
+        ]
+    same = "source, data, settings, torch, dtype and device agree"
+    return {
+        "same_experiment": (not differences, "; ".join(differences.values()) or same),
+        "distinct_trainings": (not repeated, "; ".join(repeated) or "every seed has a model of its own"),
+    }
 
 
 def t_test(losses: Sequence[float], baseline: float | None) -> dict[str, float | int | None]:
-    """One-sided t-test that `baseline` exceeds the mean of `losses` by more than MARGIN; None where it cannot be said."""
-    mean, deviation = mean_std(losses)
+    """One-sided t-test that `baseline` exceeds the mean of `losses` by more than MARGIN; None where it cannot tell."""
+    mean = mean_std(losses)[0]
     t = p = None
-    if baseline is not None and deviation:
-        t = (baseline - MARGIN - mean) / (deviation / math.sqrt(len(losses)))
-        p = t_tail(t, len(losses) - 1)
+    if baseline is not None and len(losses) > 1 and not math.isclose(min(losses), max(losses), rel_tol=1e-12):
+        from scipy import stats
+
+        test = stats.ttest_1samp(losses, baseline - MARGIN, alternative="less")
+        t, p = -float(test.statistic), float(test.pvalue)
     return {
         "baseline_val_loss": baseline,
         "improvement_nats": None if baseline is None or mean is None else baseline - mean,
@@ -289,140 +227,48 @@ def t_test(losses: Sequence[float], baseline: float | None) -> dict[str, float |
     }
 
 
-def mean_std(values: Sequence[float]) -> tuple[float | None, float | None]:
-    """Returns the mean and the sample standard deviation, None where there are too few values."""
-    mean = statistics.fmean(values) if values else None
-    return mean, statistics.stdev(values) if len(values) > 1 else None
-
-
-def largest(values: Sequence[float | None]) -> float | None:
-    """Returns the maximum, or None if a value is missing or there is none."""
-    return None if not values or None in values else max(values)
-
-
-# ---------------------------------------------------------------------------------------------- rules
-
-
-class Verdict(NamedTuple):
-    """How a rule was judged, and on what."""
-
-    outcome: str
-    detail: str
-
-
-def verdict(passed: bool, detail: str) -> Verdict:
-    return Verdict(PASS if passed else FAIL, detail)
-
-
-def size_cap(runs: Sequence[Run]) -> Verdict:
-    size = largest([run.bytes_total for run in runs])
-    if size is None:
-        return Verdict(NOT_APPLICABLE, "a run made no artifact, so its size with the code is unknown")
-    return verdict(size <= SIZE_CAP, f"{size:,} of {SIZE_CAP:,} bytes")
-
-
-def train_budget(runs: Sequence[Run]) -> Verdict:
-    seconds = largest([run.train_seconds for run in runs])
-    if seconds is None:
-        return Verdict(NOT_APPLICABLE, "a run did not train")
-    detail = f"{seconds:.2f} of {TRAIN_SECONDS} s (the step under way at the end may finish)"
-    return verdict(all(run.train_seconds <= run.train_limit for run in runs), detail)
-
-
-def eval_budget(runs: Sequence[Run]) -> Verdict:
-    seconds = max(run.eval_seconds for run in runs)
-    return verdict(seconds <= EVAL_SECONDS, f"{seconds:.2f} of {EVAL_SECONDS} s")
-
-
-def hardware(runs: Sequence[Run]) -> Verdict:
-    found = sorted({f"{run.world_size} x {run.device}" for run in runs})
-    passed = all(run.world_size == WORLD_SIZE and DEVICE in run.device.split() for run in runs)
-    return verdict(passed, ", ".join(found))
-
-
-def validation_split(runs: Sequence[Run]) -> Verdict:
-    first = runs[0]
-    documents, tokens, vocabulary = first.documents, first.score.targets + 1, first.settings.get("vocab_size")
-    counted = "documents not counted" if documents is None else f"{documents:,} documents"
-    passed = round(tokens / 1e6, 1) == MILLION_TOKENS and vocabulary == VOCABULARY and documents in (None, DOCUMENTS)
-    return verdict(passed, f"{counted}, {tokens:,} tokens of a vocabulary of {vocabulary}")
-
-
-def scored_once(runs: Sequence[Run]) -> Verdict:
-    def consistent(run: Run, figure: Figure) -> bool:
-        if figure.counted != run.score.counted or min(figure.counted) < 1:
-            return False
-        bits = figure.val_loss * figure.targets / math.log(2)
-        return math.isclose(figure.val_bpb, bits / figure.bytes, rel_tol=1e-9)
-
-    passed = all(consistent(run, figure) for run in runs for figure in run.figures)
-    return verdict(passed, f"{runs[0].score.targets:,} targets and {runs[0].score.bytes:,} bytes in every figure")
-
-
-def backward_looking(runs: Sequence[Run]) -> Verdict:
-    for run in runs:
-        if not run.score.backward_looking or (run.val_loss, run.val_bpb) != (run.score.val_loss, run.score.val_bpb):
-            return Verdict(FAIL, f"the score of seed {run.seed} is not its backward-looking figure")
-        if any(leak for _, leak in run.audit):
-            return Verdict(FAIL, f"the audit of seed {run.seed} found later tokens in earlier scores")
-    audited = sum(len({document for document, _ in run.audit}) for run in runs)
-    return Verdict(PASS, f"{SCORE_LABEL}; documents audited: {audited}")
-
-
-def quantised(runs: Sequence[Run]) -> Verdict:
-    passed = all(run.quantised for run in runs)
-    return verdict(passed, "scored from the artifact" if passed else "a run scored an unquantised state dict")
-
-
-RULES: dict[str, Callable[[Sequence[Run]], Verdict]] = {
-    "size_cap": size_cap,
-    "train_seconds": train_budget,
-    "eval_seconds": eval_budget,
-    "hardware_8xH100": hardware,
-    "full_validation_split": validation_split,
-    "every_target_scored_once": scored_once,
-    "backward_looking_score": backward_looking,
-    "quantised_artifact": quantised,
-}
-SOURCE_RULE = "no_network_no_training_data_at_evaluation"
-
-
-def significance(runs: Sequence[Run], test: dict[str, Any]) -> Verdict:
+def judge_significance(test: dict[str, Any]) -> Verdict:
     """The rule that makes a record, given what t_test returned."""
     if test["baseline_val_loss"] is None:
-        return Verdict(NOT_APPLICABLE, "no baseline was given")
+        return None, "no baseline was given"
+    if test["degrees_of_freedom"] < 1:
+        return None, "at least 2 runs that trained a model of their own are needed"
     if test["p"] is None:
-        reason = "at least 2 runs are needed" if len(runs) < 2 else "the losses of the runs do not differ at all"
-        return Verdict(NOT_APPLICABLE, reason)
+        return None, "the losses of the runs do not differ at all"
     detail = f"{test['improvement_nats']:.5f} nats; p = {test['p']:.3g} against an improvement of no more than {MARGIN}"
-    return verdict(test["p"] < SIGNIFICANCE, detail)
-
-
-def judge(runs: Sequence[Run], test: dict[str, Any]) -> tuple[dict[str, Verdict], str, list[str]]:
-    """Returns the verdict on every rule, the status, and the reasons why it is not `record`.
-
-    A rule that fails makes a non-record; short of that, one that cannot be judged leaves the submission incomplete.
-    """
-    verdicts = {name: rule(runs) if runs else Verdict(NOT_APPLICABLE, "no runs") for name, rule in RULES.items()}
-    verdicts["significant_improvement"] = significance(runs, test) if runs else Verdict(NOT_APPLICABLE, "no runs")
-    open_rules = {name: found for name, found in verdicts.items() if found.outcome != PASS}
-    reasons = [f"{name}: {found.outcome} ({found.detail})" for name, found in open_rules.items()]
-    failed = any(found.outcome == FAIL for found in open_rules.values())
-    status = "non-record" if failed else "incomplete" if reasons else "record"
-    verdicts[SOURCE_RULE] = Verdict(NOT_APPLICABLE, "a property of the source, which no result can show")
-    return verdicts, status if runs else UNMEASURED, reasons if runs else [UNMEASURED]
+    return test["p"] < SIGNIFICANCE, detail
 
 
 # ---------------------------------------------------------------------------------------------- submission
 
 
-def submission(runs: Sequence[Run], baseline: float | None = None, **about: str | None) -> dict[str, Any]:
-    """Returns the content of submission.json. `about`: name, author, github_id, blurb, date. No runs: the placeholder."""
-    losses = [run.val_loss for run in runs]
-    test = t_test(losses, baseline)
-    verdicts, status, reasons = judge(runs, test)
-    (loss, loss_std), (bpb, bpb_std) = mean_std(losses), mean_std([run.val_bpb for run in runs])
-    settings = runs[0].settings if runs else PROTOCOL
+def judge(runs: Sequence[Run], test: dict[str, Any]) -> tuple[Judged, str, list[str]]:
+    """Returns the verdict on every rule, the status, and the reasons why it is not `record`.
+
+    A rule that fails makes a non-record; short of that, one that cannot be judged leaves the submission incomplete.
+    """
+    source: Judged = {SOURCE_RULE: (None, "a property of the source, which no result can show")}
+    if not runs:
+        return dict.fromkeys(RULES, (None, "no runs")) | source, UNMEASURED, [UNMEASURED]
+    judged = judge_limits(runs) | judge_split(runs) | judge_scores(runs) | judge_repetition(runs)
+    judged["significant_improvement"] = judge_significance(test)
+    reasons = [f"{name}: {OUTCOMES[kept]} ({detail})" for name, (kept, detail) in judged.items() if not kept]
+    failed = any(kept is False for kept, _ in judged.values())
+    status = "non-record" if failed else "incomplete" if reasons else "record"
+    return judged | source, status, reasons
+
+
+def submission(runs: Sequence[Run], baseline: float | None, about: dict[str, str | None]) -> dict[str, Any]:
+    """Returns the content of submission.json, without runs the placeholder. `about`: name, author and the like."""
+    # A sample of the t-test is a run that trained, one for each model.
+    trained = {
+        run.result["weights_sha256"]: run.result["val_loss"] for run in runs if run.result["training"] is not None
+    }
+    test = t_test(list(trained.values()), baseline)
+    judged, status, reasons = judge(runs, test)
+    loss, loss_std = mean_std([run.result["val_loss"] for run in runs])
+    bpb, bpb_std = mean_std([run.result["val_bpb"] for run in runs])
+    settings = runs[0].result["settings"] if runs else PROTOCOL
     return about | {
         "status": status,
         "reasons": reasons,
@@ -432,106 +278,128 @@ def submission(runs: Sequence[Run], baseline: float | None = None, **about: str 
         "val_loss_std": loss_std,
         "score": SCORE_LABEL,
         "replay_last_epoch": replay_summary(runs),
-        "bytes_total": largest([run.bytes_total for run in runs]),
-        "bytes_model": largest([run.bytes_model for run in runs]),
-        "bytes_code": largest([run.bytes_code for run in runs]),
-        "train_seconds": largest([run.train_seconds for run in runs]),
-        "eval_seconds": largest([run.eval_seconds for run in runs]),
+        "bytes_total": largest(runs, "artifact.total_bytes"),
+        "bytes_model": largest(runs, "artifact.model_bytes"),
+        "bytes_code": largest(runs, "artifact.code_bytes"),
+        "train_seconds": largest(runs, "training.seconds"),
+        "eval_seconds": largest(runs, "evaluation.seconds"),
         "significance": test,
-        "rules": {name: found._asdict() for name, found in verdicts.items()},
+        "rules": {name: {"outcome": OUTCOMES[kept], "detail": detail} for name, (kept, detail) in judged.items()},
         "protocol": {name: settings.get(name) for name in PROTOCOL},
-        "source_sha256": runs[0].source_sha256 if runs else None,
+        "source_sha256": runs[0].result["source_sha256"] if runs else None,
         "runs": [run_summary(run) for run in runs],
     }
 
 
 def replay_summary(runs: Sequence[Run]) -> dict[str, Any]:
     """The last epoch of replay over all runs, kept apart from the score and labelled; empty if a run has none."""
-    figures = [run.replay_last_epoch for run in runs]
-    present = figures if all(figures) else []
-    bpb, deviation = mean_std([figure.val_bpb for figure in present])
-    return {
-        "label": REPLAY_LABEL,
-        "epoch": present[0].epoch if present else None,
-        "val_bpb": bpb,
-        "val_bpb_std": deviation,
-        "val_loss": mean_std([figure.val_loss for figure in present])[0],
-    }
+    figures = [run.figures[-1] for run in runs]
+    if any(figure["backward_looking"] for figure in figures):
+        figures = []
+    bpb, deviation = mean_std([figure["val_bpb"] for figure in figures])
+    epoch = figures[0].get("epoch") if figures else None
+    loss, _ = mean_std([figure["val_loss"] for figure in figures])
+    return {"label": REPLAY_LABEL, "epoch": epoch, "val_bpb": bpb, "val_bpb_std": deviation, "val_loss": loss}
 
 
 def run_summary(run: Run) -> dict[str, Any]:
     """What submission.json says of one run."""
-    names = "seed run_id val_bpb val_loss steps train_seconds eval_seconds world_size device bytes_total bytes_model bytes_code"
-    last = run.replay_last_epoch
-    return {name: getattr(run, name) for name in names.split()} | {
-        "documents_scored_without_adaptation": run.unfinished,
-        "artifact_sha256": run.artifact_sha256,
-        "replay_last_epoch": {"label": REPLAY_LABEL, "epoch": last.epoch, "val_bpb": last.val_bpb} if last else None,
-    }
+    names = ["seed", "run_id", "val_bpb", "val_loss", "world_size", "weights_sha256"]
+    paths = [
+        "environment.device",
+        "training.steps",
+        "artifact.total_bytes",
+        "artifact.model_bytes",
+        "artifact.code_bytes",
+    ]
+    return (
+        {name: run.result[name] for name in names}
+        | {path.split(".")[1]: value_of(run, path) for path in paths}
+        | {"train_seconds": value_of(run, "training.seconds"), "eval_seconds": value_of(run, "evaluation.seconds")}
+        | {"documents_scored_without_adaptation": run.score["lacking"], "replay_last_epoch": replay_summary([run])}
+    )
 
 
-def summary(content: dict[str, Any]) -> str:
-    """A submission for the terminal: one line per run, the mean, the rules, the status."""
+def summary(content: dict[str, Any]) -> list[str]:
+    """A submission in lines: each run, the mean, replay's last epoch."""
     lines = [
         f"seed {run['seed']}: val_bpb {run['val_bpb']:.6f}, val_loss {run['val_loss']:.6f}" for run in content["runs"]
     ]
-    if content["val_bpb"] is not None:
-        spread = "" if content["val_bpb_std"] is None else f" ± {content['val_bpb_std']:.6f}"
-        lines.append(f"mean: val_bpb {content['val_bpb']:.6f}{spread}, {SCORE_LABEL}")
+    spread = "" if content["val_bpb_std"] is None else f" ± {content['val_bpb_std']:.6f}"
+    lines.append(f"mean: val_bpb {content['val_bpb']:.6f}{spread}, {SCORE_LABEL}")
     replay = content["replay_last_epoch"]
     if replay["val_bpb"] is not None:
         lines.append(f"replay epoch {replay['epoch']}: {replay['val_bpb']:.6f}, {replay['label']}")
-    lines += [f"{rule['outcome']:<14} {name}: {rule['detail']}" for name, rule in content["rules"].items()]
-    return "\n".join([*lines, f"status: {content['status']}"])
+    return lines
 
 
-# ---------------------------------------------------------------------------------------------- command line
-
-
-def loss(text: str) -> float:
-    """An argparse type: nats per token."""
-    try:
-        value = float(text)
-    except ValueError:
-        value = math.nan
-    if not 0 < value < math.inf:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a loss in nats per token")
-    return value
-
-
-def parse_arguments() -> argparse.Namespace:
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("results", nargs="*", type=Path, metavar="RESULT", help="a result.json, or a run's folder")
-    parser.add_argument(
-        "--baseline-loss", type=loss, metavar="NATS", help="val_loss of the record to beat, in nats per token"
+def write_folder(folder: Path, runs: Sequence[Run], content: dict[str, Any], encoded: bytes) -> None:
+    """Makes the folder of a pull request to the challenge; UserError unless it is new and the runs have one source."""
+    logs = {f"train_seed{run.result['seed']}.log": read_log(run) for run in runs}
+    sources = {source for _, source in logs.values()}
+    if len(sources) > 1 or len(logs) < len(runs):
+        raise UserError(
+            "the runs have several sources, or a seed twice — give runs of one train_gpt.py, each seed once"
+        )
+    scores = "\n".join(f"- {line}" for line in summary(content))
+    rules = "\n".join(
+        f"| {name} | {found['outcome']} | {found['detail']} |" for name, found in content["rules"].items()
     )
-    parser.add_argument("--placeholder", action="store_true", help="write what stands in until there are runs")
-    parser.add_argument("--out", type=Path, default=Path("submission.json"), help="default: submission.json")
-    parser.add_argument("--name", default=NAME, help="of the submission")
-    parser.add_argument("--author", default=AUTHOR)
-    parser.add_argument("--github-id")
-    parser.add_argument("--blurb", default=BLURB, help="what it does, in a few sentences")
-    parser.add_argument("--date", help="of the measurement; default: now, in UTC")
-    return parser.parse_args()
+    settings = " ".join(f"{name.upper()}={value}" for name, value in content["protocol"].items())
+    readme = f"""# {content["name"]}
+
+{content["blurb"]}
+
+By {content["author"]}. Status: **{content["status"]}**.
+
+{scores}
+
+| rule | outcome | judged on |
+| --- | --- | --- |
+{rules}
+
+`train_gpt.py` is the source that ran: every log begins with it, and lists all settings and versions after it. Evaluated
+with `{settings}`.
+"""
+    with new_directory(folder) as partial:
+        (partial / "README.md").write_text(readme, encoding="utf-8")
+        (partial / "submission.json").write_bytes(encoded)
+        (partial / "train_gpt.py").write_bytes(sources.pop())
+        for name, (log, _) in logs.items():
+            (partial / name).write_bytes(log)
 
 
 def main() -> None:
-    options = parse_arguments()
-    if bool(options.results) == options.placeholder:
-        raise UserError("give either runs or --placeholder — see --help")
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("results", nargs="*", type=Path, metavar="RUN", help="a run's folder, or a result.json with its log beside it")
+    add("--baseline-loss", type=number(float, 0), metavar="NATS", help="per token: val_loss of the record to beat")
+    add("--placeholder", action="store_true", help="write what stands in until there are runs")
+    add("--out", type=Path, default=Path("submission.json"), help="default: submission.json")
+    add("--folder", type=Path, help="make the folder of a pull request instead")
+    add("--name", default=NAME, help="of the submission")
+    add("--author", default=AUTHOR)
+    add("--github-id")
+    add("--blurb", default=BLURB, help="what it does, in a few sentences")
+    add("--date", help="of the measurement; default: now, in UTC")
+    options = parser.parse_args()
+    if bool(options.results) == options.placeholder or (options.placeholder and options.folder):
+        raise UserError("give either runs or --placeholder, and a --folder with runs alone — see --help")
     runs = [read_run(path) for path in options.results]
     for run in runs:
-        refuse_over_limit(run)
-    refuse_unlike(runs)
+        read_log(run)  # is it this run's?
     now = datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ") if runs else None
     about = {name: getattr(options, name) for name in ("name", "author", "github_id", "blurb")}
-    content = submission(runs, options.baseline_loss, **about, date=options.date or now)
-    partial = options.out.with_name(options.out.name + ".tmp")
-    partial.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    partial.replace(options.out)
+    content = submission(runs, options.baseline_loss, about | {"date": options.date or now})
+    encoded = (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode()
+    if options.folder:
+        write_folder(options.folder, runs, content, encoded)
+    else:
+        write_atomic(options.out, encoded)
     if runs:
-        print(summary(content))
-    print(f"wrote {options.out}")
+        rules = [f"{rule['outcome']:<14} {name}: {rule['detail']}" for name, rule in content["rules"].items()]
+        print("\n".join([*summary(content), *rules, f"status: {content['status']}"]))
+    print(f"wrote {options.folder or options.out}")
 
 
 if __name__ == "__main__":

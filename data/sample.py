@@ -18,7 +18,7 @@ from pathlib import Path
 
 import numpy as np
 import text
-from text import UserError
+from common import Parser, UserError, new_directory, run
 
 OUT = Path(__file__).resolve().parent / "sample"
 FILES = "fineweb_train_000000.bin", "fineweb_val_000000.bin", "sample_1024_bpe.model"
@@ -102,7 +102,7 @@ def is_complete(out: Path) -> bool:
 
 
 def build(out: Path, replace: bool = False) -> None:
-    """Builds the sample dataset in the folder `out` and prints a summary; see text.new_directory for `replace`."""
+    """Builds the sample dataset in the folder `out` and prints a summary; see common.new_directory for `replace`."""
     began = time.monotonic()
     texts = documents()
     held_back = round(HELD_BACK * len(texts))
@@ -111,10 +111,10 @@ def build(out: Path, replace: bool = False) -> None:
         pieces.add(text.Document(b"", document))
     model = text.train_tokenizer(pieces.pieces(lambda _: True), VOCAB_SIZE)
     tokenizer = text.load_tokenizer(model, "the sample's tokenizer")
-    encoded = [text.encode(tokenizer, document) for document in texts]
+    encoded = text.encode(tokenizer, texts)
     validation = choose_validation(encoded[:held_back])
 
-    with text.new_directory(out, replace) as directory:
+    with new_directory(out, replace) as directory:
         (directory / FILES[2]).write_bytes(model)
         with text.ShardWriter(directory, "train") as train, text.ShardWriter(directory, "val") as val:
             for index, tokens in enumerate(encoded):
@@ -126,7 +126,7 @@ def build(out: Path, replace: bool = False) -> None:
 
 
 def main() -> None:
-    parser = text.Parser(description="Builds a small dataset from the documentation that ships with Python.")
+    parser = Parser(description="Builds a small dataset from the documentation that ships with Python.")
     parser.add_argument("--out", type=Path, default=OUT, help="the dataset's folder (default: sample beside this file)")
     parser.add_argument("--force", action="store_true", help="build it even if it is there")
     options = parser.parse_args()
@@ -142,4 +142,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    text.run(main)
+    run(main)

@@ -22,13 +22,7 @@ import pytest
 import sentencepiece as spm
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-
-DATA = Path(__file__).resolve().parent.parent / "data"
-sys.path.insert(0, str(DATA))
-import fineweb
-import sample
-import text
-from tools import Result, call, is_one_line_error
+from tools import DATA, Result, call, common, fineweb, is_one_line_error, sample, text
 
 FAST = settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
@@ -112,8 +106,8 @@ def tokenizer(built_sample: tuple[Path, Path]) -> spm.SentencePieceProcessor:
 @FAST
 @given(st.text(st.characters(exclude_characters="\u2581", exclude_categories=["Cs"])))
 def test_tokenizer_loses_nothing(tokenizer: spm.SentencePieceProcessor, document: str) -> None:
-    tokens = text.encode(tokenizer, document)
-    assert tokens.dtype == np.uint16 and tokens[0] == text.BOS and text.BOS not in tokens[1:]
+    (tokens,) = text.encode(tokenizer, [document])
+    assert tokens.max() < 1 << 16 and tokens[0] == text.BOS and text.BOS not in tokens[1:]
     assert tokenizer.decode(tokens[1:].tolist()) == document
 
 
@@ -135,15 +129,18 @@ def test_shards_hold_the_documents_in_order(
     total = sum(map(len, documents))
     assert split_tokens(directory, "train").tolist() == [token for document in documents for token in document]
     assert (writer.documents, writer.tokens, writer.shards) == (len(documents), total, -(-total // shard_tokens))
-    counts = [text.check_shard(path) for path in sorted(directory.iterdir())]
+    counts = [common.check_shard(path) for path in sorted(directory.iterdir())]
     assert counts[:-1] == [shard_tokens] * (len(counts) - 1) and sum(counts) == total
 
 
-def test_a_shard_in_the_making_is_not_found(tmp_path: Path) -> None:
-    with pytest.raises(ZeroDivisionError), text.ShardWriter(tmp_path, "train") as writer:
-        writer.write(np.ones(9, dtype=np.uint16))
+def test_a_shard_in_the_making_is_no_shard(tmp_path: Path) -> None:
+    with pytest.raises(ZeroDivisionError), text.ShardWriter(tmp_path, "train", 10) as writer:
+        writer.write(np.ones(15, dtype=np.uint16))
         raise ZeroDivisionError
-    assert not list(tmp_path.glob("*.bin"))
+    whole, partial = sorted(tmp_path.iterdir())
+    assert common.check_shard(whole) == 10
+    with pytest.raises(common.UserError):
+        common.check_shard(partial)
 
 
 @pytest.mark.parametrize("damage", [b"", b"\0" * 2000, "short", "long"])
@@ -153,14 +150,12 @@ def test_check_shard_finds_damage(tmp_path: Path, damage: bytes | str) -> None:
     path = tmp_path / "fineweb_val_000000.bin"
     whole = path.read_bytes()
     path.write_bytes({"short": whole[:-2], "long": whole + b"\0"}.get(damage, damage))
-    with pytest.raises(text.UserError):
-        text.check_shard(path)
+    with pytest.raises(common.UserError):
+        common.check_shard(path)
 
 
 @FAST
-@given(
-    st.lists(st.text("ab|\n", max_size=6)), st.sampled_from(["|", "\n\n", "a|b"]), st.integers(1, 9), st.booleans()
-)
+@given(st.lists(st.text("ab|\n", max_size=6)), st.sampled_from(["|", "\n\n", "a|b"]), st.integers(1, 9), st.booleans())
 def test_delimiters_are_found_wherever_a_read_ends(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, parts: list[str], delimiter: str, read: int, compressed: bool
 ) -> None:
@@ -212,7 +207,7 @@ TEXTS = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=2
 def test_training_gives_a_tokenizer_or_says_what_to_do(pieces: list[str], vocab_size: int) -> None:
     try:
         model = text.train_tokenizer(pieces, vocab_size)
-    except text.UserError as error:
+    except common.UserError as error:
         assert "--vocab-size" in str(error)
     else:
         assert text.load_tokenizer(model, "x").vocab_size() == vocab_size
@@ -227,13 +222,13 @@ def test_characters_never_fill_the_vocabulary() -> None:
 # ---------------------------------------------------------------------------------------------- text.py as a command
 
 
-def test_any_number_of_processes_writes_the_same_bytes(
+def test_any_number_of_threads_writes_the_same_bytes(
     tmp_path: Path, corpus: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(text, "BATCH_CHARS", 500)
     options = "--vocab-size", 300, "--shard-tokens", 1000, "--val-fraction", 0.1
-    for processes in (1, 2):
-        arguments = corpus, "--out", tmp_path / str(processes) / "set", *options, "--processes", processes
+    for threads in (1, 2):
+        arguments = corpus, "--out", tmp_path / str(threads) / "set", *options, "--threads", threads
         assert call(text, *arguments).code == 0
     assert contents(tmp_path / "1" / "set") == contents(tmp_path / "2" / "set")
 
@@ -244,7 +239,7 @@ def test_dataset_holds_every_document_once(tmp_path: Path, corpus: Path, stories
     splits = []
     for seed in (1, 2):
         out = tmp_path / f"seed{seed}"
-        options = "--vocab-size", 300, "--val-fraction", 0.2, "--seed", seed, "--processes", 1
+        options = "--vocab-size", 300, "--val-fraction", 0.2, "--seed", seed, "--threads", 1
         result = call(text, corpus, doubled, "--out", out, *options)
         assert result.code == 0 and "120 duplicates dropped" in result.out and "12 documents" in result.out
         assert (out / f"seed{seed}_300_bpe.model").exists()
@@ -257,7 +252,7 @@ def test_dataset_holds_every_document_once(tmp_path: Path, corpus: Path, stories
 
 def test_tokenizer_does_not_see_validation_text(tmp_path: Path, corpus: Path, stories: list[str]) -> None:
     out = tmp_path / "set"
-    options = "--vocab-size", 300, "--val-fraction", 0.5, "--processes", 1
+    options = "--vocab-size", 300, "--val-fraction", 0.5, "--threads", 1
     assert call(text, corpus, "--out", out, *options).code == 0
     train = split_documents(out, "train")
     assert text.train_tokenizer(train, 300) == (out / "set_300_bpe.model").read_bytes()
@@ -306,7 +301,7 @@ def test_every_kind_of_file(tmp_path: Path, stories: list[str], write: Callable[
 )
 def test_stdin(tmp_path: Path, stories: list[str], format_options: tuple[str, ...], separator: str) -> None:
     documents = [json.dumps({"text": document}) for document in stories] if "jsonl" in format_options else stories
-    command = [sys.executable, DATA / "text.py", "-", "--out", "set", "--vocab-size", "300", "--processes", "1"]
+    command = [sys.executable, DATA / "text.py", "-", "--out", "set", "--vocab-size", "300", "--threads", "1"]
     data = separator.join(documents).encode()
     run = subprocess.run([*command, *format_options], input=data, cwd=tmp_path, capture_output=True, check=False)
     assert run.returncode == 0 and not run.stderr
@@ -317,7 +312,7 @@ def test_stdin(tmp_path: Path, stories: list[str], format_options: tuple[str, ..
 
 def test_tokenizer_is_reused(tmp_path: Path, corpus: Path, built_sample: tuple[Path, Path], stories: list[str]) -> None:
     model = built_sample[0] / "sample_1024_bpe.model"
-    assert call(text, corpus, "--out", tmp_path / "set", "--tokenizer", model, "--processes", 1).code == 0
+    assert call(text, corpus, "--out", tmp_path / "set", "--tokenizer", model, "--threads", 1).code == 0
     assert (tmp_path / "set" / model.name).read_bytes() == model.read_bytes()
     assert len(split_documents(tmp_path / "set", "train")) == len(stories) - 1
 
@@ -329,14 +324,14 @@ def test_defects_are_counted(tmp_path: Path, stories: list[str]) -> None:
         (folder / f"{number:02}.txt").write_text(document)
     (folder / "latin1.txt").write_bytes("Café au lait".encode("latin1"))
     (folder / "notes.pdf").write_bytes(b"%PDF")
-    result = call(text, folder, "--out", tmp_path / "set", "--vocab-size", 300, "--processes", 1)
+    result = call(text, folder, "--out", tmp_path / "set", "--vocab-size", 300, "--threads", 1)
     assert result.code == 0
     assert "2 duplicates dropped, 2 empty, 1 not UTF-8, 1 files of other kinds" in result.out
     assert "Caf\ufffd au lait" in split_documents(tmp_path / "set", "train") + split_documents(tmp_path / "set", "val")
 
 
 def test_force_replaces_a_dataset_and_nothing_else(tmp_path: Path, corpus: Path) -> None:
-    arguments = corpus, "--out", tmp_path / "set", "--vocab-size", 300, "--processes", 1
+    arguments = corpus, "--out", tmp_path / "set", "--vocab-size", 300, "--threads", 1
     assert call(text, *arguments).code == 0
     before = contents(tmp_path / "set")
     assert is_one_line_error(call(text, *arguments), "not empty", "--force")
@@ -353,7 +348,7 @@ MISTAKES = {
     "one document": (["one.txt"], ["1 distinct documents", "--delimiter"]),
     "no document": (["empty"], ["0 distinct documents"]),
     "too little text": (["two.jsonl"], ["few", "--vocab-size"]),
-    "vocabulary too large for uint16": (["ok.jsonl", "--vocab-size", 65537], ["65,537"]),
+    "vocabulary too large for uint16": (["ok.jsonl", "--vocab-size", 65537], ["65537", "65,536"]),
     "vocabulary too small for bytes": (["ok.jsonl", "--vocab-size", 260], ["261"]),
     "not json": (["bad.jsonl"], ["bad.jsonl line 2"]),
     "no text field": (["field.jsonl"], ["field.jsonl line 1", "`text`"]),
@@ -367,14 +362,12 @@ MISTAKES = {
     "empty delimiter": (["ok.jsonl", "--delimiter", ""], ["--delimiter"]),
     "stdin and files": (["-", "ok.jsonl"], ["alone"]),
     "nothing to do": ([], ["INPUT"]),
-    "output is a file": (["ok.jsonl", "--out", "a.pdf"], ["a.pdf", "--out"]),
+    "output is a file": (["ok.jsonl", "--out", "a.pdf"], ["a.pdf", "choose another folder"]),
 }
 
 
 @pytest.mark.parametrize("mistake", MISTAKES)
-def test_mistakes_end_in_one_line(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, corpus: Path, mistake: str
-) -> None:
+def test_mistakes_end_in_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, corpus: Path, mistake: str) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "empty").mkdir()
     files = {
@@ -391,7 +384,7 @@ def test_mistakes_end_in_one_line(
     for name, data in files.items():
         (tmp_path / name).write_bytes(data)
     arguments, words = MISTAKES[mistake]
-    assert is_one_line_error(call(text, "--out", "set", "--processes", 1, *arguments), *words)
+    assert is_one_line_error(call(text, "--out", "set", "--threads", 1, *arguments), *words)
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted([*files, "empty"])
 
 
@@ -404,9 +397,8 @@ def test_damaged_zstandard(tmp_path: Path) -> None:
 def test_optional_packages_are_asked_for_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("a.parquet", "a.txt.zst"):
         (tmp_path / name).touch()
-    monkeypatch.setitem(sys.modules, "pyarrow", None)
-    monkeypatch.setattr(text, "zstandard", None)
-    monkeypatch.setattr(fineweb, "HfApi", None)
+    for package in ("pyarrow", "zstandard", "huggingface_hub"):
+        monkeypatch.setitem(sys.modules, package, None)
     assert is_one_line_error(call(text, tmp_path / "a.parquet", "--out", tmp_path / "set"), "pip install pyarrow")
     assert is_one_line_error(call(text, tmp_path / "a.txt.zst", "--out", tmp_path / "set"), "pip install zstandard")
     assert is_one_line_error(call(fineweb, "--out", tmp_path / "set"), "pip install huggingface_hub")
@@ -430,7 +422,7 @@ def test_input_that_changes_while_it_is_read(tmp_path: Path, corpus: Path, monke
         return train_tokenizer(pieces, vocab_size)
 
     monkeypatch.setattr(text, "train_tokenizer", train_and_append)
-    result = call(text, path, "--out", tmp_path / "set", "--vocab-size", 300, "--processes", 1)
+    result = call(text, path, "--out", tmp_path / "set", "--vocab-size", 300, "--threads", 1)
     assert is_one_line_error(result, "changed") and not (tmp_path / "set").exists()
 
 
@@ -447,7 +439,7 @@ def test_a_build_that_fails_leaves_nothing(
 
     write = text.ShardWriter.write
     monkeypatch.setattr(text.ShardWriter, "write", write_and_fail)
-    result = call(text, corpus, "--out", tmp_path / "set", "--vocab-size", 300, "--processes", 1)
+    result = call(text, corpus, "--out", tmp_path / "set", "--vocab-size", 300, "--threads", 1)
     assert result.code == code and len(result.err.splitlines()) == 1 and " — " in result.err
     assert not list(tmp_path.iterdir())
 
@@ -470,20 +462,17 @@ def test_progress_is_for_terminals(monkeypatch: pytest.MonkeyPatch, terminal: bo
     stream = io.StringIO()
     monkeypatch.setattr(stream, "isatty", lambda: terminal)
     monkeypatch.setattr(sys, "stderr", stream)
-    with text.Progress("encoding", 2_000_000) as progress:
-        progress.show(1_000_000)
+    counts = text.Counts()
+
+    def slowly() -> Iterator[text.Document]:
+        for _ in range(2):
+            time.sleep(0.15)  # a bar is drawn at most ten times a second
+            counts.bytes += 1_000_000
+            yield text.Document(b"", "x")
+
+    assert len(list(text.watched(slowly(), counts, "encoding", 2_000_000))) == 2
     assert ("encoding" in stream.getvalue() and " 50%" in stream.getvalue()) == terminal
     assert terminal or not stream.getvalue()
-
-
-def die(_: object) -> None:
-    os._exit(9)  # what the system does to a process that takes too much memory
-
-
-def test_a_worker_that_dies(tmp_path: Path, corpus: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(text, "encode_batch", die)
-    result = call(text, corpus, "--out", tmp_path / "set", "--vocab-size", 300, "--processes", 2)
-    assert is_one_line_error(result, "worker", "--processes") and not list(tmp_path.iterdir())
 
 
 # ---------------------------------------------------------------------------------------------- sample.py
@@ -517,7 +506,7 @@ def test_sample_that_is_there_is_left_alone(built_sample: tuple[Path, Path]) -> 
 
 
 def test_sample_validation_needs_enough_documents() -> None:
-    with pytest.raises(text.UserError, match="too little documentation"):
+    with pytest.raises(common.UserError, match="too little documentation"):
         sample.choose_validation([np.ones(500, dtype=np.uint16)] * 100)
 
 
@@ -530,7 +519,7 @@ def test_sample_loses_a_race_in_peace(
         out.mkdir()
         for path in built_sample[0].iterdir():
             (out / path.name).write_bytes(path.read_bytes())
-        text.require_free(place, replace)
+        common.require_free(place, replace)
 
     monkeypatch.setattr(sample, "build", other_run_finishes_first)
     assert call(sample, "--out", out).code == 0
@@ -577,6 +566,10 @@ class HubHandler(BaseHTTPRequestHandler):
         resolve = f"/datasets/{fineweb.REPO}/resolve/{COMMIT}/"
         if self.server.token and self.headers.get("Authorization") != f"Bearer {self.server.token}":
             self.reply(401, b"", {"X-Error-Code": "RepoNotFound", "X-Error-Message": "Repository not found"})
+        elif self.path.startswith(f"/api/datasets/{fineweb.REPO}/tree/{COMMIT}"):
+            sizes = {name: len(data) for name, data in self.server.files.items()}
+            tree = [{"type": "file", "path": name, "size": size, "oid": "0" * 40} for name, size in sizes.items()]
+            self.reply(200, json.dumps(tree).encode())
         elif self.path.startswith(f"/api/datasets/{fineweb.REPO}"):
             self.reply(200, json.dumps({"id": fineweb.REPO, "sha": COMMIT, "siblings": []}).encode())
         elif self.path.startswith(resolve) and (name := self.path.removeprefix(resolve)) in self.server.files:
@@ -632,12 +625,14 @@ def loopback(built_sample: tuple[Path, Path]) -> Iterator[LoopbackHub]:
         ],
     }
     folder = "datasets/datasets/fineweb10B_sp1024"
-    server = LoopbackHub({
-        "datasets/manifest.json": json.dumps(manifest).encode(),
-        "datasets/tokenizers/fineweb_1024_bpe.model": (built_sample[0] / "sample_1024_bpe.model").read_bytes(),
-        f"{folder}/fineweb_val_000000.bin": shard(1000),
-        **{f"{folder}/fineweb_train_{i:06d}.bin": shard(100_000 + i) for i in range(3)},
-    })
+    server = LoopbackHub(
+        {
+            "datasets/manifest.json": json.dumps(manifest).encode(),
+            "datasets/tokenizers/fineweb_1024_bpe.model": (built_sample[0] / "sample_1024_bpe.model").read_bytes(),
+            f"{folder}/fineweb_val_000000.bin": shard(1000),
+            **{f"{folder}/fineweb_train_{i:06d}.bin": shard(100_000 + i) for i in range(3)},
+        }
+    )
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05})
     thread.start()
     yield server
@@ -732,5 +727,5 @@ def test_download_without_space(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("manifest", [{}, [], {"datasets": [{}], "tokenizers": []}, {"datasets": 1, "tokenizers": 2}])
 def test_manifest_of_another_form(manifest: object) -> None:
-    with pytest.raises(text.UserError, match="another form"):
+    with pytest.raises(common.UserError, match="another form"):
         fineweb.find_variant(manifest, "sp1024")

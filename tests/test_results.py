@@ -2,25 +2,22 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
+import subprocess
 import sys
 import xml.etree.ElementTree as ET
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import matplotlib.image
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT / "data"))
-import compare
-import plot
-import record
-from tools import call, is_one_line_error
+from tools import ROOT, call, compare, is_one_line_error, plot, record
 
 TARGETS, BYTES, DOCUMENTS = 62_021_845, 151_000_000, 50_000
 BASELINE = 1.95
@@ -30,47 +27,66 @@ FAST = settings(deadline=None, max_examples=50)
 # ---------------------------------------------------------------------------------------------- results
 
 
+SOURCE = (
+    '"""A script\n\nthat scores."""\nprint(f"step:{step}/{n} val_loss:{loss}")\n'  # logs begin with what wrote them
+)
+SHA256 = hashlib.sha256(SOURCE.encode()).hexdigest()
+
+
 def figure(loss: float, backward_looking: bool = True, **more: object) -> dict[str, Any]:
     bpb = loss * TARGETS / math.log(2) / BYTES
-    counts = {"targets": TARGETS, "bytes": BYTES}
-    return {"val_loss": loss, "val_bpb": bpb, "backward_looking": backward_looking, **counts, **more}
+    about = {
+        "protocol": "replay",
+        "context": "cached",
+        "backward_looking": backward_looking,
+        "seconds": 9.5,
+        "lacking": 0,
+    }
+    return about | {"val_loss": loss, "val_bpb": bpb, "targets": TARGETS, "bytes": BYTES} | more
 
 
 def a_result(seed: int, loss: float) -> dict[str, Any]:
     """What train_gpt.py writes after a record run: every rule is kept."""
     score = figure(loss, epoch=1)
-    audit = [
-        {"document": 7, "t": 300, "figure": "epoch_1", "backward_looking": True, "change": 0.0, "repeat": 0.0},
-        {"document": 7, "t": 300, "figure": "last_epoch_50", "backward_looking": False, "change": 3.3, "repeat": 0.0},
-    ]
+    last = figure(loss - 0.3, backward_looking=False, epoch=50)
+    row = {"document": 7, "t": 300, "repeat": 0.0}
+    artifact = {"model_bytes": 15_800_000 + seed, "code_bytes": 102_000, "total_bytes": 15_902_000 + seed}
     return {
-        "schema_version": 1,
+        "schema_version": 2,
         "run_id": f"run{seed}",
         "seed": seed,
-        "source_sha256": "ab" * 32,
+        "source_sha256": SHA256,
+        "source_bytes": len(SOURCE),
+        "weights_sha256": f"{seed:064x}",
         "settings": dict(record.PROTOCOL, seed=seed, run_id=f"run{seed}", vocab_size=1024, val_docs=0),
-        "environment": {"device": "NVIDIA H100 80GB HBM3", "world_size": 8},
+        "overridden": ["seed"],
+        "environment": {"torch": "2.13.0", "device": "NVIDIA H100 80GB HBM3", "dtype": "bfloat16", "world_size": 8},
         "world_size": 8,
         "quantised": True,
-        "training": {"steps": 6700, "seconds": 600.04},
-        "artifact": {
-            "model_bytes": 15_800_000 + seed,
-            "code_bytes": 102_000,
-            "total_bytes": 15_902_000 + seed,
-            "sha256": f"{seed:064x}",
-        },
+        "data": {"train": "aa" * 32, "validation": "bb" * 32},
+        "preflight": {"training": 31.0},
+        "training": {"steps": 6700, "seconds": 600.04 + seed / 1e4, "averaged": 30, "resumed": False},
+        "artifact": artifact | {"max_bytes": 16_000_000, "fits": True, "sha256": f"{seed:064x}", "kinds": {}},
         "evaluation": {
             "documents": DOCUMENTS,
-            "unfinished_documents": [],
             "seconds": 480.5,
+            "within_budget": True,
             "no_adaptation": figure(loss + 0.01),
             "backward_looking": score,
-            "last_epoch": figure(loss - 0.3, backward_looking=False, epoch=50),
-            "audit": audit,
+            "last_epoch": last,
+            "curve": [score, last],
+            "audit": [
+                row | {"figure": "epoch_1", "backward_looking": True, "change": 0.0},
+                row | {"figure": "last_epoch_50", "backward_looking": False, "change": 3.3},
+            ],
         },
         "val_loss": score["val_loss"],
         "val_bpb": score["val_bpb"],
     }
+
+
+def a_log(run_id: str, source: str = SOURCE) -> str:
+    return f"{source}\n* PRESET=record\n  RUN_ID={run_id}\n* SEED=42\nstep:1/9 train_loss:6.9 train_time:9ms step_avg:9ms\n"
 
 
 LOSSES = (1.9300, 1.9312, 1.9295)
@@ -90,6 +106,7 @@ def runs(tmp_path: Path) -> Callable[..., list[Path]]:
             paths.append(tmp_path / f"run{index}" / "result.json")
             paths[-1].parent.mkdir(exist_ok=True)
             paths[-1].write_text(json.dumps(result))
+            paths[-1].with_name("train.log").write_text(a_log(f"run{42 + index}"))
         return paths
 
     return write
@@ -121,6 +138,16 @@ def same(change: Change) -> tuple[Change, Change, Change]:
 # ---------------------------------------------------------------------------------------------- record.py: the t-test
 
 
+def p_value(t: float, freedom: int) -> float:
+    """What the t-test says of losses whose mean lies `t` standard errors below the baseline less the margin."""
+    losses = np.linspace(-1, 1, freedom + 1)
+    losses = 2 + losses / losses.std(ddof=1)
+    found = record.t_test(losses.tolist(), 2 + record.MARGIN + t / math.sqrt(freedom + 1))
+    assert found["t"] == pytest.approx(t, rel=1e-6, abs=1e-6)
+    assert found["degrees_of_freedom"] == freedom
+    return found["p"]
+
+
 @pytest.mark.parametrize(
     ("t", "freedom", "p"),
     [  # from tables of Student's distribution
@@ -137,33 +164,16 @@ def same(change: Change) -> tuple[Change, Change, Change]:
         (1.962, 1000, 0.025),
     ],
 )
-def test_t_tail_agrees_with_tables(t: float, freedom: int, p: float):
-    assert record.t_tail(t, freedom) == pytest.approx(p, rel=2e-3)
-    assert record.t_tail(-t, freedom) == pytest.approx(1 - p, rel=1e-3)
+def test_p_agrees_with_tables(t: float, freedom: int, p: float):
+    assert p_value(t, freedom) == pytest.approx(p, rel=2e-3)
+    assert p_value(-t, freedom) == pytest.approx(1 - p, rel=1e-3)
 
 
 @FAST
 @given(st.floats(-1e4, 1e4))
-def test_t_tail_has_closed_forms(t: float):
-    assert record.t_tail(t, 1) == pytest.approx(0.5 - math.atan(t) / math.pi, abs=1e-12)
-    assert record.t_tail(t, 2) == pytest.approx(0.5 - t / (2 * math.sqrt(2 + t * t)), abs=1e-12)
-
-
-@FAST
-@given(st.floats(0.5, 300), st.floats(0.5, 300), st.floats(1e-6, 1 - 1e-6))
-def test_incomplete_beta_is_a_distribution(a: float, b: float, x: float):
-    value = record.incomplete_beta(a, b, x)
-    assert -1e-12 <= value <= 1 + 1e-12
-    assert value + record.incomplete_beta(b, a, 1 - x) == pytest.approx(1, abs=1e-9)
-    assert record.incomplete_beta(a, 1, x) == pytest.approx(x**a, abs=1e-10)
-
-
-def test_t_tail_agrees_with_simulation():
-    rng = np.random.default_rng(0)
-    draws = rng.standard_normal((200_000, 4))
-    t = draws.mean(1) / (draws.std(1, ddof=1) / 2)
-    for at in (0.5, 1.5, 3.0):
-        assert record.t_tail(at, 3) == pytest.approx((t > at).mean(), abs=0.004)
+def test_p_has_closed_forms(t: float):
+    assert p_value(t, 1) == pytest.approx(0.5 - math.atan(t) / math.pi, abs=1e-6)
+    assert p_value(t, 2) == pytest.approx(0.5 - t / (2 * math.sqrt(2 + t * t)), abs=1e-6)
 
 
 def test_t_test_by_hand():
@@ -192,7 +202,7 @@ def test_three_good_runs_are_a_record(runs: Callable[..., list[Path]], tmp_path:
     assert found["val_bpb"] == pytest.approx(np.mean(LOSSES) * TARGETS / math.log(2) / BYTES)
     assert [run["seed"] for run in found["runs"]] == [42, 43, 44]
     assert found["bytes_total"] == 15_902_044  # the largest
-    assert (found["train_seconds"], found["eval_seconds"]) == (600.04, 480.5)
+    assert (found["train_seconds"], found["eval_seconds"]) == (600.0444, 480.5)
     assert found["significance"]["p"] < 0.01
     unseen = record.SOURCE_RULE
     assert {rule["outcome"] for name, rule in found["rules"].items() if name != unseen} == {"pass"}
@@ -209,17 +219,22 @@ def test_replays_last_epoch_stands_apart_and_is_labelled(runs: Callable[..., lis
     assert all("not a compression rate" in run["replay_last_epoch"]["label"] for run in found["runs"])
 
 
+def single_pass(result: dict[str, Any]) -> None:
+    result["evaluation"]["last_epoch"] = result["evaluation"]["backward_looking"]
+
+
+def sliding(result: dict[str, Any]) -> None:
+    result["evaluation"] = {"sliding": figure(result["val_loss"]), "seconds": 100.0, "within_budget": True}
+
+
 def test_single_pass_and_sliding_runs_have_no_replay_figure(runs: Callable[..., list[Path]], tmp_path: Path):
-    def single_pass(result: dict[str, Any]) -> None:
-        result["evaluation"]["last_epoch"] = result["evaluation"]["backward_looking"]
-
-    def sliding(result: dict[str, Any]) -> None:
-        result["evaluation"] = {"sliding": figure(result["val_loss"]), "seconds": 100.0, "within_budget": True}
-
-    for change in (single_pass, sliding):
-        found = submit(tmp_path, *runs(*same(change)), "--baseline-loss", BASELINE)
-        assert found["status"] == "record"
-        assert found["replay_last_epoch"]["val_bpb"] is None
+    found = submit(tmp_path, *runs(*same(single_pass)), "--baseline-loss", BASELINE)
+    assert found["status"] == "record"
+    assert found["replay_last_epoch"]["val_bpb"] is None
+    found = submit(tmp_path, *runs(*same(sliding)), "--baseline-loss", BASELINE)
+    assert found["status"] == "incomplete"  # the sliding window counts no documents
+    assert [reason.split(":")[0] for reason in found["reasons"]] == ["full_validation_split"]
+    assert found["replay_last_epoch"]["val_bpb"] is None
 
 
 @pytest.mark.parametrize(
@@ -235,6 +250,11 @@ def test_single_pass_and_sliding_runs_have_no_replay_figure(runs: Callable[..., 
         (put("evaluation.backward_looking.backward_looking", False), "backward_looking_score"),
         (lambda result: result["evaluation"]["audit"][0].update(change=0.1), "backward_looking_score"),
         (put("quantised", False), "quantised_artifact"),
+        (lambda result: result.update(weights_sha256=f"{result['seed'] + 7:064x}"), "quantised_artifact"),
+        (put("artifact.total_bytes", 16_000_001), "size_cap"),
+        (lambda result: result["training"].update(seconds=612.3 + result["seed"]), "train_seconds"),
+        (lambda result: result["training"].update(seconds=600.2 + result["seed"] / 1e4), "train_seconds"),  # > a step
+        (put("evaluation.seconds", 600.01), "eval_seconds"),
     ],
 )
 def test_a_broken_rule_makes_a_non_record(change: Change, rule: str, runs: Callable[..., list[Path]], tmp_path: Path):
@@ -267,13 +287,102 @@ def test_what_cannot_be_judged_leaves_it_incomplete(runs: Callable[..., list[Pat
     found = submit(tmp_path, *runs(*same(only_evaluated)), "--baseline-loss", BASELINE)
     assert found["status"] == "incomplete"
     assert (found["bytes_total"], found["train_seconds"]) == (None, None)
-    assert [reason.split(":")[0] for reason in found["reasons"]] == ["size_cap", "train_seconds"]
+    assert [reason.split(":")[0] for reason in found["reasons"]] == [
+        "size_cap",
+        "train_seconds",
+        "significant_improvement",
+    ]
 
 
-def test_the_step_under_way_at_the_end_of_training_may_finish(runs: Callable[..., list[Path]], tmp_path: Path):
-    assert submit(tmp_path, *runs())["rules"]["train_seconds"]["outcome"] == "pass"  # 600.04 s
-    late = put("training.seconds", 600.2)  # more than the mean step of 0.09 s
-    assert is_one_line_error(call(record, *runs(late)), "600.20 s", "600 s")
+def of_the_first(*names: str) -> Change:
+    """A change that gives a run what the first run has."""
+    return lambda result: [put(name, value_at(a_result(42, LOSSES[0]), name))(result) for name in names]
+
+
+def value_at(result: dict[str, Any], path: str) -> Any:
+    for name in path.split("."):
+        result = result[name]
+    return result
+
+
+@pytest.mark.parametrize(
+    ("path", "value"),
+    [
+        ("data.validation", "cc" * 32),
+        ("data.train", "cc" * 32),
+        ("data.train", None),
+        ("environment.dtype", "float32"),
+        ("environment.torch", "2.11.0"),
+        ("environment.device", "NVIDIA H100 PCIe"),
+        ("settings.ttt_lora_lr", 0.002),
+        ("settings.a_new_one", 1),
+    ],
+)
+def test_runs_that_differ_in_more_than_the_seed_are_no_record(
+    path: str, value: object, runs: Callable[..., list[Path]], tmp_path: Path
+):
+    found = submit(tmp_path, *runs(lambda _: None, put(path, value)), "--baseline-loss", BASELINE)
+    assert found["status"] == "non-record"
+    rule = found["rules"]["same_experiment"]
+    before = None if path == "settings.a_new_one" else value_at(a_result(42, 1.9), path)
+    assert rule["outcome"] == "fail"
+    assert f"{path}: {before} and {value}" in rule["detail"]
+    split = found["rules"]["full_validation_split"]
+    assert split["outcome"] == ("fail" if path == "data.validation" else "pass")
+    assert "not verifiable" in split["detail"]
+
+
+@pytest.mark.parametrize("names", [("seed", "settings.seed"), ("weights_sha256", "artifact.sha256"), ("training",)])
+def test_a_training_twice_is_not_two_seeds(names: tuple[str, ...], runs: Callable[..., list[Path]], tmp_path: Path):
+    found = submit(tmp_path, *runs(lambda _: None, of_the_first(*names)), "--baseline-loss", BASELINE)
+    assert found["status"] == "non-record"
+    rule = found["rules"]["distinct_trainings"]
+    assert (rule["outcome"], "more than once" in rule["detail"]) == ("fail", True)
+    assert found["significance"]["degrees_of_freedom"] == (1 if "weights_sha256" in names else 2)
+
+
+def test_one_artifact_under_three_seeds_is_no_sample(runs: Callable[..., list[Path]], tmp_path: Path):
+    def evaluated(result: dict[str, Any]) -> None:
+        result.update(training=None, artifact=None, weights_sha256="dd" * 32)
+
+    found = submit(tmp_path, *runs(*same(evaluated)), "--baseline-loss", BASELINE)
+    assert found["status"] == "non-record"
+    assert found["rules"]["distinct_trainings"]["outcome"] == "fail"
+    assert found["significance"]["p"] is None
+
+
+def test_three_seeds_of_a_tiny_run_have_a_t_test(runs: Callable[..., list[Path]], tmp_path: Path):
+    def tiny(result: dict[str, Any]) -> None:
+        result["environment"].update(device="x86_64", dtype="float32")
+        result["training"].update(steps=160, seconds=27.0 + result["seed"] / 100)
+        result.update(world_size=1)
+        result["evaluation"].update(documents=11, seconds=38.0)
+        del result["evaluation"]["audit"]
+
+    found = submit(tmp_path, *runs(*same(tiny)), "--baseline-loss", BASELINE)
+    assert found["status"] == "non-record"
+    assert found["significance"]["p"] < 0.01
+    failed = [name for name, rule in found["rules"].items() if rule["outcome"] == "fail"]
+    assert failed == ["hardware_8xH100", "full_validation_split"]
+
+
+def test_the_folder_of_a_pull_request_holds_all_it_needs(runs: Callable[..., list[Path]], tmp_path: Path):
+    folder = tmp_path / "records" / "name"
+    paths = runs()
+    result = call(record, *paths, "--baseline-loss", BASELINE, "--folder", folder)
+    assert result.code == 0, result.err
+    logs = [f"train_seed{seed}.log" for seed in (42, 43, 44)]
+    assert sorted(path.name for path in folder.iterdir()) == sorted(
+        ["README.md", "submission.json", "train_gpt.py", *logs]
+    )
+    assert (folder / "train_gpt.py").read_text() == SOURCE
+    assert [(folder / log).read_text() for log in logs] == [a_log(f"run{seed}") for seed in (42, 43, 44)]
+    readme = (folder / "README.md").read_text()
+    assert "**record**" in readme
+    assert f"{np.mean(LOSSES):.6f}" not in readme.split("mean:")[0]
+    assert json.loads((folder / "submission.json").read_text())["status"] == "record"
+    assert is_one_line_error(call(record, *paths, "--folder", folder), "not empty")
+    assert is_one_line_error(call(record, "--placeholder", "--folder", tmp_path / "x"), "--folder")
 
 
 def test_the_committed_placeholder_has_the_fields_of_a_submission(runs: Callable[..., list[Path]], tmp_path: Path):
@@ -294,20 +403,23 @@ def test_the_committed_placeholder_has_the_fields_of_a_submission(runs: Callable
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        (put("source_sha256", "cd" * 32), ["different sources"]),
-        (put("seed", 43), ["same seed 43"]),
-        (put("artifact.sha256", f"{43:064x}"), ["same artifact"]),
-        (put("settings.ttt_lora_lr", 0.002), ["ttt_lora_lr"]),
-        (put("artifact.total_bytes", 16_000_001), ["16,000,001 bytes", "16,000,000"]),
-        (put("training.seconds", 612.3), ["trained for 612.30 s", "MAX_WALLCLOCK_SECONDS"]),
-        (put("evaluation.seconds", 600.01), ["evaluated for 600.01 s", "EVAL_MAX_SECONDS"]),
-        (put("schema_version", 2), ["schema_version 2"]),
+        (put("schema_version", 1), ["schema_version 1"]),
+        (put("seed", 43), ["seed 43", "settings.seed 42"]),
         (put("val_loss", "low"), ["val_loss"]),
-        (put("val_loss", math.nan), ["val_loss"]),
+        (put("val_loss", math.nan), ["no JSON of a run"]),
+        (put("val_loss", 10**400), ["401 digits"]),
+        (put("evaluation.seconds", 10**400), ["401 digits"]),
+        (put("evaluation.seconds", [1]), ["evaluation.seconds"]),
         (put("seed", True), ["seed"]),
-        (put("evaluation", {}), ["evaluation.no_adaptation"]),
-        (put("evaluation.audit", [{}]), ["audit"]),
-        (put("artifact", []), ["artifact.model_bytes"]),
+        (put("run_id", "\ud800"), ["no JSON of a run"]),
+        (put("evaluation", {}), ["evaluation.documents"]),
+        (put("evaluation.audit", [{}]), ["evaluation.audit[0].document"]),
+        (put("evaluation.audit", {}), ["evaluation.audit"]),
+        (put("artifact", []), ["artifact"]),
+        (put("data", None), ["data"]),
+        (put("run_id", "other"), ["train.log", "another run"]),
+        (put("source_sha256", "ab" * 32), ["train.log", "source"]),
+        (put("source_bytes", len(SOURCE) - 1), ["train.log", "source"]),
     ],
 )
 def test_refusals(change: Change, words: list[str], runs: Callable[..., list[Path]], tmp_path: Path):
@@ -315,6 +427,49 @@ def test_refusals(change: Change, words: list[str], runs: Callable[..., list[Pat
     out.write_text("before")
     assert is_one_line_error(call(record, *runs(change), "--baseline-loss", BASELINE, "--out", out), *words)
     assert out.read_text() == "before"
+
+
+def test_a_log_is_compared_with_its_result(runs: Callable[..., list[Path]], tmp_path: Path):
+    out = "--out", tmp_path / "s.json"
+    (path,) = runs(losses=LOSSES[:1])
+    log = path.with_name("train.log")
+    log.write_text(a_log("run9") + a_log("run42"))  # resumed: both are its own
+    assert call(record, path, *out).code == 0
+    for wrong in (a_log("run420"), a_log("run42", SOURCE.replace("n", "m")), "RUN_ID=run42\n", ""):
+        log.write_text(wrong)
+        assert is_one_line_error(call(record, path, *out), "train.log")
+    log.unlink()
+    assert is_one_line_error(call(record, path, *out), "train.log")
+
+
+ANYTHING = st.recursive(
+    st.none() | st.booleans() | st.floats() | st.text(max_size=3) | st.sampled_from([0, -1, 10**19, 10**400, 1e308]),
+    lambda inner: st.lists(inner, max_size=2) | st.dictionaries(st.text(max_size=2), inner, max_size=2),
+    max_leaves=3,
+)
+
+
+def paths_in(value: object, prefix: tuple[str | int, ...] = ()) -> list[tuple[str | int, ...]]:
+    """The place of everything in a JSON value."""
+    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    return [prefix, *(path for key, inner in items for path in paths_in(inner, (*prefix, key)))]
+
+
+@settings(deadline=None, max_examples=80, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.data())
+def test_any_value_in_any_place_is_judged_or_refused(runs: Callable[..., list[Path]], tmp_path: Path, data: Any):
+    result = a_result(42, LOSSES[0])
+    *sections, name = data.draw(st.sampled_from(paths_in(result)[1:]))
+    inner = result
+    for section in sections:
+        inner = inner[section]
+    inner[name] = data.draw(ANYTHING)
+    path, other = runs(losses=LOSSES[:2])
+    path.write_text(json.dumps(result))
+    found = call(record, path, other, "--baseline-loss", BASELINE, "--out", tmp_path / "s.json")
+    assert found.code == 0 or is_one_line_error(found)
+    if found.code == 0:
+        json.loads((tmp_path / "s.json").read_text(), parse_constant=pytest.fail)
 
 
 def test_files_of_another_kind_are_refused(tmp_path: Path):
@@ -329,7 +484,6 @@ def test_files_of_another_kind_are_refused(tmp_path: Path):
 
 # ---------------------------------------------------------------------------------------------- plot.py
 
-SOURCE = 'log(f"step:{step}/{n} val_loss:{loss}")\n'  # logs begin with the script that wrote them
 OURS = SOURCE + "\n".join(
     [
         "step:0/40 val_loss:6.89257524 val_bpb:4.12179666 train_time:0ms step_avg:0.00ms",
@@ -337,7 +491,7 @@ OURS = SOURCE + "\n".join(
         "step:40/40 val_loss:3.90000000 val_bpb:2.33000000 train_time:3600ms step_avg:90.00ms",
         "export kind:int5 weights:1000 bytes:600 bits_per_weight:4.8000 entropy:4.7000",
         "export kind:scale weights:10 bytes:20 bits_per_weight:16.0000",
-        "export model_bytes:700 code_bytes:300 total_bytes:1000 max_bytes:2000 fits:True prune_fraction:0.03 seconds:0.1",
+        "export model_bytes:700 code_bytes:300 total_bytes:1000 max_bytes:2000 fits:True seconds:0.1",
         "no_adaptation val_loss:3.91000000 val_bpb:2.34000000",
         *(f"ttt_epoch:{e}/9 val_loss:{4 - e / 10:.8f} val_bpb:{2.34 - e / 100:.8f}" for e in range(1, 10)),
         "final_ttt_exact protocol:replay context:cached backward_looking_val_bpb:2.33 last_epoch_val_bpb:2.25",
@@ -384,7 +538,7 @@ def panels(figure: Any) -> list[str]:
 
 
 def drawn(*paths: Path, what: tuple[str, ...] = tuple(plot.PANELS)) -> Any:
-    with plot.mpl.rc_context(plot.STYLE):
+    with matplotlib.rc_context(plot.STYLE):
         return plot.draw(plot.read_runs(paths), what)
 
 
@@ -435,16 +589,15 @@ def test_epoch_1_is_marked_and_the_rest_labelled(folder: Path):
     said = " ".join(" ".join(text.get_text().split()) for text in axes.texts)
     assert "epochs 2 to 9: has trained on what it scores" in said
     assert "epoch 1: backward-looking, a valid score" in said
-    (legend,) = axes.get_legend().get_texts()
-    assert "epoch 1 2.3300" in legend.get_text()
-    assert "epoch 9 2.2500 (not a score)" in legend.get_text()
+    legend = [text.get_text() for text in axes.get_legend().get_texts()]
+    assert legend == ["no adaptation 2.3400", "epoch 1 2.3300, a valid score", "epoch 9 2.2500 (not a score)"]
     full = [line for line in axes.lines if line.get_marker() == "o" and line.get_markerfacecolor() != plot.PALE]
     assert [line.get_xydata().tolist() for line in full] == [[[1, 2.33]]]
 
 
 def test_a_run_without_test_time_training_is_not_in_its_legend(folder: Path, reference: Path):
     (axes,) = drawn(folder, reference, what=("ttt",)).axes
-    assert [text.get_text().split(":")[0] for text in axes.get_legend().get_texts()] == ["ours"]
+    assert {text.get_text().split(":")[0] for text in axes.get_legend().get_texts()} == {"ours"}
 
 
 def test_the_cap_is_drawn_when_it_is_in_reach(reference: Path, folder: Path):
@@ -472,7 +625,7 @@ def test_png_and_svg_are_written_and_the_same_again(folder: Path, reference: Pat
 
 def test_the_background_is_opaque_white(folder: Path, tmp_path: Path):
     assert call(plot, folder, "--what", "ttt", "--out", tmp_path / "a").code == 0
-    pixels = plot.mpl.image.imread(tmp_path / "a.png")
+    pixels = matplotlib.image.imread(tmp_path / "a.png")
     assert (pixels[..., 3:] == 1).all()
     assert (pixels[[0, 0, -1, -1], [0, -1, 0, -1], :3] == 1).all()
 
@@ -494,7 +647,7 @@ def test_mistakes_are_one_line(folder: Path, reference: Path, tmp_path: Path, mo
     assert is_one_line_error(call(plot, tmp_path / "other.txt", *out), "no figures")
     (tmp_path / "other.txt").write_text("step:7/9 train_loss:broken train_time:1ms step_avg:1ms")
     assert is_one_line_error(call(plot, tmp_path / "other.txt", *out), "line 1")
-    monkeypatch.setattr(plot, "mpl", None)
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
     assert is_one_line_error(call(plot, folder, *out), "pip install matplotlib")
     assert not list(tmp_path.glob("x*"))
 
@@ -502,20 +655,59 @@ def test_mistakes_are_one_line(folder: Path, reference: Path, tmp_path: Path, mo
 # ---------------------------------------------------------------------------------------------- compare
 
 
-def a_scored_run(folder: Path, without: np.ndarray, adapted: np.ndarray, bytes_: np.ndarray, unfinished: int = 0, **changes: object) -> Path:
-    """What train_gpt.py leaves of a test-time training evaluation, as far as compare.py reads it."""
-    folder.mkdir()
-    about = {"ttt_protocol": "single_pass", "ttt_n_epochs": 10, "ttt_lora_lr": 0.001, "ttt_chunk_size": 256, "ttt_lora_rank": 8}
-    (folder / "result.json").write_text(json.dumps({"settings": about | changes}))
-    finished = np.arange(len(bytes_)) >= unfinished
-    replay = changes.get("ttt_protocol") == "replay"  # its later epochs have trained on what they score: never to be read
+def a_scored_run(
+    folder: Path,
+    without: np.ndarray,
+    adapted: np.ndarray,
+    bytes_: np.ndarray,
+    lacking: int = 0,
+    tag: str = "",
+    weights: str = "aa",
+    **changes: object,
+) -> Path:
+    """What train_gpt.py leaves of a test-time training evaluation, as far as compare.py and plot.py read it."""
+    folder.mkdir(exist_ok=True)
+    result = a_result(42, 2.0)
+    about = {"ttt_protocol": "single_pass", "ttt_n_epochs": 10, "ttt_context": "cached", "ttt_eval_seq_len": 1024}
+    result["settings"] |= about | changes
+    result["weights_sha256"] = weights * 32
+    replay = changes.get("ttt_protocol") == "replay"  # later epochs have trained on what they score: never to be read
     epochs = np.stack([adapted, adapted / 2]) if replay else adapted[None]
-    np.savez(folder / "ttt_documents.npz", nll_no_adaptation=without, nll_per_epoch=epochs, bytes=bytes_, finished=finished)
-    return folder
+    targets = np.maximum(bytes_ // 2, 1)
+    counts = {"targets": int(targets.sum()), "bytes": int(bytes_.sum()), "lacking": 0}
+    figures = {"no_adaptation": without, "backward_looking": adapted, "last_epoch": epochs[-1]}
+    for name, nats in figures.items():
+        bpb = float(nats.sum() / math.log(2) / counts["bytes"])
+        loss = float(nats.sum() / counts["targets"])
+        result["evaluation"][name] |= counts | {"val_loss": loss, "val_bpb": bpb}
+    result["evaluation"]["backward_looking"]["lacking"] = lacking
+    curve = [dict(figure(1.0), val_bpb=3.0 - epoch / 10, epoch=epoch) for epoch in (1, 2)]
+    result["evaluation"]["curve"] = curve if replay else curve[:1]
+    path = folder / f"result{tag}.json"
+    path.write_text(json.dumps(result))
+    last = "epoch_50" if replay else "single_pass"
+    names = ["no_adaptation", "epoch_1", last] if replay else ["no_adaptation", last]
+    by_chunk = np.arange(1.0, 1 + 5 * len(names)).reshape(len(names), 5)
+    np.savez(
+        folder / f"ttt_documents{tag}.npz",
+        index=np.arange(len(bytes_)),
+        targets=targets,
+        bytes=bytes_,
+        nll_no_adaptation=without,
+        nll_per_epoch=epochs,
+        figures_finished=np.full(len(bytes_), len(epochs)),
+        chunk_figures=np.array(names),
+        nll_by_chunk=by_chunk,
+        targets_by_chunk=np.full(5, 6),
+        bytes_by_chunk=np.array([10, 10, 8, 4, 2]),
+    )
+    return path if tag else folder
 
 
 def cells(out: str) -> list[list[str]]:
-    return [[cell.strip() for cell in line.strip("|").split("|")] for line in out.splitlines() if line.startswith("|")][2:]
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in out.splitlines() if line.startswith("|")][
+        2:
+    ]
 
 
 def test_compare_shows_the_best_first_with_intervals_that_the_normal_law_confirms(tmp_path: Path) -> None:
@@ -523,37 +715,101 @@ def test_compare_shows_the_best_first_with_intervals_that_the_normal_law_confirm
     bytes_ = np.full(n, 3000)
     without = rng.normal(5000, 800, n)
     gains = {"worse": rng.normal(5, 20, n), "better": rng.normal(12, 20, n)}
-    runs = [a_scored_run(tmp_path / name, without, without - gain, bytes_, ttt_lora_lr=lr) for (name, gain), lr in zip(gains.items(), (0.1, 0.2))]
+    runs = [
+        a_scored_run(tmp_path / name, without, without - gain, bytes_, ttt_lora_lr=lr)
+        for (name, gain), lr in zip(gains.items(), (0.1, 0.2), strict=True)
+    ]
     result = call(compare, *runs, "--samples", 4000)
     assert result.code == 0, result.err
     best, second = cells(result.out)
-    assert (best[2], second[2]) == ("0.2", "0.1") and "400 documents, 1,200,000 bytes" in result.out
+    assert (best[4], second[4]) == ("0.2", "0.1") and "400 documents, 1,200,000 bytes" in result.out
     scale = math.log(2) * 3000
     for row, gain in ((best, gains["better"]), (second, gains["worse"])):
-        assert float(row[7]) == pytest.approx(gain.mean() / scale, abs=5e-5)
-        assert float(row[6]) == pytest.approx((without - gain).sum() / math.log(2) / bytes_.sum(), abs=5e-5)
-        low, high = map(float, row[8].split(" to "))
+        assert float(row[9]) == pytest.approx(gain.mean() / scale, abs=5e-5)
+        assert float(row[8]) == pytest.approx((without - gain).sum() / math.log(2) / bytes_.sum(), abs=5e-5)
+        low, high = map(float, row[10].split(" to "))
         assert high - low == pytest.approx(2 * 1.96 * gain.std() / math.sqrt(n) / scale, rel=0.08)
-    low, high = map(float, second[9].split(" to "))
+    low, high = map(float, second[11].split(" to "))
     difference = gains["better"] - gains["worse"]
-    assert (low + high) / 2 == pytest.approx(difference.mean() / scale, abs=1e-4) and best[9] == "–"
+    assert (low + high) / 2 == pytest.approx(difference.mean() / scale, abs=1e-4) and best[11] == "–"
 
 
 def test_compare_weighs_documents_by_their_bytes(tmp_path: Path) -> None:
     bytes_, without = np.array([10, 1000]), np.array([100.0, 100.0])
-    run = a_scored_run(tmp_path / "a", without, without - np.array([0.0, 10.0]), bytes_, ttt_protocol="replay", ttt_n_epochs=50)
+    run = a_scored_run(
+        tmp_path / "a", without, without - np.array([0.0, 10.0]), bytes_, ttt_protocol="replay", ttt_n_epochs=50
+    )
     (row,) = cells(call(compare, run).out)
-    assert float(row[7]) == pytest.approx(10 / math.log(2) / 1010, abs=5e-5) and row[1] == "1 of 50"
+    assert float(row[9]) == pytest.approx(10 / math.log(2) / 1010, abs=5e-5) and row[:5] == [
+        "replay",
+        "cached",
+        "1024",
+        "1 of 50",
+        "0.001",
+    ]
 
 
 def test_compare_refuses_what_cannot_be_compared(tmp_path: Path) -> None:
     a, b = np.array([5.0, 6.0]), np.array([7, 8])
     good = a_scored_run(tmp_path / "good", a, a, b)
     assert is_one_line_error(call(compare, tmp_path / "none"), "none")
-    assert is_one_line_error(call(compare, good, a_scored_run(tmp_path / "other", a, a, b + 1)), "other", "same documents")
-    assert is_one_line_error(call(compare, good, a_scored_run(tmp_path / "model", 1.02 * a, a, b)), "model")
-    assert is_one_line_error(call(compare, a_scored_run(tmp_path / "late", a, a, b, unfinished=1)), "late", "EVAL_MAX_SECONDS")
+    assert is_one_line_error(
+        call(compare, good, a_scored_run(tmp_path / "other", a, a, b + 1)), "other", "same documents"
+    )
+    same_scores = a_scored_run(tmp_path / "model", a, a, b, weights="bb")  # equal scores do not make one model
+    assert is_one_line_error(call(compare, good, same_scores), "different models", "aaaaaaaaaaaa and bbbbbbbbbbbb"[:12])
+    assert is_one_line_error(
+        call(compare, a_scored_run(tmp_path / "late", a, a, b, lacking=1)), "late", "EVAL_MAX_SECONDS"
+    )
+    stale = a_scored_run(tmp_path / "stale", 2 * a, a, b)
+    (stale / "ttt_documents.npz").write_bytes((good / "ttt_documents.npz").read_bytes())
+    assert is_one_line_error(call(compare, stale), "other figures")
+    window = a_scored_run(tmp_path / "sliding", a, a, b)
+    result = json.loads((window / "result.json").read_text())
+    sliding(result)
+    (window / "result.json").write_text(json.dumps(result))
+    assert is_one_line_error(call(compare, window), "sliding window")
     whole = (good / "ttt_documents.npz").read_bytes()
     for damaged in (whole[: len(whole) // 2], b"not a zip", b""):
         (good / "ttt_documents.npz").write_bytes(damaged)
         assert is_one_line_error(call(compare, good), "good")
+
+
+def test_two_evaluations_of_one_folder_are_compared_and_drawn(tmp_path: Path, folder: Path) -> None:
+    a, b = np.array([50.0, 60.0]), np.array([7, 8])
+    a_scored_run(folder, a, a - 1, b, ttt_protocol="replay", ttt_n_epochs=50)
+    other = a_scored_run(folder, a, a - 2, b, tag="_single")
+    assert [row[0] for row in cells(call(compare, folder, other).out)] == ["single_pass", "replay"]
+    replay, single = plot.read_runs([folder, other])
+    assert (replay.label, single.label) == ("ours", "result_single")
+    assert replay.epochs == {1: 2.9, 2: 2.8}
+    assert single.single_pass == pytest.approx((a - 2).sum() / math.log(2) / 15)
+    # Chunks 0, 1, 2-3 and 4 of 256 tokens: spans that double.
+    assert replay.spans == ["0–256", "256–512", "512–1,024", "1,024–1,280"]
+    assert replay.positions["epoch_1"] == pytest.approx(np.array([6 / 10, 7 / 10, 17 / 12, 10 / 2]) / math.log(2))
+    assert list(single.positions) == ["no_adaptation", "single_pass"]
+
+
+def test_positions_are_drawn_only_where_they_were_kept(folder: Path) -> None:
+    a_scored_run(folder, np.array([50.0, 60.0]), np.array([49.0, 58.0]), np.array([7, 8]), ttt_protocol="replay")
+    ttt, position = drawn(folder, what=("ttt", "position")).axes
+    labels = [text.get_text() for text in position.get_legend().get_texts()]
+    assert labels == ["no adaptation", "epoch 1, a valid score", "epoch 50 (not a score)"]
+    with np.load(folder / "ttt_documents.npz") as file:
+        arrays = {name: array for name, array in file.items() if "chunk" not in name}
+    np.savez(folder / "ttt_documents.npz", **arrays)
+    assert len(drawn(folder, what=("ttt", "position")).axes) == 1
+    arrays |= {"nll_by_chunk": np.ones((3, 5)), "bytes_by_chunk": np.ones(5)}
+    np.savez(folder / "ttt_documents.npz", **arrays)
+    assert is_one_line_error(call(plot, folder, "--out", folder / "x"), "ttt_documents.npz", "damaged")
+
+
+def test_a_picture_needs_no_tokenizer(folder: Path, tmp_path: Path) -> None:
+    command = [
+        sys.executable,
+        "-c",
+        "import sys; sys.modules['sentencepiece'] = sys.modules['scipy'] = None; import plot",
+    ]
+    command[-1] += "; plot.run_tool(plot.main)"
+    arguments = [folder, "--what", "loss", "--out", tmp_path / "x"]
+    assert subprocess.run([*command, *arguments], cwd=ROOT / "data", check=False).returncode == 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
 import io
 import signal
 import sys
@@ -12,8 +13,12 @@ from typing import NamedTuple
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "data"))
-import text
+ROOT = Path(__file__).resolve().parent.parent
+DATA = ROOT / "data"
+sys.path.insert(0, str(DATA))  # the tools import one another as scripts do
+common, compare, fineweb, plot, record, sample, text = map(
+    importlib.import_module, ("common", "compare", "fineweb", "plot", "record", "sample", "text")
+)
 
 
 class Result(NamedTuple):
@@ -28,7 +33,7 @@ def call(module: ModuleType, *arguments: object) -> Result:
     sys.argv = [module.__name__, *map(str, arguments)]
     try:
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), pytest.raises(SystemExit) as stop:
-            text.run(module.main)
+            common.run(module.main)
     finally:
         sys.argv = argv
         signal.signal(signal.SIGTERM, terminate)

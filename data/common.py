@@ -1,0 +1,294 @@
+"""What the tools of this folder share: errors, command lines, atomic files and folders, shards, and run folders."""
+
+from __future__ import annotations
+
+import argparse
+import errno
+import hashlib
+import json
+import math
+import os
+import re
+import shutil
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NoReturn
+from zipfile import BadZipFile
+
+import numpy as np
+
+MAGIC, VERSION, HEADER_INTS = 20240520, 1, 256
+HEADER_BYTES = 4 * HEADER_INTS
+TOKEN = np.dtype("<u2")
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
+
+
+class UserError(Exception):
+    """Something the user can put right. The message reads `what is wrong — what to do`."""
+
+
+# ---------------------------------------------------------------------------------------------- command line
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse, but a bad command line is a UserError: one line instead of the usage text."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message} — see --help")
+
+
+def number(kind: type, low: float, high: float = math.inf) -> Callable[[str], Any]:
+    """Returns an argparse type: an int from `low` to `high`, or a float strictly between them."""
+
+    def read(text: str) -> Any:
+        try:
+            value = kind(text)
+        except ValueError:
+            value = math.nan
+        if not (low <= value <= high if kind is int else low < value < high):
+            raise argparse.ArgumentTypeError(f"{text} is not between {low:,} and {high:,}")
+        return value
+
+    return read
+
+
+def run(main: Callable[[], None]) -> NoReturn:
+    """Runs a tool's main function; what goes wrong ends in one line on stderr and exit code 2 (130 for Ctrl-C)."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that a terminated run still removes what it began
+    code = 2
+    try:
+        main()
+        sys.exit(0)
+    except UserError as error:
+        message = str(error)
+    except ModuleNotFoundError as error:
+        package = (error.name or str(error)).split(".")[0]
+        message = f"this needs {package}, which is not installed — pip install {package}"
+    except OSError as error:
+        advice = "free some space" if error.errno in DISK_FULL else "check the path, its permissions and the disk"
+        message = f"{error.filename or 'input/output'}: {error.strerror or error} — {advice}"
+    except KeyboardInterrupt:
+        message = "interrupted — run it again"
+        code = 130
+    print("error: " + " ".join(message.split()), file=sys.stderr)
+    sys.exit(code)
+
+
+# ---------------------------------------------------------------------------------------------- files and folders
+
+
+def write_atomic(path: Path, content: bytes) -> None:
+    """Writes a file that is at any moment the old one or the new one, whole."""
+    partial = path.with_name(path.name + ".tmp")
+    try:
+        partial.write_bytes(content)
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+@contextmanager
+def new_directory(out: Path, replace: bool = False) -> Iterator[Path]:
+    """Yields an empty sibling of `out` to fill; it takes the name `out` only if the block ends without an exception.
+
+    UserError if `out` holds anything and `replace` is false, or holds files that are no part of a dataset.
+    """
+    require_free(out, replace)
+    out = out.resolve()
+    partial = out.with_name(f"{out.name}.partial-{os.getpid()}")
+    retired = out.with_name(f"{out.name}.partial-{os.getpid()}-old")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    try:
+        yield partial
+        if replace and out.exists():
+            out.rename(retired)
+        require_free(out, replace=False)  # another run may have finished first
+        partial.rename(out)
+        shutil.rmtree(retired, ignore_errors=True)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def require_free(out: Path, replace: bool) -> None:
+    """UserError unless a folder may be made at `out`."""
+    if out.exists() and not out.is_dir():
+        raise UserError(f"{out} is a file — choose another folder")
+    names = sorted(entry.name for entry in out.iterdir()) if out.exists() else []
+    if names and not replace:
+        raise UserError(f"{out} is not empty — choose another folder, or replace a dataset with --force")
+    foreign = [name for name in names if not re.fullmatch(r"fineweb_(train|val)_\d+\.bin|.*\.model", name)]
+    if foreign:
+        raise UserError(f"{out} holds {foreign[0]}, which is no part of a dataset — choose another folder")
+
+
+def check_shard(path: Path, advice: str = "delete it and get or build it again") -> int:
+    """Returns the number of tokens in a shard; UserError with `advice` unless magic, version, count and size agree."""
+    with open(path, "rb") as file:
+        head = file.read(HEADER_BYTES)
+        size = os.fstat(file.fileno()).st_size
+    magic, version, count = np.frombuffer(head[:12].ljust(12, b"\0"), dtype="<i4").tolist()
+    if (magic, version) != (MAGIC, VERSION):
+        raise UserError(f"{path} is not a token shard (wrong header) — {advice}")
+    if size != HEADER_BYTES + TOKEN.itemsize * count:
+        raise UserError(f"{path} has {size:,} bytes, but its header announces {count:,} tokens — {advice}")
+    return count
+
+
+# ---------------------------------------------------------------------------------------------- run folders
+
+# The form of result.json: a type, {name: form}, [form of every element], or (None, form) for what may be missing.
+SCHEMA_VERSION = 2
+SCORED = {"val_loss": float, "val_bpb": float}
+FIGURE = SCORED | {"targets": int, "bytes": int, "backward_looking": bool, "lacking": int, "epoch": (None, int)}
+AUDIT = [{"document": int, "figure": str, "backward_looking": bool, "change": float, "repeat": float}]
+ADAPTED = {"documents": int, "no_adaptation": FIGURE, "backward_looking": FIGURE, "last_epoch": FIGURE}
+RESULT = SCORED | {
+    "run_id": str,
+    "seed": int,
+    "source_sha256": str,
+    "source_bytes": int,
+    "weights_sha256": str,
+    "settings": {"seed": int},
+    "environment": {"torch": str, "device": str, "dtype": str},
+    "world_size": int,
+    "quantised": bool,
+    "data": {"train": (None, str), "validation": str},
+    "training": (None, {"steps": int, "seconds": float}),
+    "artifact": (None, {"model_bytes": int, "code_bytes": int, "total_bytes": int, "sha256": str}),
+}
+UNTOUCHED = "give the untouched result of a finished run"
+
+
+@dataclass(frozen=True)
+class Run:
+    """What an evaluation left: `result`, the content of its result.json, checked, and the files beside it."""
+
+    path: Path  # result.json, or result_<tag>.json of another evaluation in the same folder
+    result: dict[str, Any]
+
+    @property
+    def log(self) -> Path:
+        return self.path.with_name("train.log")
+
+    @property
+    def documents(self) -> Path:
+        return self.path.with_name(self.path.name.replace("result", "ttt_documents", 1)).with_suffix(".npz")
+
+    @property
+    def score(self) -> dict[str, Any]:
+        """The figure that counts: of the sliding window, or the backward-looking one of test-time training."""
+        evaluation = self.result["evaluation"]
+        return evaluation["sliding"] if "sliding" in evaluation else evaluation["backward_looking"]
+
+    @property
+    def figures(self) -> list[dict[str, Any]]:
+        """All figures of the evaluation, `score` among them; replay's last epoch, if any, comes last."""
+        evaluation = self.result["evaluation"]
+        names = ("sliding", "no_adaptation", "backward_looking", "last_epoch")
+        return [evaluation[name] for name in names if name in evaluation]
+
+
+def read_run(path: Path) -> Run:
+    """Reads a result.json, or the one in a run's folder; UserError if it is anything else."""
+    path = path / "result.json" if path.is_dir() else path
+    try:
+        result = json.loads(path.read_bytes(), parse_int=reasonable(int), parse_float=reasonable(float))
+        json.dumps(result, ensure_ascii=False, allow_nan=False).encode()  # no NaN, no half of a character
+    except FileNotFoundError:
+        raise UserError(f"{path} does not exist — {UNTOUCHED}") from None
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path} is no JSON of a run ({error}) — {UNTOUCHED}") from error
+    version = result.get("schema_version") if isinstance(result, dict) else None
+    if version != SCHEMA_VERSION:
+        raise UserError(f"{path} has schema_version {version!r}, not {SCHEMA_VERSION} — {UNTOUCHED}")
+    evaluation = result.get("evaluation")
+    sliding = isinstance(evaluation, dict) and "sliding" in evaluation
+    figures = {"sliding": FIGURE} if sliding else ADAPTED
+    require_form(
+        result,
+        RESULT | {"evaluation": figures | {"seconds": float, "audit": (None, AUDIT), "curve": (None, [FIGURE])}},
+        path,
+    )
+    if result["seed"] != result["settings"]["seed"]:
+        seeds = f"{result['seed']} and settings.seed {result['settings']['seed']}"
+        raise UserError(f"{path} contradicts itself with seed {seeds} — {UNTOUCHED}")
+    return Run(path, result)
+
+
+def reasonable(kind: type) -> Callable[[str], int | float]:
+    """Returns a reader of JSON numbers: ValueError for one that is infinite or has more than 64 bits."""
+
+    def read(text: str) -> int | float:
+        if not abs(float(text)) < (2**63 if kind is int else math.inf):
+            raise ValueError(f"a number of {len(text)} digits is out of range")
+        return kind(text)
+
+    return read
+
+
+def require_form(value: Any, form: Any, path: Path, name: str = "") -> None:
+    """UserError naming what is missing or of another type in the part `name` of a result."""
+    if isinstance(form, tuple):
+        if value is not None:
+            require_form(value, form[1], path, name)
+        return
+    kind = type(form) if isinstance(form, (dict, list)) else form
+    accepted = (int, float) if kind is float else kind
+    if not isinstance(value, accepted) or (isinstance(value, bool) and kind is not bool):
+        raise UserError(f"{path} has no {name or 'object'} of type {kind.__name__} — {UNTOUCHED}")
+    if isinstance(form, dict):
+        for key, part in form.items():
+            require_form(value.get(key), part, path, f"{name}.{key}".removeprefix("."))
+    elif isinstance(form, list):
+        for index, element in enumerate(value):
+            require_form(element, form[0], path, f"{name}[{index}]")
+
+
+def read_log(run: Run) -> tuple[bytes, bytes]:
+    """Returns a run's log and the source that stands in it; UserError if the log is another run's or not there."""
+    if not run.log.is_file():
+        raise UserError(f"{run.log} is not there — give a result with its log beside it")
+    log = run.log.read_bytes()
+    run_id = re.escape(run.result["run_id"].encode())
+    if not re.search(rb"^[* ]*RUN_ID=%b\s*$" % run_id, log, re.MULTILINE):
+        raise UserError(
+            f"{run.log} belongs to another run than {run.result['run_id']} — give them as the run left them"
+        )
+    for found in re.finditer(rb'^"""', log, re.MULTILINE):  # the source begins with its docstring
+        source = log[found.start() : found.start() + run.result["source_bytes"]]
+        if hashlib.sha256(source).hexdigest() == run.result["source_sha256"]:
+            return log, source
+    raise UserError(f"{run.log} does not hold the source of {run.path} — give them as the run left them")
+
+
+def read_documents(run: Run) -> dict[str, np.ndarray]:
+    """Reads an evaluation's ttt_documents.npz; D documents, E figures that a document has besides no adaptation.
+
+    Holds index, targets, bytes, nll_no_adaptation and figures_finished (D,), nll_per_epoch (E, D), and, where the
+    evaluation wrote them, by chunk of the document, chunk_figures (F,), nll_by_chunk (F, C), targets_by_chunk and
+    bytes_by_chunk (C,). NLL in nats. UserError if the file is missing, damaged or of another evaluation.
+    """
+    if "sliding" in run.result["evaluation"]:
+        raise UserError(f"{run.path} is of a sliding window — give runs with test-time training")
+    advice = "give a finished run with its ttt_documents.npz"
+    names = {"targets": 1, "bytes": 1, "nll_no_adaptation": 1, "nll_per_epoch": 2, "figures_finished": 1}
+    try:
+        with np.load(run.documents) as file:
+            arrays = dict(file.items())
+        fit = all(arrays[name].ndim == axes and arrays[name].dtype.kind in "iuf" for name, axes in names.items())
+        if not fit or len({arrays[name].shape[-1] for name in names}) != 1:
+            raise ValueError("shapes or types")
+        found = arrays["nll_no_adaptation"].sum(), arrays["nll_per_epoch"][0].sum()
+    except FileNotFoundError:
+        raise UserError(f"{run.documents} does not exist — {advice}") from None
+    except (ValueError, KeyError, IndexError, EOFError, BadZipFile) as error:
+        raise UserError(f"{run.documents} is damaged ({type(error).__name__}) — {advice}") from error
+    for nats, figure in zip(found, run.figures, strict=False):
+        if not figure["lacking"] and not math.isclose(nats, figure["val_loss"] * figure["targets"], rel_tol=1e-6):
+            raise UserError(f"{run.documents} has other figures than {run.path} — {advice}")
+    return arrays
