@@ -24,7 +24,6 @@ import numpy as np
 MAGIC, VERSION, HEADER_INTS = 20240520, 1, 256
 HEADER_BYTES = 4 * HEADER_INTS
 TOKEN = np.dtype("<u2")
-DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 class UserError(Exception):
@@ -69,7 +68,11 @@ def run(main: Callable[[], None]) -> NoReturn:
         package = (error.name or str(error)).split(".")[0]
         message = f"this needs {package}, which is not installed — pip install {package}"
     except OSError as error:
-        advice = "free some space" if error.errno in DISK_FULL else "check the path, its permissions and the disk"
+        advice = (
+            "free some space"
+            if error.errno in (errno.ENOSPC, errno.EDQUOT)
+            else "check the path, its permissions and the disk"
+        )
         message = f"{error.filename or 'input/output'}: {error.strerror or error} — {advice}"
     except KeyboardInterrupt:
         message = "interrupted — run it again"
@@ -221,11 +224,11 @@ def read_run(path: Path) -> Run:
 
 
 def reasonable(kind: type) -> Callable[[str], int | float]:
-    """Returns a reader of JSON numbers: ValueError for one that is infinite or has more than 64 bits."""
+    """Returns a reader of JSON numbers; ValueError for one that 64 bits could not count."""
 
     def read(text: str) -> int | float:
-        if not abs(float(text)) < (2**63 if kind is int else math.inf):
-            raise ValueError(f"a number of {len(text)} digits is out of range")
+        if not abs(float(text)) < 2**63:
+            raise ValueError(f"{text:.9} with {len(text)} digits is out of range")
         return kind(text)
 
     return read

@@ -12,10 +12,10 @@ import json
 import shutil
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
-from common import DISK_FULL, Parser, UserError, check_shard, number, run
+from common import Parser, UserError, check_shard, number, run
 from text import load_tokenizer
 
 REPO = "willdepueoai/parameter-golf"
@@ -25,19 +25,13 @@ STAGING = "fineweb.partial"
 AGAIN = "run it again; if it stays so, HF_ENDPOINT serves something else"
 
 
-@dataclass
-class Variant:
+class Variant(NamedTuple):
     """What the manifest says of one tokenization: its folder's name, numbers of shards, and its tokenizer's path."""
 
     name: str
     train_shards: int
     val_shards: int
     tokenizer: str
-
-    def shards(self, train_shards: int) -> list[str]:
-        """Returns the paths, below REMOTE, of the validation shards and the first `train_shards` training shards."""
-        val = [f"datasets/{self.name}/fineweb_val_{i:06d}.bin" for i in range(self.val_shards)]
-        return val + [f"datasets/{self.name}/fineweb_train_{i:06d}.bin" for i in range(train_shards)]
 
 
 def find_variant(manifest: dict, variant: str) -> Variant:
@@ -59,7 +53,7 @@ def find_variant(manifest: dict, variant: str) -> Variant:
 
 
 class Hub:
-    """The dataset repository as it stands at one commit."""
+    """The dataset repository as it stands at one commit. Files come to `staging`, under their paths in it."""
 
     def __init__(self, staging: Path) -> None:
         """Asks for the newest commit, so that every file comes from the same one; UserError if it cannot be had."""
@@ -73,10 +67,10 @@ class Hub:
         try:
             self.commit = huggingface_hub.HfApi().dataset_info(REPO).sha
         except Exception as error:
-            raise explain(error, REPO) from error
+            raise explain(error) from error
 
     def get(self, paths: Sequence[str]) -> None:
-        """Downloads the files at `paths` below REMOTE into the staging folder; UserError if one does not arrive."""
+        """Downloads the files at `paths` below REMOTE; UserError if one does not arrive."""
         from huggingface_hub import snapshot_download
 
         wanted = [f"{REMOTE}/{path}" for path in paths]
@@ -85,46 +79,28 @@ class Hub:
                 REPO, repo_type="dataset", revision=self.commit, local_dir=self.staging, allow_patterns=wanted
             )
         except Exception as error:  # the hub's, its HTTP library's (not the same in every release) or the system's
-            if getattr(error, "filename", None):
-                raise
-            raise explain(error, f"{Path(paths[0]).name} and what follows it") from error
-        for path in paths:
-            if not self.staged(path).is_file():
-                raise UserError(f"{path} is not in {REPO} — {AGAIN}")
+            raise explain(error) from error
+        if absent := [path for path in paths if not self.staged(path).is_file()]:
+            raise UserError(f"{absent[0]} is not in {REPO} — {AGAIN}")
 
     def staged(self, path: str) -> Path:
         """Where a downloaded file lies."""
         return self.staging / REMOTE / path
 
 
-def explain(error: Exception, what: str) -> UserError:
-    """Puts in one line what huggingface_hub raised when it was to get `what`."""
+def explain(error: Exception) -> Exception:
+    """Puts in one line what huggingface_hub raised; an error of this system is returned as it is."""
     from huggingface_hub import constants, errors
 
     status = getattr(getattr(error, "response", None), "status_code", None)
-    if getattr(error, "errno", None) in DISK_FULL:
-        return UserError(f"the disk is full, {what} does not fit — free some space and run it again")
-    if isinstance(error, errors.OfflineModeIsEnabled) or constants.HF_HUB_OFFLINE:
-        return UserError(f"{what} is not here and HF_HUB_OFFLINE forbids to get it — unset HF_HUB_OFFLINE")
+    if getattr(error, "errno", None):
+        return error
+    if isinstance(error, errors.OfflineModeIsEnabled):
+        return UserError("HF_HUB_OFFLINE forbids to download — unset HF_HUB_OFFLINE")
     if isinstance(error, errors.RepositoryNotFoundError) or status in (401, 403):
-        return UserError(f"no access to {what} of {REPO} — set HF_TOKEN to a token that may read it")
-    detail = f"{type(error).__name__}: {error}"[:300]
-    return UserError(
-        f"cannot get {what} from {constants.ENDPOINT} ({detail}) — check the connection and run it again;"
-        " finished files are kept"
-    )
-
-
-def place(staged: Path, destination: Path) -> None:
-    destination.parent.mkdir(parents=True, exist_ok=True)
-    staged.replace(destination)
-
-
-def fetch_tokenizer(hub: Hub, path: str, destination: Path) -> None:
-    """Brings the tokenizer; UserError if it is no SentencePiece model that suits the shards."""
-    hub.get([path])
-    load_tokenizer(hub.staged(path).read_bytes(), path)
-    place(hub.staged(path), destination)
+        return UserError(f"no access to {REPO} — set HF_TOKEN to a token that may read it")
+    found = f"cannot download from {constants.ENDPOINT} ({type(error).__name__}: {str(error)[:300]})"
+    return UserError(f"{found} — check the connection and run it again; finished files are kept")
 
 
 def fetch_shards(hub: Hub, paths: Sequence[str], out: Path) -> None:
@@ -146,7 +122,8 @@ def fetch_shards(hub: Hub, paths: Sequence[str], out: Path) -> None:
             except UserError:
                 staged.unlink()
                 raise
-            place(staged, out / path)
+            (out / path).parent.mkdir(parents=True, exist_ok=True)
+            staged.replace(out / path)
 
 
 def download(variant_name: str, train_shards: int, out: Path) -> None:
@@ -160,17 +137,22 @@ def download(variant_name: str, train_shards: int, out: Path) -> None:
     variant = find_variant(manifest, variant_name)
     if train_shards > variant.train_shards:
         raise UserError(f"{variant_name} has {variant.train_shards} training shards — lower --train-shards to that")
-    tokenizer = out / "tokenizers" / Path(variant.tokenizer).name
-    fetch_tokenizer(hub, variant.tokenizer, tokenizer)
-    paths = variant.shards(train_shards)
+    hub.get([variant.tokenizer])
+    staged = hub.staged(variant.tokenizer)
+    load_tokenizer(staged.read_bytes(), variant.tokenizer)
+    tokenizer = out / "tokenizers" / staged.name
+    tokenizer.parent.mkdir(parents=True, exist_ok=True)
+    staged.replace(tokenizer)
+
+    folder = f"datasets/{variant.name}"
+    paths = [f"{folder}/fineweb_val_{i:06d}.bin" for i in range(variant.val_shards)]
+    paths += [f"{folder}/fineweb_train_{i:06d}.bin" for i in range(train_shards)]
     fetch_shards(hub, paths, out)
-    total = 0
-    for position, path in enumerate(paths, start=1):
-        count = check_shard(out / path)
-        total += count
-        print(f"{position}/{len(paths)} {Path(path).name}: {count:,} tokens", flush=True)
+    counts = [check_shard(out / path) for path in paths]
+    for path, count in zip(paths, counts, strict=True):
+        print(f"{Path(path).name}: {count:,} tokens")
     shutil.rmtree(hub.staging)
-    print(f"{out / 'datasets' / variant.name}: {total:,} tokens in {len(paths)} shards; tokenizer {tokenizer}")
+    print(f"{out / folder}: {sum(counts):,} tokens in {len(paths)} shards; tokenizer {tokenizer}")
 
 
 def main() -> None:

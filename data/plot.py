@@ -57,6 +57,7 @@ STYLE = {
 }
 # How a figure is drawn, by what it is: without adaptation, a valid score, trained on what it scores.
 PLAIN, VALID, SEEN = {"lw": 1.4, "ls": ":"}, {"lw": 1.8, "ls": "-"}, {"lw": 1.5, "ls": (0, (4, 2))}
+BELOW = {"loc": "upper center", "bbox_to_anchor": (0.5, 0), "borderaxespad": 5}  # a legend under its panel
 
 
 # ---------------------------------------------------------------------------------------------- reading
@@ -185,7 +186,8 @@ def read_runs(paths: Sequence[Path]) -> list[Run]:
 
 def labels(paths: Sequence[Path]) -> list[str]:
     """A short name for each run, from its path's end: as much of it as tells them apart."""
-    ends = [path.parent if path.name in ("train.log", "result.json") else path.with_suffix("") for path in paths]
+    whole = ("train.log", "result.json")
+    ends = [path.parent if path.name in whole else path.with_name(path.stem.removeprefix("result_")) for path in paths]
     parts = [end.resolve().parts for end in ends]
     depth = 1
     while len(names := ["/".join(part[-depth:]) for part in parts]) > len(set(names)) and depth < max(map(len, parts)):
@@ -196,27 +198,18 @@ def labels(paths: Sequence[Path]) -> list[str]:
 # ---------------------------------------------------------------------------------------------- panels
 
 
-def draw_steps(ax: Axes, runs: Sequence[Run]) -> None:
-    draw_losses(ax, runs, "step", lambda step, _: step)
-    ax.set_title("Loss against steps")
-
-
-def draw_time(ax: Axes, runs: Sequence[Run]) -> None:
+def draw_losses(ax: Axes, runs: Sequence[Run], against: str) -> None:
+    """Training loss (a line) and validation loss (dots) against the step or the time."""
     minutes = max(point.seconds for run in runs for _, point in run.points) > 300
-    unit, name = (60, "minutes") if minutes else (1, "seconds")
-    draw_losses(ax, runs, f"{name} of training", lambda _, point: point.seconds / unit)
-    ax.set_title("Loss against time")
-
-
-def draw_losses(ax: Axes, runs: Sequence[Run], label: str, x: Callable[[int, Point], float]) -> None:
-    """Training loss (a line) and validation loss (dots) against `x`."""
+    unit = 60 if minutes else 1
     batch, validation = {"lw": 0.9, "alpha": 0.55}, {"lw": 1.5, "marker": "o"}
     for run in runs:
         for series, style in ((run.train, batch), (run.val, validation | {"ms": dot(run)})):
-            losses = [point.loss for point in series.values()]
-            ax.plot([x(*item) for item in series.items()], losses, color=run.colour, **style)
+            x = list(series) if against == "steps" else [point.seconds / unit for point in series.values()]
+            ax.plot(x, [point.loss for point in series.values()], color=run.colour, **style)
     crop(ax, [[(step, point.loss) for step, point in run.points] for run in runs])
-    ax.set(xlabel=label, ylabel="nats per token")
+    time = "minutes of training" if minutes else "seconds of training"
+    ax.set(title=f"Loss against {against}", xlabel="step" if against == "steps" else time, ylabel="nats per token")
     ax.legend([key(**batch), key(**validation, ms=4.5)], ["training batch", "validation"], loc="upper right")
 
 
@@ -240,24 +233,25 @@ def draw_bpb(ax: Axes, runs: Sequence[Run]) -> None:
 def draw_ttt(ax: Axes, runs: Sequence[Run]) -> None:
     """Bits per byte by replay epoch. Only epoch 1 is a score; a shaded field around the others says what they are."""
     last = max(max(run.epochs, default=1) for run in runs)
-    right = last + 0.03 * last + 0.3
+    right = 1.03 * last + 0.3
     ax.axvspan(1.5, right, color=PALE, lw=0, zorder=0)
     entries = []
     for run in runs:
         who = f"{run.label}: " if len(runs) > 1 else ""
+        colour = {"color": run.colour}
         if run.no_adaptation is not None:
-            ax.axhline(run.no_adaptation, color=run.colour, **PLAIN)
-            entries.append((key(run.colour, **PLAIN), f"{who}no adaptation {run.no_adaptation:.4f}"))
+            ax.axhline(run.no_adaptation, **PLAIN | colour)
+            entries.append((key(**PLAIN | colour), f"{who}no adaptation {run.no_adaptation:.4f}"))
         if run.single_pass is not None:
-            ax.axhline(run.single_pass, color=run.colour, **VALID)
-            entries.append((key(run.colour, **VALID), f"{who}single pass {run.single_pass:.4f}, a valid score"))
+            ax.axhline(run.single_pass, **VALID | colour)
+            entries.append((key(**VALID | colour), f"{who}single pass {run.single_pass:.4f}, a valid score"))
         if 1 in run.epochs:
-            full = {"color": run.colour, "marker": "o", "ms": 9, "mec": "white", "mew": 1}
+            full = colour | {"marker": "o", "ms": 9, "mec": "white", "mew": 1}
             ax.plot(1, run.epochs[1], zorder=4, **full)
             entries.append((key(lw=0, **full), f"{who}epoch 1 {run.epochs[1]:.4f}, a valid score"))
         if len(run.epochs) > 1:
             end = max(run.epochs)
-            hollow = SEEN | {"color": run.colour, "marker": "o", "ms": 6, "mfc": PALE}
+            hollow = SEEN | colour | {"marker": "o", "ms": 6, "mfc": PALE}
             ax.plot(list(run.epochs), list(run.epochs.values()), markevery=[-1], zorder=3, **hollow)
             entries.append((key(**hollow), f"{who}epoch {end} {run.epochs[end]:.4f} (not a score)"))
     ax.set(title="Test-time training, epoch by epoch", xlabel="epoch", ylabel="bits per byte (lower is better)")
@@ -266,59 +260,72 @@ def draw_ttt(ax: Axes, runs: Sequence[Run]) -> None:
     ax.margins(y=0.12)
     note = {"bbox": {"facecolor": PALE, "edgecolor": "none", "pad": 3}, "zorder": 1.5}  # below the curves
     seen = f"epochs 2 to {last}: has trained\non what it scores \N{EM DASH}\nnot a compression rate"
-    ax.text(0.97, 0.86, seen, color=WARNING, style="italic", transform=ax.transAxes, ha="right", va="top", **note)
+    ax.text(0.97, 0.66, seen, color=WARNING, style="italic", transform=ax.transAxes, ha="right", va="top", **note)
     if firsts := [run.epochs[1] for run in runs if 1 in run.epochs]:
         arrow = {"arrowstyle": "-|>", "color": "black", "shrinkB": 7, "relpos": (0.1, 1)}
         at = {"xytext": (0.07, 0.08), "textcoords": "axes fraction"}
         first = "epoch 1:\nbackward-looking,\na valid score"
         ax.annotate(first, (1, min(firsts)), weight="bold", arrowprops=arrow, **at, **note)
-    ax.legend(*zip(*entries, strict=True), loc="upper center", bbox_to_anchor=(0.5, 0), borderaxespad=4)
+    ax.legend(*zip(*entries, strict=True), **BELOW)
 
 
 def draw_position(ax: Axes, runs: Sequence[Run]) -> None:
-    """Bits per byte by position in the document: what context brings, what adaptation adds, what was only memorised."""
+    """Bits per byte by position in the document: what context brings, what adaptation adds, what is only memorised."""
     spans = max((run.spans for run in runs), key=len)
     entries = []
-    for run in (run for run in runs if run.positions):
+    for run in runs:
+        who = f"{run.label}: " if len(runs) > 1 else ""
         for name, values in run.positions.items():
-            valid = name in ("epoch_1", "single_pass")
-            style = PLAIN if name == "no_adaptation" else VALID if valid else SEEN
-            marker = {"color": run.colour, "marker": "o", "ms": 4.5, "mfc": run.colour if valid else "white"}
-            what = name.replace("_", " ") + (", a valid score" if valid else "")
-            what += "" if valid or name == "no_adaptation" else " (not a score)"
-            ax.plot(values, **style | marker)
-            entries.append((key(**style | marker), f"{run.label}: {what}" if len(runs) > 1 else what))
-    ax.set(title="By position in the document", xlabel="tokens from the document's start")
+            style, label = SEEN | {"mfc": "white"}, " (not a score)"
+            if name == "no_adaptation":
+                style, label = PLAIN | {"mfc": "white", "zorder": 3}, ""
+            elif name in ("epoch_1", "single_pass"):
+                style, label = VALID, ", a valid score"
+            style = style | {"color": run.colour, "marker": "o", "ms": 4.5}
+            ax.plot(values, **style)
+            entries.append((key(**style), who + name.replace("_", " ") + label))
+    ax.set(title="Bits per byte by position in the document", xlabel="tokens from the document's start")
     ax.set_ylabel("bits per byte (lower is better)")
     ax.set_xticks(range(len(spans)), [span.replace("–", "–\n") for span in spans], size=8)
-    ax.legend(*zip(*entries, strict=True), loc="upper center", bbox_to_anchor=(0.5, 0), borderaxespad=5)
+    ax.legend(*zip(*entries, strict=True), **BELOW)
 
 
 def draw_bytes(ax: Axes, runs: Sequence[Run]) -> None:
     """Bytes of the artifact by kind, of the code and in total, against the cap."""
+    from matplotlib.colors import to_rgb
+
     runs = [run for run in runs if run.kinds]
-    kinds = [kind for kind in KINDS if any(kind in run.kinds for run in runs)]
+    kinds = [kind for kind in KINDS if any(kind in run.kinds for run in runs)] + ["total"]
     cap, most = min(run.cap for run in runs), max(run.total for run in runs)
-    thickness = 0.84 / len(runs)
     unit, name = (1e6, "MB") if most >= 1e6 else (1e3, "kB")
-    near, legible = cap < 2 * most, len(runs) * (len(kinds) + 1) <= 16
+    near = cap < 2 * most
+    legible = len(runs) * len(kinds) <= 16
     right = 1.05 * max(cap, most) if near else 1.3 * most
+    thickness = 0.84 / len(runs)
     for index, run in enumerate(runs):
-        for row, kind in enumerate([*kinds, "total"]):
+        light = [0.55 + 0.45 * part for part in to_rgb(run.colour)]  # unlike a transparent colour, it hides the grid
+        for row, kind in enumerate(kinds):
             size = run.total if kind == "total" else run.kinds.get(kind, 0)
-            y, inside = row + (index - (len(runs) - 1) / 2) * thickness, size > 0.6 * right
-            ax.barh(y, size / unit, thickness * 0.9, color=run.colour if kind == "total" else pale(run.colour))
+            y = row + (index - (len(runs) - 1) / 2) * thickness
+            ax.barh(y, size / unit, thickness * 0.9, color=run.colour if kind == "total" else light)
             if size and legible:
-                text = f"{size:,} bytes" if kind == "total" else readable(size)
+                text = (
+                    f"{size:,} bytes"
+                    if kind == "total"
+                    else f"{size / 1e6:.3g} MB"
+                    if size >= 1e6
+                    else f"{size / 1e3:.3g} kB"
+                )
                 text += f", {run.bits[kind]:.2f} bits/weight" if kind in run.bits else ""
-                colour = "white" if kind == "total" and inside else "black" if inside else GREY
-                at = {"xytext": (-4 if inside else 4, 0), "ha": "right" if inside else "left", "va": "center_baseline"}
-                ax.annotate(text, (size / unit, y), textcoords="offset points", size=8, color=colour, **at)
+                style = {"xytext": (4, 0), "ha": "left", "color": GREY}
+                if size > 0.6 * right:  # inside the bar, where there is no room beside it
+                    style = {"xytext": (-4, 0), "ha": "right", "color": "white" if kind == "total" else "black"}
+                ax.annotate(text, (size / unit, y), textcoords="offset points", size=8, va="center_baseline", **style)
     if near:
         ax.axvline(cap / unit, color="black", lw=1.4)
     ax.set_title(f"Bytes: {'' if len(runs) == 1 else 'at most '}{most / cap:.1%} of the cap")
     ax.set_xlim(0, right / unit)
-    ax.set_yticks(range(len(kinds) + 1), [*kinds, "total"])
+    ax.set_yticks(range(len(kinds)), kinds)
     ax.invert_yaxis()
     ax.grid(visible=False, axis="y")
     ax.set_xlabel(f"{name} (cap: {cap / 1e6:g} MB{', the black line' if near else ', beyond the frame'})")
@@ -334,18 +341,6 @@ def key(colour: str = GREY, **style: object) -> Line2D:
 def dot(run: Run) -> float:
     """The size of a validation's dot: smaller where there are many."""
     return 4.5 if len(run.val) <= 20 else 2.2
-
-
-def pale(colour: str) -> tuple[float, ...]:
-    """A colour mixed with white: unlike a transparent one, it hides the grid."""
-    from matplotlib.colors import to_rgb
-
-    return tuple(0.55 + 0.45 * part for part in to_rgb(colour))
-
-
-def readable(size: int) -> str:
-    """A number of bytes in three digits."""
-    return f"{size / 1e6:.3g} MB" if size >= 1e6 else f"{size / 1e3:.3g} kB"
 
 
 def crop(ax: Axes, runs: Sequence[Sequence[tuple[int, float]]]) -> None:
@@ -372,8 +367,8 @@ class Panel(NamedTuple):
 
 
 PANELS = {
-    "loss": Panel(draw_steps, lambda run: bool(run.points)),
-    "time": Panel(draw_time, lambda run: bool(run.points)),
+    "loss": Panel(lambda ax, runs: draw_losses(ax, runs, "steps"), lambda run: bool(run.points)),
+    "time": Panel(lambda ax, runs: draw_losses(ax, runs, "time"), lambda run: bool(run.points)),
     "bpb": Panel(draw_bpb, lambda run: len(run.val) > 1),
     "bytes": Panel(draw_bytes, lambda run: bool(run.kinds)),
     "ttt": Panel(draw_ttt, lambda run: len(run.epochs) > 1),
@@ -388,15 +383,17 @@ def draw(runs: Sequence[Run], wanted: Sequence[str]) -> Figure:
     names = [name for name, panel in PANELS.items() if name in wanted and any(map(panel.shows, runs))]
     if not names:
         raise UserError(f"no run has figures for {', '.join(wanted)} — give other logs or another --what")
-    rows = [names[i : i + 2] for i in range(0, len(names), 2)]
-    legend = {"ttt", "position"}
-    heights = [ROW + LINE * (2 + 3 * len(runs)) * bool(legend.intersection(row)) for row in rows]
-    figure = Figure((WIDTH, sum(heights) + 2 * LINE * (len(runs) > 1)), layout="constrained")
+    last = [name for name in names if name in ("ttt", "position")]  # with legends of their own that name the runs
+    first = names[: len(names) - len(last)]
+    rows = [first[i : i + 2] for i in range(0, len(first), 2)] + [last] * bool(last)
+    heights = [ROW + LINE * (2 + 3 * len(runs)) * (row == last) for row in rows]
+    shared_legend = len(runs) > 1 and bool(first)
+    figure = Figure((WIDTH, sum(heights) + 2 * LINE * shared_legend), layout="constrained")
     figure.get_layout_engine().set(w_pad=0.1, h_pad=0.1)  # inches
     axes = figure.subplot_mosaic([row * (2 // len(row)) for row in rows], height_ratios=heights)
     for name in names:
         PANELS[name].draw(axes[name], runs)
-    if len(runs) > 1:
+    if shared_legend:
         samples = [key(run.colour, lw=3) for run in runs]
         figure.legend(samples, [run.label for run in runs], loc="outside upper left", ncols=4)
     return figure

@@ -105,46 +105,46 @@ Judged = dict[str, Verdict]
 
 def judge_limits(runs: Sequence[Run]) -> Judged:
     """Bytes, seconds and machine."""
-    size = largest(runs, "artifact.total_bytes")
-    trained = largest(runs, "training.seconds")
-    evaluated = largest(runs, "evaluation.seconds")
-    machines = {(run.result["world_size"], run.result["environment"]["device"]) for run in runs}
-
-    def in_time(run: Run) -> bool:
-        training = run.result["training"]
-        last_step = min(training["seconds"] / max(training["steps"], 1), LONGEST_LAST_STEP)
-        return training["seconds"] <= TRAIN_SECONDS + last_step
-
-    judged: Judged = {
-        "size_cap": (None, "a run made no artifact, so its size with the code is unknown"),
-        "train_seconds": (None, "a run did not train"),
+    limits = {
+        "size_cap": ("artifact.total_bytes", SIZE_CAP, "bytes"),
+        "train_seconds": ("training.seconds", TRAIN_SECONDS, "s"),
+        "eval_seconds": ("evaluation.seconds", EVAL_SECONDS, "s"),
     }
-    if size is not None:
-        judged["size_cap"] = size <= SIZE_CAP, f"{size:,} of {SIZE_CAP:,} bytes"
-    if trained is not None:
-        detail = f"{trained:.2f} of {TRAIN_SECONDS} s (the step under way at the end may finish)"
-        judged["train_seconds"] = all(map(in_time, runs)), detail
-    judged["eval_seconds"] = evaluated <= EVAL_SECONDS, f"{evaluated:.2f} of {EVAL_SECONDS} s"
-    fast = all(world == WORLD_SIZE and DEVICE in device.split() for world, device in machines)
-    judged["hardware_8xH100"] = fast, ", ".join(sorted(f"{world} x {device}" for world, device in machines))
+    judged: Judged = {}
+    for name, (path, limit, unit) in limits.items():
+        most = largest(runs, path)
+        judged[name] = (None, f"a run has no {path}")
+        if most is not None:
+            over = [value_of(run, path) for run in runs if value_of(run, path) > limit + last_step(run, name)]
+            judged[name] = (not over, f"{most:,} of {limit:,} {unit}")
+    machines = {(run.result["world_size"], run.result["environment"]["device"]) for run in runs}
+    fits = all(world == WORLD_SIZE and DEVICE in device.split() for world, device in machines)
+    judged["hardware_8xH100"] = fits, ", ".join(sorted(f"{world} x {device}" for world, device in machines))
     return judged
+
+
+def last_step(run: Run, limit: str) -> float:
+    """Seconds that training may exceed its budget by: the step under way at the end may finish."""
+    if limit != "train_seconds":
+        return 0
+    training = run.result["training"]
+    return min(training["seconds"] / max(training["steps"], 1), LONGEST_LAST_STEP)
 
 
 def judge_split(runs: Sequence[Run]) -> Judged:
     """The full split is known by its counts, if all runs scored one text; that it is FineWeb's no result can show."""
     paths = "evaluation.documents", "data.validation", "settings.vocab_size"
     found = {(run.score["targets"] + 1, *(str(value_of(run, path)) for path in paths)) for run in runs}
-    texts = [
-        f"{documents} documents, {tokens:,} tokens of a vocabulary of {vocabulary}, fingerprint {fingerprint:.16}"
-        for tokens, documents, fingerprint, vocabulary in sorted(found)
-    ]
+    texts = []
+    full = len(found) == 1
+    counted = True
+    for tokens, documents, fingerprint, vocabulary in sorted(found):
+        texts.append(f"{documents} documents, {tokens:,} tokens of {vocabulary}, fingerprint {fingerprint:.16}")
+        full = full and (round(tokens / 1e6, 1), vocabulary) == (MILLION_TOKENS, str(VOCABULARY))
+        full = full and documents in (str(DOCUMENTS), "None")  # the sliding window does not count them
+        counted = counted and documents != "None"
     detail = "; ".join(texts) + "; not verifiable here: that this text is FineWeb's"
-    tokens, documents, _, vocabulary = min(found)
-    counts = documents, round(tokens / 1e6, 1), vocabulary
-    kept: bool | None = len(found) == 1 and counts == (str(DOCUMENTS), MILLION_TOKENS, str(VOCABULARY))
-    if any("sliding" in run.result["evaluation"] for run in runs) and len(found) == 1:
-        kept = None  # that evaluation does not count documents
-    return {"full_validation_split": (kept, detail)}
+    return {"full_validation_split": (full if counted or not full else None, detail)}
 
 
 def judge_scores(runs: Sequence[Run]) -> Judged:
@@ -178,6 +178,7 @@ def judge_scores(runs: Sequence[Run]) -> Judged:
 
 
 def audit_of(run: Run) -> list[dict[str, Any]]:
+    """The rows of a run's audit, if there was one."""
     return run.result["evaluation"].get("audit") or []
 
 

@@ -97,7 +97,7 @@ def choose_validation(candidates: list[np.ndarray]) -> set[int]:
 
 
 def is_complete(out: Path) -> bool:
-    """Whether `out` holds a finished sample: the folder appears under its name only when everything is in it."""
+    """Whether `out` holds a finished sample: it has its name only when everything is in it."""
     return all((out / name).is_file() for name in FILES)
 
 

@@ -86,7 +86,8 @@ def a_result(seed: int, loss: float) -> dict[str, Any]:
 
 
 def a_log(run_id: str, source: str = SOURCE) -> str:
-    return f"{source}\n* PRESET=record\n  RUN_ID={run_id}\n* SEED=42\nstep:1/9 train_loss:6.9 train_time:9ms step_avg:9ms\n"
+    step = "step:1/9 train_loss:6.9 train_time:9ms step_avg:9ms"
+    return f"{source}\n* PRESET=record\n  RUN_ID={run_id}\n* SEED=42\n{step}\n"
 
 
 LOSSES = (1.9300, 1.9312, 1.9295)
@@ -235,6 +236,13 @@ def test_single_pass_and_sliding_runs_have_no_replay_figure(runs: Callable[..., 
     assert found["status"] == "incomplete"  # the sliding window counts no documents
     assert [reason.split(":")[0] for reason in found["reasons"]] == ["full_validation_split"]
     assert found["replay_last_epoch"]["val_bpb"] is None
+
+    def short(result: dict[str, Any]) -> None:
+        sliding(result)
+        result["evaluation"]["sliding"]["targets"] //= 2
+
+    found = submit(tmp_path, *runs(*same(short)), "--baseline-loss", BASELINE)
+    assert found["rules"]["full_validation_split"]["outcome"] == "fail"
 
 
 @pytest.mark.parametrize(
@@ -407,8 +415,8 @@ def test_the_committed_placeholder_has_the_fields_of_a_submission(runs: Callable
         (put("seed", 43), ["seed 43", "settings.seed 42"]),
         (put("val_loss", "low"), ["val_loss"]),
         (put("val_loss", math.nan), ["no JSON of a run"]),
-        (put("val_loss", 10**400), ["401 digits"]),
-        (put("evaluation.seconds", 10**400), ["401 digits"]),
+        (put("val_loss", 10**400), ["401 digits", "out of range"]),
+        (put("evaluation.seconds", 10**400), ["401 digits", "out of range"]),
         (put("evaluation.seconds", [1]), ["evaluation.seconds"]),
         (put("seed", True), ["seed"]),
         (put("run_id", "\ud800"), ["no JSON of a run"]),
@@ -781,7 +789,7 @@ def test_two_evaluations_of_one_folder_are_compared_and_drawn(tmp_path: Path, fo
     other = a_scored_run(folder, a, a - 2, b, tag="_single")
     assert [row[0] for row in cells(call(compare, folder, other).out)] == ["single_pass", "replay"]
     replay, single = plot.read_runs([folder, other])
-    assert (replay.label, single.label) == ("ours", "result_single")
+    assert (replay.label, single.label) == ("ours", "single")
     assert replay.epochs == {1: 2.9, 2: 2.8}
     assert single.single_pass == pytest.approx((a - 2).sum() / math.log(2) / 15)
     # Chunks 0, 1, 2-3 and 4 of 256 tokens: spans that double.
