@@ -15,6 +15,7 @@ import math
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -149,18 +150,22 @@ class Run:
         else:
             curve = evaluation.get("curve") or []
             self.epochs = {figure["epoch"]: figure["val_bpb"] for figure in curve if figure.get("epoch")}
-        arrays = read_documents(found)
+        arrays = read_documents(found) if found.documents.is_file() else {}
         if "nll_by_chunk" in arrays:
             self.read_positions(arrays, found.result["settings"].get("ttt_chunk_size"), found.documents)
 
     def read_positions(self, arrays: dict[str, np.ndarray], chunk: int, path: Path) -> None:
         """Bits per byte of each figure in spans of the document that double; see common.read_documents."""
         try:
-            nats, bytes_ = arrays["nll_by_chunk"], arrays["bytes_by_chunk"]
+            nats = arrays["nll_by_chunk"]
+            bytes_ = arrays["bytes_by_chunk"]
             edges = [0, *(2**k for k in range(20) if 2**k < len(bytes_)), len(bytes_)]
-            for low, high in zip(edges, edges[1:], strict=False):
+            for low, high in pairwise(edges):
+                size = bytes_[low:high].sum()
+                if size == 0:  # a document's last target, the next one's BOS, has none
+                    continue
                 self.spans.append(f"{low * chunk:,}–{high * chunk:,}")
-                values = nats[:, low:high].sum(1) / math.log(2) / bytes_[low:high].sum()
+                values = nats[:, low:high].sum(1) / math.log(2) / size
                 for name, bpb in zip(arrays["chunk_figures"].tolist(), values.tolist(), strict=True):
                     self.positions.setdefault(name, []).append(bpb)
         except (ValueError, KeyError, IndexError, TypeError) as error:

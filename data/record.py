@@ -160,10 +160,10 @@ def judge_scores(runs: Sequence[Run]) -> Judged:
         result = run.result
         seed = f"seed {result['seed']}"
         for figure in run.figures:
-            targets, size = figure["targets"], figure["bytes"]
-            nats = figure["val_bpb"] * size * math.log(2)
-            whole = (targets, size) == (run.score["targets"], run.score["bytes"]) and min(targets, size) > 0
-            if not whole or not math.isclose(nats, figure["val_loss"] * targets):
+            counts = figure["targets"], figure["bytes"]
+            whole = counts == (run.score["targets"], run.score["bytes"]) and min(counts) > 0
+            nats = figure["val_bpb"] * figure["bytes"] * math.log(2)
+            if not whole or not math.isclose(nats, figure["val_loss"] * figure["targets"]):
                 judged["every_target_scored_once"] = False, f"the figures of {seed} contradict one another"
         reported = result["val_loss"], result["val_bpb"]
         if not run.score["backward_looking"] or reported != (run.score["val_loss"], run.score["val_bpb"]):

@@ -108,8 +108,8 @@ def build(out: Path, replace: bool = False) -> None:
     held_back = round(HELD_BACK * len(texts))
     pieces = text.TextSample(SEED)
     for document in texts[held_back:]:
-        pieces.add(text.Document(b"", document))
-    model = text.train_tokenizer(pieces.pieces(lambda _: True), VOCAB_SIZE)
+        pieces.add(text.Document(b"training", document))
+    model = text.train_tokenizer(pieces.pieces(), VOCAB_SIZE)
     tokenizer = text.load_tokenizer(model, "the sample's tokenizer")
     encoded = text.encode(tokenizer, texts)
     validation = choose_validation(encoded[:held_back])

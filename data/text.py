@@ -23,7 +23,7 @@ import sys
 import time
 import zlib
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -117,7 +117,8 @@ def find_files(paths: Iterable[Path]) -> tuple[list[Path], int]:
 
     UserError for a path that does not exist or a named file of an unknown kind.
     """
-    files, skipped = [], 0
+    files = []
+    skipped = 0
     for path in paths:
         if not path.exists():
             raise UserError(f"{path} does not exist — check the path")
@@ -270,10 +271,10 @@ class TextSample:
             while self.size > self.limit:
                 self.size -= len(heapq.heappop(self.heap)[2].text)
 
-    def pieces(self, keep: Callable[[bytes], bool]) -> list[str]:
-        """Returns, in the order they came, the pieces of the documents whose digest `keep` accepts."""
+    def pieces(self, threshold: bytes = b"") -> list[str]:
+        """Returns, in the order they came, the pieces of the documents whose digest exceeds `threshold`."""
         ordered = sorted(self.heap, key=lambda entry: entry[1])
-        return [piece.text for _, _, piece in ordered if keep(piece.digest)]
+        return [piece.text for _, _, piece in ordered if piece.digest > threshold]
 
 
 def train_tokenizer(pieces: list[str], vocab_size: int) -> bytes:
@@ -339,26 +340,32 @@ def encode_all(
 
     One batch is encoded while the next is read, and no more than these two are in memory.
     """
+
+    def encode_batch(batch: list[Document]) -> list[tuple[Document, np.ndarray]]:
+        texts = [document.text for document in batch]
+        return list(zip(batch, encode(tokenizer, texts, threads), strict=True))
+
     with ThreadPoolExecutor(1) as encoder:
-        held, encoded = [], None
+        pending = []
         for batch in batches(documents):
-            started = encoder.submit(encode, tokenizer, [document.text for document in batch], threads)
-            if encoded:
-                yield from zip(held, encoded.result(), strict=True)
-            held, encoded = batch, started
-        if encoded:
-            yield from zip(held, encoded.result(), strict=True)
+            pending.append(encoder.submit(encode_batch, batch))
+            if len(pending) > 1:
+                yield from pending.pop(0).result()
+        for last in pending:
+            yield from last.result()
 
 
 def batches(documents: Iterable[Document]) -> Iterator[list[Document]]:
     """Groups documents into lists of about BATCH_CHARS characters."""
-    batch, size = [], 0
+    batch = []
+    size = 0
     for document in documents:
         batch.append(document)
         size += len(document.text)
         if size >= BATCH_CHARS:
             yield batch
-            batch, size = [], 0
+            batch = []
+            size = 0
     if batch:
         yield batch
 
@@ -366,8 +373,8 @@ def batches(documents: Iterable[Document]) -> Iterator[list[Document]]:
 # ---------------------------------------------------------------------------------------------- the dataset
 
 
-def draw_validation(digests: list[bytes], fraction: float) -> Callable[[bytes], bool]:
-    """Returns a test for digests of validation documents: the `fraction` (at least one) with the smallest digests.
+def draw_validation(digests: list[bytes], fraction: float) -> bytes:
+    """Returns the largest digest of a validation document: the `fraction` (at least one) with the smallest are it.
 
     A digest depends on the text and the seed alone, so equal documents can never fall on both sides.
     UserError if no training document would be left.
@@ -376,8 +383,7 @@ def draw_validation(digests: list[bytes], fraction: float) -> Callable[[bytes], 
     if count >= len(digests):
         found = f"{len(digests)} distinct documents cannot be split into training and validation"
         raise UserError(f"{found} — add files, or cut a file into documents with --delimiter")
-    threshold = heapq.nsmallest(count, digests)[-1]
-    return lambda digest: digest <= threshold
+    return heapq.nsmallest(count, digests)[-1]
 
 
 def watched(documents: Iterable[Document], counts: Counts, label: str, total: int | None = None) -> Iterator[Document]:
@@ -394,19 +400,21 @@ def build(files: list[Path], directory: Path, name: str, options: argparse.Names
     """Fills `directory` with shards and `<name>_<vocabulary>_bpe.model`, and returns a summary of a few lines."""
     began = time.monotonic()
     first, second = Counts(), Counts()
-    digests, sample = [], TextSample(options.seed)
+    digests = []
+    sample = TextSample(options.seed)
     for document in watched(read_documents(files, options.delimiter, options.seed, first), first, "reading"):
         digests.append(document.digest)
         if not options.tokenizer:
             sample.add(document)
-    is_validation = draw_validation(digests, options.val_fraction)
+    threshold = draw_validation(digests, options.val_fraction)
     del digests
 
     if options.tokenizer:
-        model_name, model = options.tokenizer.stem, options.tokenizer.read_bytes()
+        model_name = options.tokenizer.stem
+        model = options.tokenizer.read_bytes()
     else:
         model_name = f"{name}_{options.vocab_size}_bpe"
-        model = train_tokenizer(sample.pieces(lambda digest: not is_validation(digest)), options.vocab_size)
+        model = train_tokenizer(sample.pieces(threshold), options.vocab_size)
     tokenizer = load_tokenizer(model, model_name)
     (directory / f"{model_name}.model").write_bytes(model)
 
@@ -417,7 +425,7 @@ def build(files: list[Path], directory: Path, name: str, options: argparse.Names
     ):
         documents = watched(again, second, "encoding", first.bytes)
         for document, tokens in encode_all(documents, tokenizer, options.threads):
-            (val if is_validation(document.digest) else train).write(tokens)
+            (train if document.digest > threshold else val).write(tokens)
     if second != first:
         raise UserError("the input changed while it was read — run it again when nothing writes to it")
     seconds = time.monotonic() - began

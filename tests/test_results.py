@@ -304,7 +304,12 @@ def test_what_cannot_be_judged_leaves_it_incomplete(runs: Callable[..., list[Pat
 
 def of_the_first(*names: str) -> Change:
     """A change that gives a run what the first run has."""
-    return lambda result: [put(name, value_at(a_result(42, LOSSES[0]), name))(result) for name in names]
+
+    def change(result: dict[str, Any]) -> None:
+        for name in names:
+            put(name, value_at(a_result(42, LOSSES[0]), name))(result)
+
+    return change
 
 
 def value_at(result: dict[str, Any], path: str) -> Any:
@@ -671,6 +676,7 @@ def a_scored_run(
     lacking: int = 0,
     tag: str = "",
     weights: str = "aa",
+    last_bytes: int = 2,
     **changes: object,
 ) -> Path:
     """What train_gpt.py leaves of a test-time training evaluation, as far as compare.py and plot.py read it."""
@@ -707,7 +713,7 @@ def a_scored_run(
         chunk_figures=np.array(names),
         nll_by_chunk=by_chunk,
         targets_by_chunk=np.full(5, 6),
-        bytes_by_chunk=np.array([10, 10, 8, 4, 2]),
+        bytes_by_chunk=np.array([10, 10, 8, 4, last_bytes]),
     )
     return path if tag else folder
 
@@ -796,6 +802,9 @@ def test_two_evaluations_of_one_folder_are_compared_and_drawn(tmp_path: Path, fo
     assert replay.spans == ["0–256", "256–512", "512–1,024", "1,024–1,280"]
     assert replay.positions["epoch_1"] == pytest.approx(np.array([6 / 10, 7 / 10, 17 / 12, 10 / 2]) / math.log(2))
     assert list(single.positions) == ["no_adaptation", "single_pass"]
+    a_scored_run(folder, a, a - 1, b, last_bytes=0)  # a last chunk that holds the next document's BOS alone
+    (replay,) = plot.read_runs([folder])
+    assert replay.spans == ["0–256", "256–512", "512–1,024"]
 
 
 def test_positions_are_drawn_only_where_they_were_kept(folder: Path) -> None:
@@ -806,6 +815,8 @@ def test_positions_are_drawn_only_where_they_were_kept(folder: Path) -> None:
     with np.load(folder / "ttt_documents.npz") as file:
         arrays = {name: array for name, array in file.items() if "chunk" not in name}
     np.savez(folder / "ttt_documents.npz", **arrays)
+    assert len(drawn(folder, what=("ttt", "position")).axes) == 1
+    (folder / "ttt_documents.npz").rename(folder / "away")
     assert len(drawn(folder, what=("ttt", "position")).axes) == 1
     arrays |= {"nll_by_chunk": np.ones((3, 5)), "bytes_by_chunk": np.ones(5)}
     np.savez(folder / "ttt_documents.npz", **arrays)
