@@ -245,8 +245,9 @@ def draw_ttt(ax: Axes, runs: Sequence[Run]) -> None:
         who = f"{run.label}: " if len(runs) > 1 else ""
         colour = {"color": run.colour}
         if run.no_adaptation is not None:
-            ax.axhline(run.no_adaptation, **PLAIN | colour)
-            entries.append((key(**PLAIN | colour), f"{who}no adaptation {run.no_adaptation:.4f}"))
+            plain = PLAIN | ({"color": "black"} if len(runs) == 1 else colour)
+            ax.axhline(run.no_adaptation, **plain)
+            entries.append((key(**plain), f"{who}no adaptation {run.no_adaptation:.4f}"))
         if run.single_pass is not None:
             ax.axhline(run.single_pass, **VALID | colour)
             entries.append((key(**VALID | colour), f"{who}single pass {run.single_pass:.4f}, a valid score"))
@@ -281,12 +282,16 @@ def draw_position(ax: Axes, runs: Sequence[Run]) -> None:
     for run in runs:
         who = f"{run.label}: " if len(runs) > 1 else ""
         for name, values in run.positions.items():
-            style, label = SEEN | {"mfc": "white"}, " (not a score)"
+            style = {"color": run.colour, "marker": "o", "ms": 4.5}
             if name == "no_adaptation":
-                style, label = PLAIN | {"mfc": "white", "zorder": 3}, ""
+                style = PLAIN | {"color": "black" if len(runs) == 1 else run.colour, "zorder": 3}
+                label = ""
             elif name in ("epoch_1", "single_pass"):
-                style, label = VALID, ", a valid score"
-            style = style | {"color": run.colour, "marker": "o", "ms": 4.5}
+                style |= VALID
+                label = ", a valid score"
+            else:
+                style |= SEEN | {"mfc": "white"}
+                label = " (not a score)"
             ax.plot(values, **style)
             entries.append((key(**style), who + name.replace("_", " ") + label))
     ax.set(title="Bits per byte by position in the document", xlabel="tokens from the document's start")

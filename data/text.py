@@ -295,7 +295,10 @@ def train_tokenizer(pieces: list[str], vocab_size: int) -> bytes:
             normalization_rule_name="identity",
             remove_extra_whitespaces=False,
             add_dummy_prefix=False,
-            **{"pad_id": PAD, "bos_id": BOS, "eos_id": EOS, "unk_id": UNK},
+            pad_id=PAD,
+            bos_id=BOS,
+            eos_id=EOS,
+            unk_id=UNK,
             num_threads=1,
             minloglevel=2,
         )
