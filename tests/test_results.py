@@ -789,6 +789,23 @@ def test_compare_refuses_what_cannot_be_compared(tmp_path: Path) -> None:
         assert is_one_line_error(call(compare, good), "good")
 
 
+@settings(deadline=None, max_examples=80, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.integers(0), st.integers(0, 255), st.none() | st.integers(0), st.booleans())
+def test_damaged_documents_are_read_or_refused(
+    tmp_path: Path, place: int, byte: int, end: int | None, compressed: bool
+) -> None:
+    run = a_scored_run(tmp_path / "run", np.array([5.0, 6.0]), np.array([5.0, 5.5]), np.array([7, 8]))
+    path = run / "ttt_documents.npz"
+    if compressed:
+        with np.load(path) as file:
+            np.savez_compressed(path, **dict(file))
+    content = bytearray(path.read_bytes())
+    content[place % len(content)] = byte
+    path.write_bytes(content[: end and end % len(content)])
+    found = call(compare, run, "--samples", 10)
+    assert found.code == 0 or is_one_line_error(found)
+
+
 def test_two_evaluations_of_one_folder_are_compared_and_drawn(tmp_path: Path, folder: Path) -> None:
     a, b = np.array([50.0, 60.0]), np.array([7, 8])
     a_scored_run(folder, a, a - 1, b, ttt_protocol="replay", ttt_n_epochs=50)
