@@ -1,19 +1,35 @@
 """
-Train a 10-layer, 512-wide GPT for ten minutes on 8xH100, squeeze it into 16,000,000 bytes with this file, and
+Train a 10-layer, 512-wide GPT for ten minutes on 8xH100, squeeze it into 16,000,000 bytes together with this file, and
 score the FineWeb validation split in bits per byte with test-time training. Not yet measured on 8xH100.
 
     PRESET=tiny python train_gpt.py                        # everything below, small, on a laptop CPU
     torchrun --standalone --nproc_per_node=8 train_gpt.py  # the record run
 
-An entry to OpenAI's Parameter Golf, built on thwu1's 1.1428-bpb record and on PR #467 of openai/parameter-golf.
+An entry to OpenAI's Parameter Golf, after thwu1's 1.1428-bpb record and PR #467 of openai/parameter-golf.
 - model: GQA, RoPE, per-head QK norm, relu^2 MLP, U-Net skips, hashed bigram embedding, SmearGate, tied embeddings
-- optimiser: Muon (same-shape matrices orthogonalised as one batch, divided over the ranks) and AdamW, on flat buffers
+- optimiser: Muon (same-shape matrices as one batch, divided over the ranks) and AdamW, on flat buffers
 - schedule: warmdown against the wall clock or the iteration count, stochastic weight averaging (SWA)
-- export: 3% magnitude pruning, int5 MLPs, int6 attention, one zstd-22 frame, no pickle
+- export: 3% magnitude pruning, int5 MLPs, int6 attention, steps stretched until it fits, one zstd-22 frame, no pickle
 - evaluation: standard, sliding window, or 50 cosine epochs of rank-8 LoRA on Q and V per document. Every figure is
   labelled: it is *backward-looking* only if each token was scored before any update had seen it.
+
+Map. A section calls only what stands above it; main(), at the end, calls them all.
+
+    section             what it holds                                                        pinned by tests/test_*
+    Configuration       Settings.from_env: the environment, each value checked               command_line
+    Run                 settings, rank, device, log and files, the ranks' agreements         faults, resume
+    Data                open_shards -> BatchLoader (training), load_validation -> Stream     faults, fuzz, evaluation
+    Model               GPT.forward(ids, targets, lora, past) -> NLL of every target         model, golden
+    Optimiser           Optimizer.step: clip, Muon (newton_schulz), AdamW (adam_)            optimiser
+    Training            Trainer.train: BatchLoader -> GPT -> Optimizer, SWA, checkpoints     training, faults
+    Export              prune -> quantize -> pack -> artifact -> unpack                      container, fuzz, golden
+    Evaluation          score_windows <- evaluate_standard, evaluate_sliding                 evaluation, golden
+    Test-time training  DocumentBatch: score_windows under Adapters, after a ContextCache    ttt, golden, device_paths
+    Main                preflight: all of it in small; then the run itself                   preflight, command_line
 """
-import bisect
+
+import contextlib
+import copy
 import difflib
 import hashlib
 import io
@@ -21,511 +37,865 @@ import json
 import math
 import os
 import platform
+import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 import uuid
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import Field, asdict, dataclass, field, fields, replace
 from pathlib import Path
-from typing import Callable, NamedTuple
+from typing import NamedTuple, Self
 
 import numpy as np
 import sentencepiece
 import torch
-import torch._dynamo  # the meta device would import it on first use, within the evaluation's seconds
+import torch._dynamo  # else imported on first use, within the evaluation's seconds
 import torch.distributed as dist
 import torch.nn.functional as F
 import zstandard
 from torch import Tensor, nn
 
 SOURCE = Path(__file__).resolve()
+SOURCE_BYTES = SOURCE.read_bytes()  # read once: the file may change while the run goes on
+SOURCE_SHA256 = hashlib.sha256(SOURCE_BYTES).hexdigest()
 SAMPLE = SOURCE.parent / "data" / "sample"
 
-# ---- Configuration: every setting is an environment variable, the field's name in capitals -------------------------
+# ======== Configuration ===============================================================================================
+# Every setting is an environment variable: the field's name in capitals. Three classes say what a value determines: the
+# model (the artifact's header), the trained weights (what a checkpoint must match), or this session alone.
+
+
 class UserError(Exception):
-    """Something the user can mend; its text reads `what is wrong — what to do`. The process ends with code 2."""
-def setting(default, doc: str, low=None, high=None, choices=None, tiny=None):
-    """A field with its documentation, its allowed range, and its value under PRESET=tiny where that differs."""
+    """Something the user can mend: `what is wrong — what to do`. The process ends with code 2."""
+
+
+def setting(default, doc: str, low=-math.inf, high=math.inf, choices=None, tiny=None):
+    """A field with its documentation, allowed range, and value under PRESET=tiny where that differs."""
     return field(default=default, metadata=dict(doc=doc, low=low, high=high, choices=choices, tiny=tiny))
 
+
 @dataclass(frozen=True)
-class Settings:
-    """Every setting: default, documentation, range, and its value under PRESET=tiny where that differs."""
-    preset: str = setting("record", "record, or tiny: a CPU-sized model on the bundled sample", choices=("record", "tiny"))
-    data_path: str = setting("./data/datasets/fineweb10B_sp1024", "folder of fineweb_{train,val}_*.bin", tiny=str(SAMPLE))
-    tokenizer_path: str = setting("./data/tokenizers/fineweb_1024_bpe.model", "SentencePiece model", tiny=str(SAMPLE / "sample_1024_bpe.model"))
-    run_id: str = setting("", "name of the run; empty: random")
-    output_dir: str = setting("", "where log, weights and results go; empty: runs/RUN_ID")
-    eval_only: str = setting("", "score this file and train nothing: a .ptz artifact, or a .pt state dict as it is")
-    resume: bool = setting(False, "go on from OUTPUT_DIR's checkpoint, if there is one")
-    checkpoint_every: int = setting(0, "steps between training checkpoints; 0: only when stopped and at the end", 0)
-    vocab_size: int = setting(1024, "tokens in the vocabulary", 260, 65536)
+class ModelSettings:
+    """A model's shapes and arithmetic."""
+
+    vocab_size: int = setting(1024, "vocabulary", 260, 65536)
     num_layers: int = setting(10, "transformer blocks", 2, 256, tiny=4)
-    model_dim: int = setting(512, "width of the residual stream", 8, 16384, tiny=96)
+    model_dim: int = setting(512, "width", 8, 16384, tiny=96)
     num_heads: int = setting(8, "query heads", 1, 256, tiny=2)
     num_kv_heads: int = setting(4, "key/value heads", 1, 256, tiny=1)
-    mlp_mult: float = setting(3.0, "MLP hidden width / model width", 0.125, 64)
-    tie_embeddings: bool = setting(True, "one matrix for embedding and head")
+    mlp_mult: float = setting(3.0, "MLP width / MODEL_DIM", 0.125, 64)
+    tie_embeddings: bool = setting(True, "embedding and head are one")
     rope_base: float = setting(10000.0, "RoPE base", 1.0)
-    logit_softcap: float = setting(30.0, "logits = cap * tanh(logits / cap)", 1e-3)
-    qk_gain_init: float = setting(1.5, "initial gain of the normalised queries")
-    bigram_vocab_size: int = setting(10240, "rows of the hashed bigram table", 2, 1 << 24, tiny=1024)
-    bigram_dim: int = setting(128, "width of the bigram table", 1, 16384, tiny=32)
-    tied_embed_init_std: float = setting(0.005, "standard deviation of the tied embedding at the start", 0.0)
-    seed: int = setting(42, "of the initial weights, the adapters and the audit", 0, 2**32 - 1)
+    logit_softcap: float = setting(30.0, "largest logit, by tanh", 1e-3)
+    bigram_vocab_size: int = setting(10240, "rows of the bigram table", 2, 1 << 24, tiny=1024)
+    bigram_dim: int = setting(128, "its width", 1, 16384, tiny=32)
+
+
+@dataclass(frozen=True)
+class TrainSettings(ModelSettings):
+    """What the trained weights depend on besides."""
+
+    seed: int = setting(42, "of weights and adapters", 0, 2**32 - 1)
+    qk_gain_init: float = setting(1.5, "initial gain of queries")
+    tied_embed_init_std: float = setting(0.005, "initial std of the tied embedding", 0.0)
     iterations: int = setting(20_000, "most optimiser steps", 0, tiny=160)
-    warmdown_iters: int = setting(3_500, "length of the final decay to zero, in steps", 0, tiny=80)
-    warmup_steps: int = setting(20, "steps that compile everything and are then undone", 0, tiny=2)
+    warmdown_iters: int = setting(3_500, "steps of the final decay to zero", 0, tiny=80)
     max_wallclock_seconds: float = setting(600.0, "training time; 0: no limit", 0.0, tiny=0.0)
-    train_batch_tokens: int = setting(786_432, "tokens per optimiser step, over all ranks", 1, 1 << 30, tiny=4_096)
+    train_batch_tokens: int = setting(786_432, "tokens per optimiser step, all ranks", 1, 1 << 30, tiny=4_096)
     train_seq_len: int = setting(2048, "tokens per row", 2, 1 << 20, tiny=256)
-    micro_batch_tokens: int = setting(98_304, "most tokens per rank in one forward and backward", 1, tiny=2_048)
-    val_loss_every: int = setting(500, "steps between validations; 0: only at the end", 0, tiny=80)
-    val_batch_size: int = setting(524_288, "tokens per validation batch, over all ranks", 1, tiny=8_192)
-    train_log_every: int = setting(100, "steps between log lines", 1, tiny=20)
-    embed_lr: float = setting(0.6, "lr of token and bigram tables, untied", 0.0)
-    tied_embed_lr: float = setting(0.03, "lr of token and bigram tables, tied", 0.0)
+    embed_lr: float = setting(0.6, "lr of both tables, untied", 0.0)
+    tied_embed_lr: float = setting(0.03, "lr of both tables, tied", 0.0)
     head_lr: float = setting(0.008, "lr of an untied head", 0.0)
     matrix_lr: float = setting(0.02, "lr of Muon's matrices", 0.0)
     scalar_lr: float = setting(0.02, "lr of everything else", 0.0)
     muon_momentum: float = setting(0.99, "Muon's momentum", 0.0, 1.0, tiny=0.95)
     muon_backend_steps: int = setting(5, "Newton-Schulz steps", 1, 100)
-    muon_momentum_warmup_start: float = setting(0.92, "Muon's momentum at step 0", 0.0, 1.0, tiny=0.85)
+    muon_momentum_warmup_start: float = setting(0.92, "momentum at step 0", 0.0, 1.0, tiny=0.85)
     muon_momentum_warmup_steps: int = setting(1_500, "steps to reach MUON_MOMENTUM", 0, tiny=80)
-    beta1: float = setting(0.9, "Adam's first decay rate, LoRA's included", 0.0, 0.999999)
-    beta2: float = setting(0.95, "Adam's second decay rate, LoRA's included", 0.0, 0.999999)
-    adam_eps: float = setting(1e-8, "Adam's epsilon in training", 0.0)
-    grad_clip_norm: float = setting(0.3, "largest global gradient norm; 0: no clipping", 0.0)
-    weight_decay: float = setting(0.04, "decoupled, for Muon and AdamW", 0.0)
-    swa_enabled: bool = setting(True, "average the weights of the warmdown")
-    swa_start_frac: float = setting(0.35, "average while the lr multiplier is below this", 0.0, 1.0)
-    swa_every: int = setting(50, "steps between samples of the average", 1, tiny=5)
+    beta1: float = setting(0.9, "Adam's, LoRA's included", 0.0, 0.999999)
+    beta2: float = setting(0.95, "Adam's, LoRA's included", 0.0, 0.999999)
+    adam_eps: float = setting(1e-8, "Adam's, in training", 0.0)
+    grad_clip_norm: float = setting(0.3, "largest gradient norm; 0: any", 0.0)
+    weight_decay: float = setting(0.04, "decoupled, of both methods", 0.0)
+    swa_enabled: bool = setting(True, "average the warmdown's weights")
+    swa_start_frac: float = setting(0.35, "largest lr multiplier of a sample", 0.0, 1.0)
+    swa_every: int = setting(50, "steps between samples", 1, tiny=5)
+
+
+@dataclass(frozen=True)
+class Settings(TrainSettings):
+    """What one session does besides."""
+
+    preset: str = setting("record", "tiny: on the bundled sample", choices=("record", "tiny"))
+    device: str = setting("cuda", "auto: what there is", choices=("cuda", "cpu", "auto"), tiny="auto")
+    data_path: str = setting("./data/datasets/fineweb10B_sp1024", "folder of fineweb_*_*.bin", tiny=f"{SAMPLE}")
+    tokenizer_path: str = setting(
+        "./data/tokenizers/fineweb_1024_bpe.model", "SentencePiece model", tiny=f"{SAMPLE}/sample_1024_bpe.model"
+    )
+    run_id: str = setting("", "empty: OUTPUT_DIR's name, or random")
+    output_dir: str = setting("", "of all results; empty: runs/RUN_ID")
+    eval_only: str = setting("", "only score this artifact (.ptz) or state dict (.pt)")
+    resume: bool = setting(False, "go on with OUTPUT_DIR's interrupted run")
+    checkpoint_every: int = setting(0, "steps between checkpoints; 0: only when stopped and last", 0)
     compile: int = setting(-1, "torch.compile; -1: on CUDA only", choices=(-1, 0, 1))
+    warmup_steps: int = setting(20, "steps of the preflight, undone; at least one", 0, tiny=2)
+    micro_batch_tokens: int = setting(98_304, "most tokens of a rank at once", 1, tiny=2_048)
+    val_loss_every: int = setting(500, "steps between validations; 0: only last", 0, tiny=80)
+    val_batch_size: int = setting(524_288, "tokens per validation batch, all ranks", 1, tiny=8_192)
+    train_log_every: int = setting(100, "steps between log lines", 1, tiny=20)
     fp16_keep_name_patterns: str = setting("tok_emb,blocks.8.attn.c_k", "tensors kept in fp16, comma separated")
-    prune_fraction: float = setting(0.03, "smallest weights set to zero before quantising", 0.0, 0.15)
-    artifact_max_bytes: int = setting(16_000_000, "cap on the artifact and this file together", 1)
-    val_docs: int = setting(0, "score only the first n validation documents; 0: all", 0)
+    prune_fraction: float = setting(0.03, "smallest weights that become zero", 0.0, 0.15)
+    artifact_max_bytes: int = setting(16_000_000, "artifact and this file together", 1)
+    val_docs: int = setting(0, "validation documents scored; 0: all", 0)
     eval_stride: int = setting(64, "stride of the sliding window", 1)
-    eval_batch_seqs: int = setting(32, "windows per batch and rank of the sliding evaluation", 1)
-    eval_max_seconds: float = setting(600.0, "evaluation time from the artifact's load; 0: no limit", 0.0)
-    ttt_enabled: bool = setting(True, "test-time training; 0: the final evaluation is the sliding window")
-    ttt_protocol: str = setting("replay", "epochs over the document, or one pass, valid at any number", choices=("replay", "single_pass"))
-    ttt_context: str = setting("cached", "cached keys and values, or recompute each window", choices=("cached", "recompute"))
+    eval_batch_seqs: int = setting(32, "sliding windows per batch and rank", 1)
+    eval_max_seconds: float = setting(600.0, "from the artifact's load on; 0: no limit", 0.0)
+    ttt_enabled: bool = setting(True, "test-time training; 0: sliding window")
+    ttt_protocol: str = setting("replay", "epochs, or one pass", choices=("replay", "single_pass"))
+    ttt_context: str = setting("cached", "keys and values, or windows", choices=("cached", "recompute"))
     ttt_lora_rank: int = setting(8, "rank of the adapters", 1, 4096)
-    ttt_lora_lr: float = setting(0.001, "peak of the adapters' cosine", 0.0)
-    ttt_n_epochs: int = setting(50, "epochs per document (replay) or steps per chunk (single_pass)", 1, 100_000)
+    ttt_lora_lr: float = setting(0.001, "their peak lr", 0.0)
+    ttt_n_epochs: int = setting(50, "epochs (replay) or steps per chunk (single_pass)", 1, 100_000)
     ttt_chunk_size: int = setting(256, "targets per adaptation step", 1)
-    ttt_eval_seq_len: int = setting(2048, "longest window, the chunk included", 2, tiny=512)
-    ttt_batch_size: int = setting(0, "documents adapted side by side; 0: chosen for the device", 0)
-    ttt_audit: int = setting(0, "documents audited for leaks of later tokens into earlier scores", 0, tiny=2)
+    ttt_eval_seq_len: int = setting(2048, "longest window, with the chunk", 2, tiny=512)
+    ttt_batch_size: int = setting(0, "documents at once; 0: by device", 0)
 
     @classmethod
-    def from_env(cls, env: dict[str, str]) -> "Settings":
+    def from_env(cls, env: dict[str, str]) -> Self:
         """Parse and check every variable. Raises UserError naming the variable, its value and what is allowed."""
-        tiny = parse_setting(cls.__dataclass_fields__["preset"], env.get("PRESET", "record")) == "tiny"
+        tiny = env.get("PRESET") == "tiny"
         values = {}
         for f in fields(cls):
-            raw, preset = env.get(f.name.upper()), f.metadata["tiny"] if tiny else None
-            values[f.name] = parse_setting(f, raw) if raw is not None else f.default if preset is None else preset
-        check_combinations(settings := cls(**values))
-        return settings
+            if f.name.upper() in env:
+                values[f.name] = parse_setting(f, env[f.name.upper()])
+            elif tiny and f.metadata["tiny"] is not None:
+                values[f.name] = f.metadata["tiny"]
+        return cls(**values).checked()
 
-MODEL_FIELDS = ("vocab_size", "num_layers", "model_dim", "num_heads", "num_kv_heads", "mlp_mult", "tie_embeddings", "rope_base",
-                "logit_softcap", "bigram_vocab_size", "bigram_dim")  # what the artifact's header carries
-BOS = 1
+    def checked(self) -> Self:
+        """Itself. Raises UserError, naming both, for two allowed values that cannot work together."""
+        for bad, problem in (
+            (self.model_dim % self.num_heads, "MODEL_DIM does not divide by NUM_HEADS"),
+            (self.num_heads % self.num_kv_heads, "NUM_HEADS does not divide by NUM_KV_HEADS"),
+            (self.model_dim // self.num_heads % 2, "MODEL_DIM over NUM_HEADS is odd and RoPE needs pairs"),
+            (self.train_batch_tokens % self.train_seq_len, "TRAIN_BATCH_TOKENS does not divide by TRAIN_SEQ_LEN"),
+            (self.micro_batch_tokens < self.train_seq_len, "MICRO_BATCH_TOKENS is less than TRAIN_SEQ_LEN"),
+            (self.eval_stride > self.train_seq_len, "EVAL_STRIDE exceeds TRAIN_SEQ_LEN"),
+            (self.ttt_chunk_size > self.ttt_eval_seq_len, "TTT_CHUNK_SIZE exceeds TTT_EVAL_SEQ_LEN"),
+            (self.tie_embeddings and not self.tied_embed_init_std, "TIE_EMBEDDINGS cannot use TIED_EMBED_INIT_STD"),
+        ):
+            if bad:
+                named = re.sub("[A-Z_]{6,}", lambda name: f"{name[0]}={+getattr(self, name[0].lower())}", problem)
+                raise UserError(f"{named} — change one of the two")
+        return self
 
-def parse_setting(f, raw):
-    """The value of field `f` from an environment string, or from a header's JSON value. Raises UserError."""
-    kind, low, high, choices = type(f.default), f.metadata["low"], f.metadata["high"], f.metadata["choices"]
-    allowed = "0 or 1" if kind is bool else f"one of {', '.join(map(str, choices))}" if choices else kind.__name__
-    if low is not None and not choices:
-        allowed += f" from {low}" + (f" to {high}" if high is not None else " up")
+    def of(self, kind: type) -> dict:
+        """The values of one of the classes above, by name."""
+        return {f.name: getattr(self, f.name) for f in fields(kind)}
+
+    @property
+    def ttt_figures(self) -> int:
+        """How many figures test-time training gives."""
+        return self.ttt_n_epochs if self.ttt_protocol == "replay" else 1
+
+
+def parse_setting(f: Field, raw):
+    """A field's value from an environment string or a header's JSON value. Raises UserError."""
+    kind, rule = type(f.default), f.metadata
     try:
-        value = {"0": False, "1": True}[str(int(raw))] if kind is bool else kind(raw)
-        good = value in choices if choices else value.isprintable() if kind is str else (
-            math.isfinite(value) and (low is None or value >= low) and (high is None or value <= high))
+        value = {0: False, 1: True}[int(raw)] if kind is bool else kind(raw)
+        if rule["choices"]:
+            good = value in rule["choices"]
+        elif kind is str:
+            good = value.isprintable()
+        else:
+            good = abs(value) < 3e38 and rule["low"] <= value <= rule["high"]  # float32 holds it
     except (ValueError, KeyError, TypeError, OverflowError):
         good = False
     if not good:
         shown = "".join(c if c.isprintable() else "?" for c in str(raw)[:80])
-        raise UserError(f"{f.name.upper()}={shown} — set {f.name.upper()} to {allowed} ({f.metadata['doc']})")
+        raise UserError(f"{f.name.upper()}={shown} — set {f.name.upper()} to {allowed_values(f)} ({rule['doc']})")
     return value
 
-def check_combinations(s: Settings) -> None:
-    """Raise UserError for values that are each allowed but cannot work together, naming both."""
-    problems = [(s.model_dim % s.num_heads, f"MODEL_DIM={s.model_dim} does not divide by NUM_HEADS={s.num_heads}"),
-        (s.num_heads % s.num_kv_heads, f"NUM_HEADS={s.num_heads} does not divide by NUM_KV_HEADS={s.num_kv_heads}"),
-        (s.model_dim // s.num_heads % 2, f"MODEL_DIM={s.model_dim} over NUM_HEADS={s.num_heads} is odd and RoPE needs pairs"),
-        (s.train_batch_tokens % s.train_seq_len,
-         f"TRAIN_BATCH_TOKENS={s.train_batch_tokens} does not divide by TRAIN_SEQ_LEN={s.train_seq_len}"),
-        (s.micro_batch_tokens < s.train_seq_len, f"MICRO_BATCH_TOKENS={s.micro_batch_tokens} is less than TRAIN_SEQ_LEN={s.train_seq_len}"),
-        (s.eval_stride > s.train_seq_len, f"EVAL_STRIDE={s.eval_stride} exceeds TRAIN_SEQ_LEN={s.train_seq_len}"),
-        (s.ttt_chunk_size > s.ttt_eval_seq_len, f"TTT_CHUNK_SIZE={s.ttt_chunk_size} exceeds TTT_EVAL_SEQ_LEN={s.ttt_eval_seq_len}"),
-        (s.tie_embeddings and not s.tied_embed_init_std, "TIE_EMBEDDINGS=1 cannot learn from TIED_EMBED_INIT_STD=0"),]
-    for bad, problem in problems:
-        if bad:
-            raise UserError(f"{problem} — change one of the two")
+
+def allowed_values(f: Field) -> str:
+    """What a setting may be, in words."""
+    kind, rule = type(f.default), f.metadata
+    if kind is bool:
+        return "0 or 1"
+    if rule["choices"]:
+        return f"one of {', '.join(map(str, rule['choices']))}"
+    if math.isfinite(rule["high"]):
+        return f"{kind.__name__} from {rule['low']} to {rule['high']}"
+    if math.isfinite(rule["low"]):
+        return f"{kind.__name__} from {rule['low']} up"
+    return kind.__name__
+
 
 def misspelt(env: dict[str, str]) -> list[str]:
     """A warning for each variable that is no setting but is spelt almost like one."""
     known = [f.name.upper() for f in fields(Settings)]
-    near = ((name, difflib.get_close_matches(name, known, 1, 0.85)) for name in sorted(env) if name not in known)
-    return [f"warning: {name} is not a setting — did you mean {match[0]}?" for name, match in near if match]
+    near = {name: difflib.get_close_matches(name, known, 1, 0.85) for name in sorted(env) if name not in known}
+    return [f"warning: {name} is not a setting — did you mean {match[0]}?" for name, match in near.items() if match]
 
-class Runtime:
-    """This process among the others: rank, device, compute dtype, and the few collectives the script needs.
-    Works under torchrun (nccl for CUDA tensors, gloo for CPU tensors) and as a single plain process."""
+
+# ======== Run =========================================================================================================
+# What always travels together: the settings, this process's place among the ranks, its device, its folder and its log.
+# A rank waits for others only where a signal can reach it, and where it learns that another has died.
+
+FILES = ("train.log", "checkpoint.pt", "final_model.pt", "final_model.ptz", "ttt_documents.npz", "result.json")
+SILENCE = 8  # missing signs of life, one a second, after which a rank counts as dead
+
+
+class Interrupted(Exception):
+    """SIGINT or SIGTERM; what is worth keeping is on the disk. The process ends with code 128 + signal."""
+
+    def __init__(self, number: int, where: str):
+        name = signal.Signals(number).name
+        super().__init__(f"{name} {where} — the same command with RESUME=1 and the same OUTPUT_DIR goes on")
+        self.number = number
+
+
+def user_line(e: Exception) -> str:
+    """What is wrong and what to do, of a UserError or an OSError."""
+    if not isinstance(e, OSError):
+        return str(e)
+    return f"cannot use {e.filename}: {e.strerror} — check the path, its permissions and the free space"
+
+
+def place_among_ranks(env: dict[str, str]) -> tuple[int, int, int]:
+    """Rank, world size and local rank: a launcher's, or alone. Raises UserError."""
+    if "RANK" not in env and "WORLD_SIZE" not in env:
+        return 0, 1, 0
+    rank, world = env.get("RANK", ""), env.get("WORLD_SIZE", "")
+    place = (rank, world, env.get("LOCAL_RANK", rank))
+    if not all(re.fullmatch("[0-9]{1,9}", value) for value in place) or int(rank) >= int(world):
+        shown = "RANK={} WORLD_SIZE={} LOCAL_RANK={}".format(*place)
+        raise UserError(f"{shown} is no place among ranks — launch with torchrun, or unset all three")
+    return tuple(int(value) for value in place)
+
+
+def choose_device(wanted: str, local: int) -> tuple[torch.device, str]:
+    """The device, and why it is no GPU. Raises UserError if CUDA is wanted in vain."""
+    if wanted == "cpu":
+        return torch.device("cpu"), "DEVICE=cpu"
+    try:
+        torch.cuda.init()  # says why not, where is_available() only says no
+        if local < torch.cuda.device_count():
+            return torch.device("cuda", local), ""
+        reason = f"LOCAL_RANK={local} but there are {torch.cuda.device_count()} GPUs"
+    except (RuntimeError, AssertionError) as e:
+        reason = " ".join(str(e).split())[:200]
+    if wanted == "cuda":
+        raise UserError(f"DEVICE=cuda, torch {torch.__version__}: {reason} — mend driver or torch, or set DEVICE=cpu")
+    return torch.device("cpu"), reason
+
+
+class Run:
+    """A run as one of its processes sees it, under torchrun or alone."""
+
+    signal = 0  # the first SIGINT or SIGTERM that any rank received
+    warned = False  # whether this process has received one itself
+    lost = None  # a rank that has died
+
     def __init__(self, s: Settings):
-        cuda = torch.cuda.is_available()
-        self.rank, self.world, local = (int(os.environ.get(k, v)) for k, v in (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0")))
-        self.device, self.dtype = (torch.device("cuda", local), torch.bfloat16) if cuda else (torch.device("cpu"), torch.float32)
-        self.compile, self.signal, self.event = cuda if s.compile < 0 else bool(s.compile), 0, None
-        if cuda:
-            torch.cuda.set_device(self.device)
-        if "RANK" in os.environ:
-            dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo")
+        self.s = s
+        self.rank, self.world, local = place_among_ranks(os.environ)
+        self.device, self.no_gpu = choose_device(s.device, local)
+        self.cuda = self.device.type == "cuda"
+        self.dtype = torch.bfloat16 if self.cuda else torch.float32
+        self.compile = self.cuda if s.compile < 0 else bool(s.compile)
+        self.output = Path(s.output_dir)
+        self.log_file = None  # rank 0's; the others are silent
+        self.rehearsing = False  # in the preflight: silent, and files are set aside
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, self.on_signal)
-    def on_signal(self, number: int, frame) -> None:
-        """Remember the first signal, so that the step in progress is finished; a second one ends the process at once."""
-        if self.signal:
+        if self.cuda:
+            torch.cuda.set_device(self.device)
+            self.event = torch.cuda.Event()  # of the last synchronize()
+        if self.world > 1:
+            self.connect()
+
+    def using(self, rehearsing: bool = False, **changes) -> Self:
+        """The same run with other settings, or as a rehearsal."""
+        other = copy.copy(self)
+        other.s = replace(self.s, **changes)
+        other.rehearsing = rehearsing
+        return other
+
+    # ---- Signals and the other ranks
+
+    def on_signal(self, number: int, frame):
+        """The first signal lets the work in progress finish; a second one ends the process at once."""
+        if Run.warned:
             os._exit(128 + number)
-        self.signal = number
+        Run.warned = True
+        Run.signal = Run.signal or number
+
+    @property
+    def stopping(self) -> bool:
+        """Whether work that can be interrupted should be."""
+        return bool(Run.signal) or Run.lost is not None
+
+    def connect(self):
+        """Join the other ranks. Raises UserError if the environment does not say where."""
+        try:
+            store, _, _ = next(dist.rendezvous("env://"))
+        except ValueError as e:
+            raise UserError(f"WORLD_SIZE={self.world} but {e} — launch with torchrun") from e
+        backend = "cpu:gloo,cuda:nccl" if self.cuda else "gloo"
+        card = self.device if self.cuda else None  # connects at once: what fails does so here
+        dist.init_process_group(backend, store=store, rank=self.rank, world_size=self.world, device_id=card)
+        self.store = dist.PrefixStore("train_gpt", store.clone())  # torch waits in its own, which lets no other call in
+        self.parted = threading.Event()
+        threading.Thread(target=self.watch, daemon=True).start()
+
+    def watch(self):
+        """(A thread.) Show every second that this rank lives; notice another's signal, or its death."""
+        beats, missed = [0] * self.world, [0] * self.world
+        while not self.parted.wait(1):
+            try:
+                if Run.signal:
+                    self.store.set("signal", str(Run.signal))
+                elif self.store.check(["signal"]):
+                    Run.signal = int(self.store.get("signal"))
+                for rank, last in enumerate(
+                    beats
+                ):  # counted, not timed: the whole job may have been stopped for a while
+                    beats[rank] = self.store.add(f"beats of {rank}", int(rank == self.rank))
+                    missed[rank] = missed[rank] + 1 if beats[rank] == last else 0
+                    if missed[rank] > SILENCE:
+                        Run.lost = rank
+            except RuntimeError:  # the process that holds the store is gone
+                Run.lost = 0
+            if Run.lost is not None and not self.parted.wait(SILENCE):  # time for the main thread to save and to end
+                os._exit(1)
+
+    def part(self):
+        """Leave the other ranks, all at once."""
+        if self.world > 1:
+            dist.barrier()
+            self.parted.set()
+            dist.destroy_process_group()
+
+    def meet(self, place: str):
+        """Wait until every rank is at `place`; then all go on, or all raise Interrupted. RuntimeError if one has died.
+
+        Polls, so that signals get through and no collective times out. The first to leave settles it for all."""
+        number = Run.signal
+        if self.world > 1:
+            key = f"{place} {self.rehearsing}"
+            if number:
+                self.store.set("signal", str(number))  # before arriving: the last to arrive must know of it
+            self.count(f"{key} reached")
+            told = int(self.store.get("signal")) if self.store.check(["signal"]) else Run.signal
+            number = int(self.store.compare_set(f"{key} settled", "", str(told)))
+            self.count(f"{key} left", wait=self.rank == 0)  # its process may hold the store
+        if number:
+            raise Interrupted(number, f"in the {place}; what is finished is kept")
+
+    def count(self, key: str, wait: bool = True):
+        """Add this rank to those under `key`; wait for the others. Raises RuntimeError if one has died."""
+        there = self.store.add(key, 1)
+        while wait and there < self.world:
+            if Run.lost is not None:
+                raise RuntimeError(f"rank {Run.lost} is gone (gloo and nccl would wait for it)")
+            time.sleep(0.02)
+            there = self.store.add(key, 0)
+
     def sum(self, tensor: Tensor) -> Tensor:
         """Sum over the ranks, in place."""
         if self.world > 1:
             dist.all_reduce(tensor)
         return tensor
+
     def agree(self, seconds: float) -> tuple[float, int]:
-        """Rank 0's seconds and the highest pending signal of any rank, the same on every rank."""
-        state = torch.tensor([seconds if self.rank == 0 else 0.0, self.signal], dtype=torch.float64)
+        """Rank 0's seconds and the highest signal of any rank, on every rank."""
+        state = torch.tensor([seconds * (self.rank == 0), Run.signal], dtype=torch.float64)
         if self.world > 1:
             dist.all_reduce(state, dist.ReduceOp.MAX)
         return float(state[0]), int(state[1])
+
     def gather(self, value) -> list:
         """Every rank's value, in rank order, on every rank."""
         values = [value] * self.world
         if self.world > 1:
             dist.all_gather_object(values, value)
         return values
-    def together(self, work: Callable):
-        """Rank 0's result of `work()`, run on every rank; if it raises UserError on any, that error is raised on all."""
+
+    def together(self, work: Callable, everywhere: bool = False):
+        """Rank 0's result of `work()`, run there or everywhere; any rank's UserError or OSError is raised on all."""
         result = error = None
-        try:
-            result = work()
-        except UserError as e:
-            error = str(e)
-        outcomes = self.gather((error, result if self.rank == 0 else None))
-        if error := next((error for error, _ in outcomes if error), None):
-            raise UserError(error)
-        return outcomes[0][1]
+        if everywhere or self.rank == 0:
+            try:
+                result = work()
+            except (UserError, OSError) as e:
+                error = user_line(e)
+        outcomes = self.gather((result, error))
+        for _, error in outcomes:
+            if error:
+                raise UserError(error)
+        return outcomes[0][0]
+
+    # ---- Device, log and files
+
     def compiled(self, function: Callable, **options) -> Callable:
         return torch.compile(function, **options) if self.compile else function
-    def synchronize(self, lag: bool = False) -> None:
+
+    def synchronize(self, lag: bool = False):
         """Wait for the device; with `lag`, only for what was launched before the last such call.
+
         A host at most one step ahead keeps the device busy, and its clock and deadlines mean something."""
-        if self.device.type == "cuda":
+        if self.cuda:
             previous, self.event = self.event, torch.cuda.Event()
             self.event.record()
-            ((previous or self.event) if lag else self.event).synchronize()
+            (previous if lag else self.event).synchronize()
 
-class Log:
-    """Lines to the console and to OUTPUT_DIR/train.log, from rank 0 only: the other ranks have no file. Raises UserError."""
-    def __init__(self, file=None):
-        self.file = file
-    def __call__(self, line: str, console: bool = True) -> None:
+    def log(self, line: str, console: bool = True):
+        """Print a line to console and train.log. A console that is gone (`| head`) does not end the run."""
+        if not self.log_file or self.rehearsing:
+            return
         try:
-            for file in (self.file, sys.stdout)[: 1 + console] if self.file else ():
-                print(line, file=file, flush=True)
+            print(line, file=self.log_file, flush=True)
         except OSError as e:
-            raise UserError(f"cannot write {self.file.name}: {e.strerror} — free space or set OUTPUT_DIR") from e
+            raise OSError(e.errno, e.strerror, self.log_file.name) from e
+        try:
+            if console:
+                print(line, flush=True)
+        except BrokenPipeError:
+            sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - open to the end
+            self.log("note: the console is closed; the run goes on")
 
-def environment(run: Runtime) -> dict:
-    """Versions, devices and thread count: what a run depends on besides its source and settings."""
-    device = torch.cuda.get_device_name(run.device) if run.device.type == "cuda" else platform.processor() or platform.machine()
-    return dict(python=platform.python_version(), torch=torch.__version__, numpy=np.__version__, zstandard=zstandard.__version__,
-                sentencepiece=sentencepiece.__version__, cuda=torch.version.cuda, device=device, device_type=run.device.type,
-                world_size=run.world, threads=torch.get_num_threads(), compile=run.compile, dtype=str(run.dtype).split(".")[1])
+    def path(self, name: str) -> Path:
+        """Where a file of the run lies; a rehearsal's lies beside it."""
+        return self.output / (f"preflight_{name}" if self.rehearsing else name)
 
-def write_whole(path: Path, write: Callable) -> None:
-    """Write a file so that `path` is always whole: the old content until the new one is on the disk. Raises UserError."""
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        with open(temporary, "wb") as f:
-            write(f)
-            f.flush()
-            os.fsync(f.fileno())
-        os.replace(temporary, path)
-    except OSError as e:
-        temporary.unlink(missing_ok=True)
-        raise UserError(f"cannot write {path}: {e.strerror} — the earlier file is untouched; free space or set OUTPUT_DIR") from e
+    def write(self, name: str, write: Callable):
+        """Write a file that is always whole: the old content until the new is on the disk. Raises OSError."""
+        path = self.path(name)
+        temporary = self.output / f"{name}.tmp"
+        try:
+            with open(temporary, "wb") as f:
+                write(f)
+                f.flush()
+                os.fsync(f.fileno())
+            os.replace(temporary, path)
+        except OSError as e:
+            temporary.unlink(missing_ok=True)
+            raise OSError(e.errno, e.strerror, str(path)) from e
 
-# ---- Data: token shards, byte counts, documents --------------------------------------------------------------------
-SHARD_MAGIC, SHARD_VERSION, SHARD_HEADER_BYTES = 20240520, 1, 1024
+
+def environment(run: Run) -> dict:
+    """What a run depends on besides its source and settings."""
+    device = torch.cuda.get_device_name() if run.cuda else platform.processor() or platform.machine()
+    found = {module.__name__: module.__version__ for module in (torch, np, zstandard, sentencepiece)}
+    found |= dict(python=platform.python_version(), cuda=torch.version.cuda, device_type=run.device.type, device=device)
+    found |= dict(world_size=run.world, threads=torch.get_num_threads(), compile=run.compile)
+    return found | dict(dtype=str(run.dtype).split(".")[1])
+
+
+def own_artifact(s: Settings, output: Path) -> bool:
+    """Whether EVAL_ONLY's file lies in the folder of the output."""
+    return bool(s.eval_only) and Path(s.eval_only).resolve().parent == output.resolve()
+
+
+def open_output(run: Run) -> Run:
+    """The run with its name and folder fixed on all ranks, and its log open. Raises UserError if the folder is taken.
+
+    Only RESUME=1, or EVAL_ONLY of its own artifact, may go on in a folder that has results."""
+    given = run.s.output_dir
+    run_id = run.together(lambda: run.s.run_id or Path(given).name or uuid.uuid4().hex[:12])
+    run = run.using(run_id=run_id, output_dir=given or f"runs/{run_id}")
+    run.output = Path(run.s.output_dir)
+
+    def prepare():
+        taken = [name for name in FILES if (run.output / name).is_file() or (run.output / name).is_dir()]
+        goes_on = run.s.resume and not (run.s.eval_only and {*FILES[1:4], "result.json"} & {*taken})
+        if taken and not goes_on and not own_artifact(run.s, run.output):
+            raise UserError(f"OUTPUT_DIR={run.output} holds a run's {taken[0]} — choose another, or set RESUME=1")
+        run.output.mkdir(parents=True, exist_ok=True)
+        run.log_file = open(run.path("train.log"), "a", encoding="utf-8")  # noqa: SIM115 - open to the end
+
+    run.together(prepare)
+    return run
+
+
+def describe(run: Run):
+    """Log what it takes to repeat the run; a star marks settings that the environment gave."""
+    run.log(SOURCE_BYTES.decode(), console=False)
+    for line in misspelt(os.environ):  # main() has shown them
+        run.log(line, console=False)
+    for name, value in asdict(run.s).items():
+        run.log(f"{'*' if name.upper() in os.environ else ' '} {name.upper()}={value}")
+    run.log(" ".join(f"{k}:{v}" for k, v in environment(run).items()))
+    if run.no_gpu:
+        run.log(f"on the CPU: {run.no_gpu}")
+
+
+# ======== Data ========================================================================================================
+# Shards are memory-mapped token streams. Training reads the endless concatenation of its shards; validation is one
+# stream of N tokens and N - 1 targets, each with the bytes that it adds to the text, cut into documents at BOS.
+
+BOS = 1
+SHARD_MAGIC = 20240520
+SHARD_VERSION = 1
+SHARD_HEADER_BYTES = 1024
+
 
 def open_shard(path: Path) -> np.ndarray:
-    """Memory-map one shard's tokens, (n,) uint16. Raises UserError for a file that is not a whole shard."""
-    repair = "fetch or make this shard again"
-    try:
-        size, header = path.stat().st_size, np.fromfile(path, "<i4", 256)
-        magic, version, count = header[:3].tolist() if len(header) == 256 else (0, 0, 0)
-        if (magic, version) != (SHARD_MAGIC, SHARD_VERSION):
-            raise UserError(f"shard {path} ({size} bytes) has magic {magic}, version {version}, not {SHARD_MAGIC}, 1 — {repair}")
-        if count < 1 or size != SHARD_HEADER_BYTES + 2 * count:
-            raise UserError(f"shard {path} announces {count} tokens but has {(size - SHARD_HEADER_BYTES) / 2:g} — {repair}")
-        return np.memmap(path, "<u2", "r", SHARD_HEADER_BYTES, (count,))
-    except OSError as e:
-        raise UserError(f"cannot read shard {path}: {e.strerror} — check the file and its permissions") from e
+    """Memory-map a shard's tokens, (n,) uint16. Raises UserError if the file is not a whole shard, OSError."""
+    header = np.fromfile(path, "<i4", 3).tolist()
+    magic, version, count = (header + [0, 0, 0])[:3]  # the file may be shorter
+    room = (path.stat().st_size - SHARD_HEADER_BYTES) / 2
+    if (magic, version) != (SHARD_MAGIC, SHARD_VERSION) or count < 1 or count != room:
+        what = f"shard {path} has magic {magic}, version {version}, announces {count} tokens and has {room:g}"
+        raise UserError(f"{what} — fetch or make it again")
+    return np.memmap(path, "<u2", "r", SHARD_HEADER_BYTES, (count,))
 
-def open_shards(folder: str, split: str) -> list[np.ndarray]:
-    """All shards of a split ('train' or 'val') in the order of their names. Raises UserError."""
-    paths = sorted(Path(folder).glob(f"fineweb_{split}_*.bin"))
-    if not paths:
-        raise UserError(f"no fineweb_{split}_*.bin in {folder} — set DATA_PATH, or run data/fineweb.py or data/text.py")
-    return [open_shard(path) for path in paths]
 
-def check_tokens(shards: list[np.ndarray], vocab_size: int, run: Runtime) -> None:
-    """Raise UserError on every rank if any shard holds a token outside the vocabulary. The ranks share the reading."""
+def open_shards(split: str, run: Run) -> list[np.ndarray]:
+    """All shards of a split ('train' or 'val') by name, checked by all ranks together. Raises UserError."""
+    shards = []
+
     def scan():
+        shards.extend(open_shard(path) for path in sorted(Path(run.s.data_path).glob(f"fineweb_{split}_*.bin")))
+        if not shards:
+            where = f"fineweb_{split}_*.bin in {run.s.data_path}"
+            raise UserError(f"no {where} — set DATA_PATH, or run data/fineweb.py or data/text.py")
         for shard in shards[run.rank :: run.world]:
-            if (top := max(int(shard[i : i + (1 << 24)].max()) for i in range(0, len(shard), 1 << 24))) >= vocab_size:
-                raise UserError(f"shard {shard.filename} has token {top} but VOCAB_SIZE={vocab_size} — use shards of the vocabulary")
-    run.together(scan)
+            top = max(int(shard[i : i + (1 << 24)].max()) for i in range(0, len(shard), 1 << 24))
+            if top >= run.s.vocab_size:
+                what = f"{shard.filename} has token {top} but VOCAB_SIZE={run.s.vocab_size}"
+                raise UserError(f"{what} — use shards of the vocabulary")
+
+    run.together(scan, everywhere=True)
+    return shards
+
+
+def fingerprint(shards: list[np.ndarray]) -> str:
+    """SHA-256 over each shard's size and 64 evenly spaced blocks of it."""
+    digest = hashlib.sha256()
+    for shard in shards:
+        digest.update(len(shard).to_bytes(8, "little"))
+        for start in np.linspace(0, max(len(shard) - 4096, 0), 64, dtype=np.int64):
+            digest.update(shard[start : start + 4096].tobytes())
+    return digest.hexdigest()
+
 
 class BatchLoader:
-    """Global batches of consecutive tokens, cut into equal slices per rank and micro-step, read ahead on a thread.
-    Batch k covers TRAIN_BATCH_TOKENS + 1 tokens from k * TRAIN_BATCH_TOKENS on, wrapping around the shards, so the batches depend
-    on the step alone and not on the world size. Raises UserError where the sizes do not divide."""
-    def __init__(self, shards: list[np.ndarray], s: Settings, run: Runtime):
+    """Batches of consecutive tokens, cut equally by rank and micro-step, read ahead on a thread.
+
+    Batch k starts at token k * TRAIN_BATCH_TOKENS of the endless stream. Raises UserError if its rows do not divide."""
+
+    def __init__(self, shards: list[np.ndarray], run: Run):
+        s = run.s
         rows = s.train_batch_tokens // s.train_seq_len
         if rows % run.world:
-            raise UserError(f"TRAIN_BATCH_TOKENS/TRAIN_SEQ_LEN={rows} rows do not divide by WORLD_SIZE={run.world} — change one of them")
+            what = f"TRAIN_BATCH_TOKENS/TRAIN_SEQ_LEN={rows} rows do not divide by WORLD_SIZE={run.world}"
+            raise UserError(f"{what} — change one of them")
+        self.run = run
         self.rows = rows // run.world  # of this rank
-        self.micro_rows = max(n for n in range(1, self.rows + 1) if self.rows % n == 0 and n * s.train_seq_len <= s.micro_batch_tokens)
-        self.shards, self.ends = shards, np.cumsum([len(x) for x in shards])
-        self.seq_len, self.batch_tokens, self.run = s.train_seq_len, s.train_batch_tokens, run
-        self.pool, self.ahead = ThreadPoolExecutor(1), None
+        most = min(self.rows, s.micro_batch_tokens // s.train_seq_len)
+        self.micro_rows = max(n for n in range(1, most + 1) if self.rows % n == 0)
+        self.shards = shards
+        self.ends = np.cumsum([len(shard) for shard in shards])
+        self.pool = ThreadPoolExecutor(1)
+        self.ahead = {}  # step: its block on the way
+
     def read(self, start: int, count: int) -> np.ndarray:
         """`count` tokens of the endless stream from position `start`, (count,) uint16."""
-        out, filled = np.empty(count, np.uint16), 0
-        while filled < count:
-            at = (start + filled) % int(self.ends[-1])
-            i = int(np.searchsorted(self.ends, at, side="right"))
-            piece = self.shards[i][at - int(self.ends[i]) + len(self.shards[i]) :][: count - filled]
-            out[filled : filled + len(piece)] = piece
-            filled += len(piece)
-        return out
+        pieces = []
+        while count:
+            start %= int(self.ends[-1])
+            i = int(np.searchsorted(self.ends, start, side="right"))
+            piece = self.shards[i][start - int(self.ends[i]) :][:count]  # a negative index: from the shard's end
+            pieces.append(piece)
+            start += len(piece)
+            count -= len(piece)
+        return np.concatenate(pieces)
+
     def load(self, step: int) -> Tensor:
-        tokens = self.rows * self.seq_len
-        block = torch.from_numpy(self.read(step * self.batch_tokens + self.run.rank * tokens, tokens + 1).astype(np.int32))
-        return block.pin_memory() if self.run.device.type == "cuda" else block
+        """This rank's tokens of a step and the one after them, (rows * TRAIN_SEQ_LEN + 1,) int32."""
+        tokens = self.rows * self.run.s.train_seq_len
+        start = step * self.run.s.train_batch_tokens + self.run.rank * tokens
+        block = torch.from_numpy(self.read(start, tokens + 1).astype(np.int32))
+        return block.pin_memory() if self.run.cuda else block
+
     def batch(self, step: int) -> list[tuple[Tensor, Tensor]]:
         """This rank's micro-batches of a step: inputs and targets, each (micro_rows, TRAIN_SEQ_LEN) int64."""
-        block = self.ahead[1].result() if self.ahead and self.ahead[0] == step else self.load(step)
-        self.ahead = step + 1, self.pool.submit(self.load, step + 1)
-        block = block.to(self.run.device, non_blocking=True).long()
-        x, y = (part.view(-1, self.micro_rows, self.seq_len) for part in (block[:-1], block[1:]))
-        return list(zip(x, y))
+        coming = self.ahead.get(step) or self.pool.submit(self.load, step)
+        self.ahead = {step + 1: self.pool.submit(self.load, step + 1)}
+        block = coming.result().to(self.run.device, non_blocking=True).long()
+        shape = (-1, self.micro_rows, self.run.s.train_seq_len)
+        return list(zip(block[:-1].view(shape), block[1:].view(shape), strict=True))
 
-def load_tokenizer(path: str, vocab_size: int) -> sentencepiece.SentencePieceProcessor:
-    """Load a SentencePiece model. Raises UserError if it is missing, damaged or of another size."""
+
+def load_tokenizer(path: str, vocab_size: int):
+    """A SentencePiece model. Raises UserError if it is damaged or of another size, OSError."""
+    model = Path(path).read_bytes()
     try:
-        sp = sentencepiece.SentencePieceProcessor(model_proto=Path(path).read_bytes())
-    except OSError as e:
-        raise UserError(f"cannot read tokenizer {path}: {e.strerror} — set TOKENIZER_PATH") from e
+        sp = sentencepiece.SentencePieceProcessor(model_proto=model)
     except Exception as e:  # sentencepiece raises bare RuntimeErrors
         raise UserError(f"{path} is not a SentencePiece model — set TOKENIZER_PATH to the dataset's .model file") from e
     if sp.vocab_size() != vocab_size:
-        raise UserError(f"tokenizer {path} has {sp.vocab_size()} pieces but VOCAB_SIZE={vocab_size} — set one to match the other")
+        raise UserError(f"{path} has {sp.vocab_size()} pieces but VOCAB_SIZE={vocab_size} — set one to match the other")
     return sp
 
-def target_bytes(sp: sentencepiece.SentencePieceProcessor, tokens: np.ndarray) -> np.ndarray:
-    """UTF-8 bytes that each target adds to the text, (len(tokens) - 1,) int16 (SPEC of the challenge's bpb).
-    A byte piece is 1; control, unknown and unused pieces 0; any other its length, its leading space counted as one byte unless the
-    token before it is control, unknown or unused."""
+
+def target_bytes(sp, tokens: np.ndarray) -> np.ndarray:
+    """UTF-8 bytes that each target adds to the text, (len(tokens) - 1,) int16: the challenge's rule for bpb.
+
+    A byte piece is 1; control, unknown and unused ones 0; any other its length, a leading space 1, or 0 after those."""
     ids = range(sp.vocab_size())
     silent = np.array([sp.is_control(i) or sp.is_unknown(i) or sp.is_unused(i) for i in ids])
-    pieces = ["" if silent[i] else "?" if sp.is_byte(i) else sp.id_to_piece(i) for i in ids]
-    spaced = np.array([p.startswith("▁") for p in pieces])
-    length = np.array([len(p.removeprefix("▁").encode()) for p in pieces], np.int16)
+    pieces = ["?" if sp.is_byte(i) else sp.id_to_piece(i) for i in ids]
+    spaced = np.array([piece.startswith("▁") for piece in pieces]) & ~silent
+    length = np.array([len(piece.removeprefix("▁").encode()) for piece in pieces], np.int16) * ~silent
     before, target = tokens[:-1], tokens[1:]
     return length[target] + (spaced[target] & ~silent[before])
 
+
 def find_documents(tokens: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Start and number of targets of each document, both (documents,) int64.
-    A document runs from its BOS to the next one inclusive, the last to the end of the stream; tokens before the first BOS are a
-    document of their own. Every target belongs to exactly one document."""
-    starts = np.flatnonzero(tokens == BOS)
-    starts = np.unique(np.concatenate([[0], starts[starts < len(tokens) - 1]])).astype(np.int64)
-    return starts, np.diff(np.append(starts, len(tokens) - 1))
+    """Start of each document and its number of targets, (documents,) int64 each. Every target belongs to exactly one.
+
+    A document runs from its BOS to the next one inclusive, or to the end; tokens before the first BOS are one, too."""
+    starts = np.union1d([0], np.flatnonzero(tokens[:-1] == BOS))
+    return starts, np.diff(starts, append=len(tokens) - 1)
+
 
 class Stream:
-    """A stream of N validation tokens on a device: `tokens` (N,) int32, `bytes` per target (N-1,) int16, documents."""
+    """N validation tokens on a device: `tokens` (N,) int32, `bytes` per target (N-1,) int16, and their documents.
+
+    `documents` gives the documents' starts and lengths in targets where BOS does not."""
+
     def __init__(self, tokens: np.ndarray, bytes_: np.ndarray, device: torch.device, documents=None):
-        self.starts, self.targets = documents or find_documents(tokens)
+        self.starts, self.lengths = documents or find_documents(tokens)
         self.tokens = torch.from_numpy(tokens.astype(np.int32)).to(device)
         self.bytes = torch.from_numpy(bytes_.astype(np.int16)).to(device)
-        self.target_count, self.byte_count = len(tokens) - 1, int(bytes_.sum(dtype=np.int64))
-        ends = np.concatenate([[0], np.cumsum(bytes_, dtype=np.int64)])
-        self.document_bytes = ends[self.starts + self.targets] - ends[self.starts]
+        self.target_count = len(tokens) - 1
+        ends = np.cumsum(np.append(0, bytes_), dtype=np.int64)
+        self.byte_count = int(ends[-1])
+        self.document_bytes = ends[self.starts + self.lengths] - ends[self.starts]
+        self.fingerprint = hashlib.sha256(tokens.astype("<u2").tobytes() + bytes_.astype("<i2").tobytes()).hexdigest()
 
-def load_validation(s: Settings, run: Runtime) -> Stream:
-    """The validation stream, its first VAL_DOCS documents if asked, with byte counts. Raises UserError."""
+
+def load_validation(run: Run) -> Stream:
+    """The validation stream, its first VAL_DOCS documents if asked. Raises UserError, OSError."""
+    s = run.s
     sp = load_tokenizer(s.tokenizer_path, s.vocab_size)
-    shards = open_shards(s.data_path, "val")
-    check_tokens(shards, s.vocab_size, run)
-    tokens = np.concatenate(shards)
-    starts, targets = find_documents(tokens)
+    tokens = np.concatenate(open_shards("val", run))
+    starts, lengths = find_documents(tokens)
     if s.val_docs > len(starts):
-        raise UserError(f"VAL_DOCS={s.val_docs} but {s.data_path} has {len(starts)} validation documents — set VAL_DOCS to at most that")
+        raise UserError(f"VAL_DOCS={s.val_docs} but {s.data_path} has {len(starts)} — set VAL_DOCS to at most that")
     if s.val_docs:
-        tokens = tokens[: starts[s.val_docs - 1] + targets[s.val_docs - 1] + 1]
-    if not (bytes_ := target_bytes(sp, tokens)).any():
-        raise UserError(f"the {len(tokens)} validation tokens of {s.data_path} hold no target with text — fetch or make the shards again")
+        tokens = tokens[: starts[s.val_docs - 1] + lengths[s.val_docs - 1] + 1]
+    bytes_ = target_bytes(sp, tokens)
+    if not bytes_.any():
+        raise UserError(f"the validation set in {s.data_path} has no target with text — fetch or make it again")
     return Stream(tokens, bytes_, run.device)
 
-def prepare_sample(s: Settings, run: Runtime) -> None:
-    """Build the bundled sample if DATA_PATH is its place and it is missing: on rank 0, the others wait."""
+
+def synthetic_stream(lengths: list[int], run: Run) -> Stream:
+    """Documents of random tokens with these numbers of targets, a byte each: for the preflight."""
+    ends = np.cumsum(lengths)
+    tokens = np.random.default_rng(0).integers(BOS + 1, run.s.vocab_size, ends[-1] + 1)
+    return Stream(tokens, np.ones(ends[-1], np.int16), run.device, (ends - lengths, np.array(lengths)))
+
+
+def prepare_sample(run: Run):
+    """Build the bundled sample if DATA_PATH is it and it is missing. Raises UserError."""
+
     def build():
-        if run.rank == 0 and Path(s.data_path).resolve() == SAMPLE and not SAMPLE.exists():
-            if code := subprocess.call([sys.executable, str(SAMPLE.parent / "sample.py")], stdout=sys.stderr):
+        if Path(run.s.data_path).resolve() == SAMPLE and not SAMPLE.exists():
+            code = subprocess.call([sys.executable, str(SAMPLE.parent / "sample.py")], stdout=sys.stderr)
+            if code:
                 raise UserError(f"data/sample.py ended with code {code} — see its message above")
+
     run.together(build)
 
-# ---- Model ---------------------------------------------------------------------------------------------------------
-RMS_EPS = torch.finfo(torch.float32).eps  # F.rms_norm's default, also under bf16, whose own would swamp a fresh embedding
+
+# ======== Model =======================================================================================================
+# One forward pass serves training, scoring and adaptation. It returns the NLL of every target; what adaptation needs
+# besides (LoRA in every layer, a context of cached keys and values) are two optional arguments.
+
+RMS_EPS = torch.finfo(torch.float32).eps  # F.rms_norm's default; bf16's own would swamp a fresh embedding
+
 
 class Past(NamedTuple):
-    """What the chunks before this one leave to it, for B documents in step."""
-    position: int | Tensor  # tokens before the chunk
-    last_id: Tensor  # (B, 1) the token before it
-    last_x: Tensor  # (B, 1, d) that token's normalised embedding, before SmearGate
-    kv: Tensor  # (B, layers, 2, kv heads, context, head dim) rotated keys, and values
+    """What the chunks before this one leave to it, for B documents."""
+
+    position: int | Tensor = 0  # tokens before the chunk
+    last_id: Tensor | None = None  # (B, 1) the token before it
+    last_x: Tensor | None = None  # (B, 1, d) that token's normalised embedding, before SmearGate
+    kv: Tensor | None = None  # (B, layers, 2, kv heads, context, head dim) rotated keys, and values
+
 
 class Lora(NamedTuple):
     """One layer's adapters for B documents: q += x A[:r]' Bq', v += x A[r:]' Bv'."""
+
     a: Tensor  # (B, 2r, d)
     b_q: Tensor  # (B, d, r)
     b_v: Tensor  # (B, kv dim, r)
 
-def norm(x: Tensor) -> Tensor:
-    """RMS norm over the last dimension, without a learned weight."""
+
+def norm(x):
+    """RMS norm over the last dimension."""
     return F.rms_norm(x, (x.size(-1),), eps=RMS_EPS)
 
-def rotary(position: Tensor, head_dim: int, base: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+
+def rotary(position, head_dim: int, base: float, dtype):
     """cos and sin of RoPE's angles, (T, head_dim / 2), computed in float32."""
     inverse = base ** (-torch.arange(0, head_dim, 2, device=position.device, dtype=torch.float32) / head_dim)
     angle = torch.outer(position.float(), inverse)
     return angle.cos().to(dtype), angle.sin().to(dtype)
 
-def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+
+def apply_rotary(x, cos, sin):
     """Rotate (…, T, head_dim), in halves layout, by RoPE's angles (Su et al. 2021)."""
     x1, x2 = x.chunk(2, dim=-1)
     return torch.cat((x1 * cos + x2 * sin, x2 * cos - x1 * sin), dim=-1)
 
+
+def attend(q, k, v, kv):
+    """Causal attention of q (B, heads, T, head_dim) to k and v (B, kv heads, T, head_dim), and to all of a context."""
+    if kv is None:
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+    keys = torch.cat((kv[:, 0], k), dim=2)
+    values = torch.cat((kv[:, 1], v), dim=2)
+    if q.is_cuda:  # this kernel aligns causality with the last key, F.scaled_dot_product_attention with the first
+        return torch.ops.aten._scaled_dot_product_flash_attention(q, keys, values, 0.0, True)[0]
+    seen = torch.ones(q.size(2), keys.size(2), dtype=torch.bool).tril(keys.size(2) - q.size(2))
+    return F.scaled_dot_product_attention(q, keys, values, seen, enable_gqa=True)
+
+
 class Linear(nn.Linear):
     """No bias; float32 master weight, used in the dtype of its input."""
+
     def __init__(self, inputs: int, outputs: int):
         super().__init__(inputs, outputs, bias=False)
-    def forward(self, x: Tensor) -> Tensor:
+
+    def forward(self, x):
         return F.linear(x, self.weight.to(x.dtype))
 
+
 class Attention(nn.Module):
-    """Causal grouped-query attention with per-head RMS norm and RoPE on queries and keys."""
+    """Causal grouped-query attention with per-head norm and RoPE on queries and keys."""
+
     def __init__(self, s: Settings):
         super().__init__()
         self.head_dim = s.model_dim // s.num_heads
         kv_dim = self.head_dim * s.num_kv_heads
-        self.c_q, self.proj = Linear(s.model_dim, s.model_dim), Linear(s.model_dim, s.model_dim)
-        self.c_k, self.c_v = Linear(s.model_dim, kv_dim), Linear(s.model_dim, kv_dim)
+        self.c_q = Linear(s.model_dim, s.model_dim)
+        self.c_k = Linear(s.model_dim, kv_dim)
+        self.c_v = Linear(s.model_dim, kv_dim)
+        self.proj = Linear(s.model_dim, s.model_dim)
         self.q_gain = nn.Parameter(torch.full((s.num_heads,), s.qk_gain_init))
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, lora: Lora | None, kv: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+
+    def forward(self, x, rope, lora, kv):
+        """x (B, T, d) -> its update (B, T, d), and the keys and values to cache, (B, kv heads, T, head_dim) each."""
         q, k, v = self.c_q(x), self.c_k(x), self.c_v(x)
         if lora is not None:
             low_q, low_v = (x @ lora.a.to(x.dtype).mT).chunk(2, dim=-1)  # (B, T, r) each
             q = q + low_q @ lora.b_q.to(x.dtype).mT
             v = v + low_v @ lora.b_v.to(x.dtype).mT
         q, k, v = (y.unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for y in (q, k, v))  # (B, heads, T, head_dim)
-        q, k = apply_rotary(norm(q), cos, sin), apply_rotary(norm(k), cos, sin)
-        q = q * self.q_gain.to(q.dtype)[:, None, None]
-        if kv is None:
-            y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
-        else:  # every query sees the whole context, then its own chunk causally
-            keys, values = torch.cat((kv[:, 0], k), dim=2), torch.cat((kv[:, 1], v), dim=2)
-            if q.is_cuda:  # this kernel aligns causality with the last key, F.scaled_dot_product_attention with the first
-                y = torch.ops.aten._scaled_dot_product_flash_attention(q, keys, values, 0.0, True)[0]
-            else:
-                seen = torch.ones(q.size(2), keys.size(2), dtype=torch.bool).tril(keys.size(2) - q.size(2))
-                y = F.scaled_dot_product_attention(q, keys, values, seen, enable_gqa=True)
-        return self.proj(y.transpose(1, 2).flatten(2)), k, v
+        q = apply_rotary(norm(q), *rope) * self.q_gain.to(q.dtype)[:, None, None]
+        k = apply_rotary(norm(k), *rope)
+        y = attend(q, k, v, kv)
+        return self.proj(y.transpose(1, 2).flatten(2)), k.detach(), v.detach()
+
 
 class MLP(nn.Module):
     """proj(relu(fc(x))^2)."""
+
     def __init__(self, s: Settings):
         super().__init__()
         hidden = int(s.mlp_mult * s.model_dim)
-        self.fc, self.proj = Linear(s.model_dim, hidden), Linear(hidden, s.model_dim)
-    def forward(self, x: Tensor) -> Tensor:
+        self.fc = Linear(s.model_dim, hidden)
+        self.proj = Linear(hidden, s.model_dim)
+
+    def forward(self, x):
         return self.proj(self.fc(x).relu().square())
 
+
 class Block(nn.Module):
-    """A learned mix of the stream with the first layer's input, then attention and MLP, each with per-channel scales."""
+    """A learned mix of x with the first layer's input x0, then attention and MLP, with per-channel scales."""
+
     def __init__(self, s: Settings):
         super().__init__()
-        self.attn, self.mlp = Attention(s), MLP(s)
-        self.attn_scale, self.mlp_scale = nn.Parameter(torch.ones(s.model_dim)), nn.Parameter(torch.ones(s.model_dim))
-        self.resid_mix = nn.Parameter(torch.stack((torch.ones(s.model_dim), torch.zeros(s.model_dim))))
-    def forward(self, x: Tensor, x0: Tensor, cos: Tensor, sin: Tensor, lora: Lora | None, kv: Tensor | None):
+        self.attn = Attention(s)
+        self.mlp = MLP(s)
+        self.attn_scale = nn.Parameter(torch.ones(s.model_dim))
+        self.mlp_scale = nn.Parameter(torch.ones(s.model_dim))
+        self.resid_mix = nn.Parameter(torch.tensor([[1.0], [0.0]]).repeat(1, s.model_dim))
+
+    def forward(self, x, x0, rope, lora, kv):
+        """x and x0 (B, T, d) -> x (B, T, d), keys and values."""
         mix, attn_scale, mlp_scale = (p.to(x.dtype) for p in (self.resid_mix, self.attn_scale, self.mlp_scale))
         x = mix[0] * x + mix[1] * x0
-        y, k, v = self.attn(norm(x), cos, sin, lora, kv)
+        y, k, v = self.attn(norm(x), rope, lora, kv)
         x = x + attn_scale * y
         return x + mlp_scale * self.mlp(norm(x)), k, v
 
+
 class BigramHash(nn.Module):
     """Embedding of (previous token, token), hashed into a small table (thwu1's record)."""
+
     def __init__(self, s: Settings):
         super().__init__()
         self.embed = nn.Embedding(s.bigram_vocab_size, s.bigram_dim)
         self.proj = Linear(s.bigram_dim, s.model_dim) if s.bigram_dim != s.model_dim else nn.Identity()
         self.scale = nn.Parameter(torch.tensor(0.05))
-    def forward(self, ids: Tensor, last_id: Tensor | None) -> Tensor:
-        """ids (B, T), last_id (B, 1) the tokens before them -> (B, T, d) float32."""
-        last_row, ids = self.embed.num_embeddings - 1, ids.to(torch.int32)
-        previous = ids[:, :-1] if last_id is None else torch.cat((last_id.to(torch.int32), ids[:, :-1]), dim=1)
-        current = ids[:, 1:] if last_id is None else ids
-        h = (36313 * current ^ 27191 * previous) % last_row
+
+    def forward(self, ids, last_id, dtype):
+        """ids (B, T), last_id (B, 1) the tokens before them -> (B, T, d) of `dtype`."""
+        last_row = self.embed.num_embeddings - 1
+        ids = ids.to(torch.int32)
         if last_id is None:  # a first token has no predecessor: the table's last row is its own
-            h = F.pad(h, (1, 0), value=last_row)
-        return self.scale * self.proj(self.embed(h.long()))
+            hashed = F.pad((36313 * ids[:, 1:] ^ 27191 * ids[:, :-1]) % last_row, (1, 0), value=last_row)
+        else:
+            before = torch.cat((last_id.to(torch.int32), ids[:, :-1]), dim=1)
+            hashed = (36313 * ids ^ 27191 * before) % last_row
+        return self.scale * self.proj(self.embed(hashed.long()).to(dtype))
+
 
 class SmearGate(nn.Module):
-    """Blends each position with the one before it, by a learned gate per channel."""
+    """Blends each position with the one before it, by a gate per channel."""
+
     def __init__(self, s: Settings):
         super().__init__()
         self.gate = nn.Parameter(torch.zeros(s.model_dim))
-    def forward(self, x: Tensor, last_x: Tensor | None) -> Tensor:
-        before = x.new_zeros(x.size(0), 1, x.size(2)) if last_x is None else last_x
+
+    def forward(self, x, last_x):
+        before = torch.zeros_like(x[:, :1]) if last_x is None else last_x
         g = self.gate.sigmoid().to(x.dtype)
         return (1 - g) * x + g * torch.cat((before, x[:, :-1]), dim=1)
 
+
 class GPT(nn.Module):
-    """The model. One forward pass serves training, scoring and adaptation."""
+    """The model, with float32 weights; its stream is of `dtype`."""
+
     def __init__(self, s: Settings, dtype: torch.dtype = torch.float32):
         super().__init__()
-        self.softcap, self.rope_base, self.dtype = s.logit_softcap, s.rope_base, dtype
+        self.softcap = s.logit_softcap
+        self.rope_base = s.rope_base
+        self.dtype = dtype
         self.tok_emb = nn.Embedding(s.vocab_size, s.model_dim)
-        self.bigram, self.smear = BigramHash(s), SmearGate(s)
+        self.bigram = BigramHash(s)
+        self.smear = SmearGate(s)
         self.encoders = s.num_layers // 2
-        self.skip_weights = nn.Parameter(torch.ones(min(self.encoders, s.num_layers - self.encoders), s.model_dim))
+        self.skip_weights = nn.Parameter(torch.ones(self.encoders, s.model_dim))
         self.blocks = nn.ModuleList(Block(s) for _ in range(s.num_layers))
         if not s.tie_embeddings:
             self.lm_head = Linear(s.model_dim, s.vocab_size)
         self.init_weights(s)
+
     @torch.no_grad()
-    def init_weights(self, s: Settings) -> None:
+    def init_weights(self, s: Settings):
         for name, module in self.named_modules():
             if name.endswith(("attn.proj", "mlp.proj", "lm_head")):
                 module.weight.zero_()
@@ -533,72 +903,85 @@ class GPT(nn.Module):
                 nn.init.orthogonal_(module.weight, (2 * s.num_layers) ** -0.5 if name == "bigram.proj" else 1.0)
         self.tok_emb.weight.normal_(0.0, s.tied_embed_init_std if s.tie_embeddings else 1.0)
         self.bigram.embed.weight.zero_()
-    def embed(self, ids: Tensor, last_id: Tensor | None, last_x: Tensor | None) -> tuple[Tensor, Tensor]:
+
+    def embed(self, ids, last_id, last_x):
         """Token and bigram embedding, normalised, before and after SmearGate: (B, T, d) each."""
-        x = norm((self.tok_emb(ids) + self.bigram(ids, last_id)).to(self.dtype))
+        x = norm((self.tok_emb(ids) + self.bigram(ids, last_id, self.dtype)).to(self.dtype))
         return x, self.smear(x, last_x)
-    def head(self, x: Tensor, targets: Tensor) -> Tensor:
+
+    def head(self, x, targets):
         """NLL of each target in nats under the capped logits, (B, T) float32."""
-        weight = self.tok_emb.weight if not hasattr(self, "lm_head") else self.lm_head.weight
+        weight = self.lm_head.weight if hasattr(self, "lm_head") else self.tok_emb.weight
         capped = F.linear(norm(x), (weight / self.softcap).to(x.dtype)).float().tanh()  # one pass less over the logits
-        return F.cross_entropy(self.softcap * capped.flatten(0, 1), targets.flatten(), reduction="none").view(targets.shape)
-    def forward(self, ids: Tensor, targets: Tensor, lora: list[Lora] | None = None, past: Past | None = None,
-                keep: bool = False) -> tuple[Tensor, Past | None]:
-        """NLL of each target in nats, (B, T) float32, from ids and targets (B, T) int64.
-        `lora` adapts every layer; `past` is the context before `ids`; with `keep`, what these add to it is returned too, detached."""
-        embedded, x = self.embed(ids, past.last_id if past else None, past.last_x if past else None)
-        x0, x, skips, kept = x.view_as(x), x.requires_grad_() if lora else x, [], []  # with lora, block 0 compiles like the others
-        position = torch.arange(ids.size(1), device=ids.device) + (past.position if past else 0)
-        cos, sin = rotary(position, self.blocks[0].attn.head_dim, self.rope_base, self.dtype)
+        nll = F.cross_entropy(self.softcap * capped.flatten(0, 1), targets.flatten(), reduction="none")
+        return nll.view(targets.shape)
+
+    def forward(self, ids, targets, lora=None, past: Past | None = None, keep: bool = False):
+        """NLL of each target in nats, (B, T) float32, from ids and targets (B, T) int64; and, with `keep`, their Past.
+
+        `lora` holds a Lora for every layer; `past` is the context before `ids`."""
+        past = past or Past()
+        embedded, x = self.embed(ids, past.last_id, past.last_x)
+        x0 = x.view_as(x)
+        if lora:
+            x = x.requires_grad_()  # so that block 0 compiles like the others
+        position = torch.arange(ids.size(1), device=ids.device) + past.position
+        rope = rotary(position, self.blocks[0].attn.head_dim, self.rope_base, self.dtype)
+        skips, kept = [], []
         for i, block in enumerate(self.blocks):
             if i >= self.encoders and skips:
                 x = x + self.skip_weights[i - self.encoders].to(x.dtype) * skips.pop()
-            x, k, v = block(x, x0, cos, sin, lora[i] if lora else None, past.kv[:, i] if past else None)
+            kv = None if past.kv is None else past.kv[:, i]
+            x, k, v = block(x, x0, rope, lora and lora[i], kv)
             if i < self.encoders:
                 skips.append(x)
             if keep:
-                kept += k.detach(), v.detach()
-        present = Past(position[-1] + 1, ids[:, -1:], embedded[:, -1:].detach(), torch.stack(kept, 1).unflatten(1, (-1, 2))) if keep else None
-        return self.head(x, targets), present
-    def compile_regions(self) -> None:
-        """Compile the repeated parts once each instead of unrolling all layers: test-time training has many shapes."""
+                kept += k, v
+        nll = self.head(x, targets)
+        if not keep:
+            return nll, None
+        kept = torch.stack(kept, 1).unflatten(1, (-1, 2))
+        return nll, Past(position[-1] + 1, ids[:, -1:], embedded[:, -1:].detach(), kept)
+
+    def compile_regions(self):
+        """Compile repeated parts once instead of unrolling all layers: test-time training has many shapes."""
         torch._dynamo.config.recompile_limit = 64  # beyond it a function would silently run uncompiled
         torch.fx.experimental._config.use_duck_shape = False  # sizes that are equal today need not be tomorrow
         for block in self.blocks:
             block.compile(dynamic=True)
-        self.embed, self.head = torch.compile(self.embed, dynamic=True), torch.compile(self.head, dynamic=True)
+        self.embed = torch.compile(self.embed, dynamic=True)
+        self.head = torch.compile(self.head, dynamic=True)
 
-def model_config(s: Settings) -> dict:
-    """The settings that fix a model's shapes and arithmetic: the artifact's header."""
-    return {name: getattr(s, name) for name in MODEL_FIELDS}
 
-def load_weights(model: GPT, state: dict[str, Tensor], origin: str) -> None:
-    """Give the model a state dict's tensors. Raises UserError where names or shapes differ."""
-    have, want = ({name: tuple(p.shape) for name, p in each.items()} for each in (state, model.state_dict()))
-    for name in sorted(have.keys() | want.keys()):
-        if have.get(name) != want.get(name):
-            raise UserError(f"{origin}: {name} is {have.get(name)}, the model's {want.get(name)} — set NUM_LAYERS, MODEL_DIM, … to match")
-    model.load_state_dict(state, assign=True)
+# ======== Optimiser ===================================================================================================
+# Muon for the matrices of the blocks, AdamW for the rest. All parameters are views into one flat buffer, all gradients
+# into another: norm, all-reduce, averaging and checkpoint are one operation each.
 
-# ---- Optimiser: Muon for the matrices of the blocks, AdamW for the rest --------------------------------------------
-class Row(NamedTuple):
-    """How a parameter is updated: by "muon" or "adam", and with what."""
+
+class Recipe(NamedTuple):
+    """How a parameter is updated: `method` is "muon" or "adam"."""
+
     method: str
     lr: float
     decay: float
 
-MUON = tuple(f"{end}.weight" for end in ("attn.c_q", "attn.c_k", "attn.c_v", "attn.proj", "mlp.fc", "mlp.proj", "bigram.proj"))
 
-def optimiser_table(s: Settings) -> list[tuple[tuple[str, ...], Row]]:
-    """Endings of parameter names and their settings; the first row that matches counts."""
-    return [(MUON, Row("muon", s.matrix_lr, s.weight_decay)),
-        (("tok_emb.weight", "bigram.embed.weight"), Row("adam", s.tied_embed_lr if s.tie_embeddings else s.embed_lr, s.weight_decay)),
-        (("lm_head.weight",), Row("adam", s.head_lr, 0.0)), (("",), Row("adam", s.scalar_lr, s.weight_decay)),]
+def recipe(name: str, s: Settings) -> Recipe:
+    """The one table of optimiser settings, by a parameter's name."""
+    if name in ("tok_emb.weight", "bigram.embed.weight"):
+        return Recipe("adam", s.tied_embed_lr if s.tie_embeddings else s.embed_lr, s.weight_decay)
+    if name == "lm_head.weight":
+        return Recipe("adam", s.head_lr, 0.0)
+    if name.endswith(".weight"):
+        return Recipe("muon", s.matrix_lr, s.weight_decay)
+    return Recipe("adam", s.scalar_lr, s.weight_decay)
 
-def newton_schulz(g: Tensor, steps: int = 5) -> Tensor:
+
+def newton_schulz(g, steps: int = 5):
     """Nearest semi-orthogonal matrices of a stack (n, rows, cols), roughly, in bf16 (K. Jordan's Muon, 2024)."""
     x = g.bfloat16()
-    if tall := x.size(-2) > x.size(-1):
+    tall = x.size(-2) > x.size(-1)
+    if tall:
         x = x.mT
     x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
     for _ in range(steps):
@@ -606,89 +989,109 @@ def newton_schulz(g: Tensor, steps: int = 5) -> Tensor:
         x = 3.4445 * x + (-4.7750 * gram + 2.0315 * gram @ gram) @ x
     return x.mT if tall else x
 
-def adam_(p: Tensor, g: Tensor, m: Tensor, v: Tensor, step: Tensor, lr: Tensor, beta1: float, beta2: float, eps: float,
-          decay: float = 0.0) -> None:
+
+def adam_(p, g, m, v, step, lr, betas: tuple, eps: float, decay=0.0):
     """One AdamW step in place (Loshchilov & Hutter 2019). `step`, () or one per row, counts from 1."""
-    m.lerp_(g, 1 - beta1)
-    v.mul_(beta2).addcmul_(g, g, value=1 - beta2)
+    m.lerp_(g, 1 - betas[0])
+    v.mul_(betas[1]).addcmul_(g, g, value=1 - betas[1])
     step = step.unsqueeze(-1)
-    direction = m / (1 - beta1**step) / ((v / (1 - beta2**step)).sqrt() + eps)
+    direction = m / (1 - betas[0] ** step) / ((v / (1 - betas[1] ** step)).sqrt() + eps)
     p.mul_(1 - lr * decay).sub_(lr * direction)
 
+
 class Optimizer:
-    """Owns the model's parameters as one flat float32 buffer and their gradients as another, both (n,).
-    Parameters of one table row lie together, Muon's same-shape matrices as contiguous stacks, so that each update, the gradient's
-    norm, the all-reduce, averaging and checkpointing touch whole buffers. `m` is both methods' first moment, `v` Adam's second."""
-    def __init__(self, model: GPT, s: Settings, run: Runtime):
-        self.s, self.run = s, run
-        table = optimiser_table(s)
-        stacks: dict[tuple, list[nn.Parameter]] = {}  # Muon's by shape, Adam's by row
+    """Owns the parameters as one flat float32 buffer and their gradients as another, both (n,).
+
+    Those of one recipe lie together, Muon's same-shape matrices as stacks. `m` is the first moment, `v` Adam's second;
+    `state` is what a checkpoint keeps."""
+
+    def __init__(self, model: GPT, run: Run):
+        self.run = run
+        alike = {}
         for name, p in model.named_parameters():
-            row = next(row for endings, row in table if name.endswith(endings))
-            stacks.setdefault((row, p.shape if row.method == "muon" else ()), []).append(p)
-        self.muon, self.adam, offsets, at = [], [], [], 0
-        for (row, shape), ps in stacks.items():
-            start = at
-            for p in ps:
-                offsets.append((p, at))
-                at += p.numel() if shape else -(-p.numel() // 64) * 64  # every vector and every stack aligned for wide loads
-            (self.muon if shape else self.adam).append((row, slice(start, at), (len(ps), *shape)))
-            at = -(-at // 64) * 64
-        self.weights, self.grads, self.m, self.v = (torch.zeros(at, device=run.device) for _ in range(4))
-        for p, at in offsets:
-            span = slice(at, at + p.numel())
+            row = recipe(name, run.s)
+            alike.setdefault((row, p.shape if row.method == "muon" else ()), []).append(p)
+        self.groups, offsets, end = [], [], 0
+        for (row, shape), parameters in alike.items():
+            start = end
+            for p in parameters:
+                offsets.append((p, end))
+                end += p.numel() if shape else aligned(p.numel())
+            self.groups.append((row, slice(start, end), (len(parameters), *shape)))
+            end = aligned(end)
+        self.weights, self.grads, self.m, self.v = (torch.zeros(end, device=run.device) for _ in range(4))
+        for p, offset in offsets:
+            span = slice(offset, offset + p.numel())
             self.weights[span].copy_(p.detach().flatten())
-            p.data, p.grad = self.weights[span].view(p.shape), self.grads[span].view(p.shape)
+            p.data = self.weights[span].view(p.shape)
+            p.grad = self.grads[span].view(p.shape)
         self.state = dict(weights=self.weights, m=self.m, v=self.v)
-        self.newton_schulz, self.adam_ = run.compiled(newton_schulz), run.compiled(adam_)
-    def step(self, step: int, multiplier: float) -> Tensor:
-        """Reduce the gradients over the ranks, clip, update, clear. `step` counts from 0. Returns the norm before clipping, ()."""
-        norm_ = self.run.sum(self.grads).norm()
-        if self.s.grad_clip_norm:
-            self.grads.mul_((self.s.grad_clip_norm / (norm_ + 1e-6)).clamp_max(1.0))
+        self.newton_schulz = run.compiled(newton_schulz)
+        self.adam_ = run.compiled(adam_)
+
+    def step(self, step: int, multiplier: float):
+        """Sum the gradients over the ranks, clip, update, clear. Returns the norm before clipping."""
+        s = self.run.s
+        gradient_norm = self.run.sum(self.grads).norm()
+        if s.grad_clip_norm:
+            self.grads.mul_((s.grad_clip_norm / (gradient_norm + 1e-6)).clamp_max(1.0))
         self.muon_step(step, multiplier)
-        scalar = lambda value: torch.full((), value, device=self.run.device)  # no tensor from the host: that would wait for the device
-        for row, span, _ in self.adam:
-            self.adam_(self.weights[span], self.grads[span], self.m[span], self.v[span], scalar(step + 1.0), scalar(row.lr * multiplier),
-                       self.s.beta1, self.s.beta2, self.s.adam_eps, row.decay)
+        for row, span, _ in self.groups:
+            if row.method == "adam":  # full(), for a copy from the host would wait for the device
+                count, lr = (torch.full((), x, device=self.run.device) for x in (step + 1.0, row.lr * multiplier))
+                buffers = (x[span] for x in (self.weights, self.grads, self.m, self.v))
+                self.adam_(*buffers, count, lr, (s.beta1, s.beta2), s.adam_eps, row.decay)
         self.grads.zero_()
-        return norm_
-    def muon_step(self, step: int, multiplier: float) -> None:
-        """Nesterov momentum, then each stack orthogonalised, every rank its share of matrices, gathered while the next one runs."""
-        s, world, rank, pending = self.s, self.run.world, self.run.rank, []
+        return gradient_norm
+
+    def muon_step(self, step: int, multiplier: float):
+        """Nesterov momentum, then each stack orthogonalised: by equal shares, gathered while the next one runs."""
+        s = self.run.s
         warm = min(step / s.muon_momentum_warmup_steps, 1.0) if s.muon_momentum_warmup_steps else 1.0
         momentum = s.muon_momentum_warmup_start + warm * (s.muon_momentum - s.muon_momentum_warmup_start)
-        for row, span, (n, rows, cols) in self.muon:
-            g, m, work = self.grads[span], self.m[span], None
-            update = g.add_(m.mul_(momentum).add_(g), alpha=momentum).view(n, rows, cols)
-            if world > 1:  # equal shares: zero matrices fill the last one
-                share = -(-n // world)
-                update = F.pad(update, (0, 0, 0, 0, 0, share * world - n))[rank * share : (rank + 1) * share]
-            update = self.newton_schulz(update, s.muon_backend_steps)
-            if world > 1:
-                mine, update = update.contiguous(), torch.empty(share * world, rows, cols, dtype=update.dtype, device=update.device)
-                work = dist.all_gather_into_tensor(update, mine, async_op=True)
-            pending.append((row, span, update, n, work))
-        for row, span, update, n, work in pending:
+        pending = []
+        for row, span, shape in self.groups:
+            if row.method == "muon":
+                g = self.grads[span]
+                g.add_(self.m[span].mul_(momentum).add_(g), alpha=momentum)
+                share = -(-shape[0] // self.run.world)
+                padded = F.pad(g.view(shape), (0, 0, 0, 0, 0, share * self.run.world - shape[0]))
+                update = self.newton_schulz(padded.split(share)[self.run.rank], s.muon_backend_steps)
+                pending.append((row, span, shape[0], *self.gathered(update)))
+        for row, span, n, update, work in pending:
             if work:
                 work.wait()
-            lr, shape_factor = row.lr * multiplier, max(1, update.size(1) / update.size(2)) ** 0.5
-            self.weights[span].mul_(1 - lr * row.decay).add_(update[:n].flatten().float(), alpha=-lr * shape_factor)
-    def restore(self, state: dict[str, Tensor]) -> None:
-        """Copy `state`'s tensors into the buffers that `self.state` names."""
+            lr = row.lr * multiplier
+            step_size = lr * max(1, update.size(1) / update.size(2)) ** 0.5
+            self.weights[span].mul_(1 - lr * row.decay).add_(update[:n].flatten().float(), alpha=-step_size)
+
+    def gathered(self, share):
+        """All ranks' shares of a stack, (world * share, rows, cols), and the work to wait for."""
+        if self.run.world == 1:
+            return share, None
+        gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # torch 2.11 has the old name
+        whole = share.new_empty(self.run.world * share.size(0), *share.shape[1:])
+        return whole, gather(whole, share.contiguous(), async_op=True)
+
+    def restore(self, state: dict[str, Tensor]):
+        """Copy tensors into the buffers that `self.state` names."""
         for name, tensor in self.state.items():
-            tensor.copy_(state[name])
+            tensor.copy_(state[name].view_as(tensor))
         self.grads.zero_()
 
-# ---- Training ------------------------------------------------------------------------------------------------------
-class Interrupted(Exception):
-    """SIGINT or SIGTERM arrived and everything worth keeping is on the disk. The process ends with code 128 + signal."""
-    def __init__(self, number: int, where: str):
-        super().__init__(f"{signal.Signals(number).name} {where} — the same command with RESUME=1 and the same OUTPUT_DIR goes on")
-        self.number = number
+
+def aligned(n: int) -> int:
+    """`n` rounded up to 64 numbers, for wide loads."""
+    return -(-n // 64) * 64
+
+
+# ======== Training ====================================================================================================
+# Learning rate, averaging and the end follow from the elapsed seconds that rank 0 announces, so ranks never diverge.
+# Its clock excludes warm-up, validation and export.
+
 
 def lr_multiplier(step: int, elapsed: float, s: Settings) -> float:
-    """The smaller of the wall-clock and the iteration rule, at most 1. `elapsed` in seconds of training before `step`."""
+    """The smaller of the wall-clock and the iteration rule, in [0, 1]. `elapsed`: seconds of training before `step`."""
     if not s.warmdown_iters:
         return 1.0
     rules = [1.0, (s.iterations - step) / s.warmdown_iters]
@@ -696,31 +1099,9 @@ def lr_multiplier(step: int, elapsed: float, s: Settings) -> float:
         rules.append((s.max_wallclock_seconds - elapsed) * max(step, 1) / (s.warmdown_iters * elapsed))
     return max(min(rules), 0.0)
 
-FREE_ON_RESUME = ("preset", "data_path", "tokenizer_path", "run_id", "output_dir", "eval_only", "resume", "checkpoint_every", "compile",
-                  "val_docs", "warmup_steps", "val_loss_every", "val_batch_size", "train_log_every", "micro_batch_tokens", "artifact_max_bytes")
-
-def checkpoint_identity(s: Settings, data: str) -> dict:
-    """What a run must agree with to go on from a checkpoint: source, data, and every setting that the training depends on."""
-    settings = {k: v for k, v in asdict(s).items() if k not in FREE_ON_RESUME and not k.startswith(("eval_", "ttt_"))}
-    return dict(source=hashlib.sha256(SOURCE.read_bytes()).hexdigest(), data=data) | settings
-
-def load_checkpoint(path: Path, identity: dict) -> dict | None:
-    """The state in a checkpoint, on the CPU, or None if there is none. Raises UserError if it is another run's or damaged."""
-    if not path.exists():
-        return None
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-        theirs = dict(state["identity"])
-    except Exception as e:  # torch.load raises many kinds for a damaged file
-        raise UserError(f"checkpoint {path} is damaged ({type(e).__name__}) — delete it to start afresh") from e
-    for name in identity | theirs:
-        if theirs.get(name) != identity.get(name):
-            raise UserError(f"checkpoint {path} has another {name.upper()}: {theirs.get(name)}, now {identity.get(name)} — "
-                            "restore it, or start afresh in another OUTPUT_DIR")
-    return state
 
 def forward_backward(forward: Callable, micro_batches: list, share: float) -> Tensor:
-    """Accumulate the gradients of `share` times each micro-batch's mean NLL. Returns the sum of those terms, ()."""
+    """Accumulate the gradients of `share` times each mean NLL. Returns the sum of those terms, ()."""
     total = 0.0
     for x, y in micro_batches:
         loss = forward(x, y)[0].mean() * share
@@ -728,772 +1109,1023 @@ def forward_backward(forward: Callable, micro_batches: list, share: float) -> Te
         total = total + loss.detach()
     return total
 
-def warm_up(forward: Callable, loader: BatchLoader, optimizer: Optimizer, s: Settings, log: Log) -> None:
-    """Run WARMUP_STEPS steps so that everything is compiled, then undo them: they train nothing."""
-    before = {name: tensor.clone() for name, tensor in optimizer.state.items()}
-    for step in range(s.warmup_steps):
-        forward_backward(forward, batch := loader.batch(step), 1 / (len(batch) * optimizer.run.world))
-        optimizer.step(step, 1.0)
-    optimizer.restore(before)
-    log(f"warmup_step:{s.warmup_steps}/{s.warmup_steps}")
 
-def train(model: GPT, optimizer: Optimizer, stream: Stream, s: Settings, run: Runtime, log: Log, output: Path) -> dict:
-    """Train until ITERATIONS or MAX_WALLCLOCK_SECONDS; the model ends with the averaged weights. Returns the account for result.json.
-    Raises Interrupted after writing a checkpoint, UserError on a non-finite gradient."""
-    shards = open_shards(s.data_path, "train")
-    check_tokens(shards, s.vocab_size, run)
-    loader, forward = BatchLoader(shards, s, run), run.compiled(model, dynamic=False)
-    path, identity = output / "checkpoint.pt", checkpoint_identity(s, f"{len(shards)} shards, {loader.ends[-1]} tokens")
-    average, averaged, step, elapsed, finished = torch.zeros_like(optimizer.weights), 0, 0, 0.0, False
-    saved = load_checkpoint(path, identity) if s.resume else None
-    if run.rank == 0 and not s.resume:
-        path.unlink(missing_ok=True)  # an earlier run's: this one must not resume from it
-    if saved:
-        optimizer.restore(saved)
-        average.copy_(saved["average"])
-        averaged, step, elapsed, finished = (saved[k] for k in ("averaged", "step", "elapsed", "finished"))
-        log(f"resumed from {path} at step {step}")
-    peak = torch.cuda.max_memory_allocated  # 0 on a CPU
-    account = lambda: dict(steps=step, seconds=elapsed, averaged=averaged, resumed=bool(saved), peak_memory=peak() or None)
-    if finished:
-        return account()
-    log(f"training tokens:{loader.ends[-1]} rows per rank:{loader.rows} rows per micro-step:{loader.micro_rows}")
-    warm_up(forward, loader, optimizer, s, log)
+class Trainer:
+    """A model in training, new or, with RESUME=1, from its checkpoint. Raises UserError if that is another run's."""
 
-    def save(finished: bool) -> None:
+    COUNTS = ("step", "elapsed", "averaged", "finished")
+
+    def __init__(self, shards: list[np.ndarray], run: Run):
+        self.run = run
+        torch.manual_seed(run.s.seed)
+        self.model = GPT(run.s, run.dtype).to(run.device)
+        self.forward = run.compiled(self.model, dynamic=False)
+        self.optimizer = Optimizer(self.model, run)
+        self.loader = BatchLoader(shards, run)
+        self.identity = dict(source=SOURCE_SHA256, data=fingerprint(shards)) | run.s.of(TrainSettings)
+        self.average = torch.zeros_like(self.optimizer.weights)  # a sum of `averaged` samples
+        self.averaged = 0
+        self.step = 0  # completed
+        self.elapsed = 0.0  # seconds
+        self.finished = False
+        self.norms: list[tuple[int, float, Tensor]] = []  # of gradients, with step and lr multiplier
+        path = run.path("checkpoint.pt")
+        self.resumed = run.s.resume and path.exists()
+        if self.resumed:
+            self.resume(path)
+
+    def state(self) -> dict:
+        """What a checkpoint holds; the tensors are the live ones."""
+        counts = {name: getattr(self, name) for name in self.COUNTS}
+        return dict(identity=self.identity, average=self.average) | counts | self.optimizer.state
+
+    def restore(self, state: dict):
+        """The inverse of state()."""
+        self.optimizer.restore(state)
+        self.average.copy_(state["average"].view_as(self.average))
+        for name in self.COUNTS:
+            setattr(self, name, type(getattr(self, name))(state[name]))
+
+    def save(self, run: Run):
+        """Rank 0 writes the checkpoint. Raises UserError if a number is not finite."""
+        self.check_norms()
+        if not self.optimizer.weights.isfinite().all():
+            raise UserError(f"weights not finite after step {self.step} — lower the learning rates or raise ADAM_EPS")
+        run.together(lambda: run.write("checkpoint.pt", lambda f: torch.save(self.state(), f)))  # none ends before
+
+    def resume(self, path: Path):
+        """Go on from a checkpoint. Raises UserError if it is another run's or damaged."""
+        try:
+            state = torch.load(path, map_location="cpu", weights_only=True)
+            for name, ours in self.identity.items():
+                theirs = state["identity"].get(name)
+                if theirs != ours:
+                    what = f"checkpoint {path} has another {name.upper()}: {theirs}, now {ours}"
+                    raise UserError(f"{what} — restore it, or start afresh in another OUTPUT_DIR")
+            self.restore(state)
+        except UserError:
+            raise
+        except Exception as e:  # a damaged file makes torch.load and what follows raise many kinds
+            if isinstance(e, OSError) and e.filename:
+                raise
+            raise UserError(f"checkpoint {path} is damaged ({type(e).__name__}) — delete it to start afresh") from e
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """The model's float32 weights, on the CPU."""
+        return {name: tensor.to("cpu", copy=True) for name, tensor in self.model.state_dict().items()}
+
+    def account(self) -> dict:
+        """What log and result.json say of the training."""
+        peak = torch.cuda.max_memory_allocated() if self.run.cuda else None
+        done = dict(steps=self.step, seconds=self.elapsed, averaged=self.averaged, resumed=self.resumed)
+        return done | dict(peak_memory=peak)
+
+    def warm_up(self):
+        """Run WARMUP_STEPS steps, at least one, so that everything is compiled, and undo them."""
+        before = copy.deepcopy(self.state())
+        steps = max(self.run.s.warmup_steps, 1)
+        for _ in range(steps):
+            self.train_step()
+        self.norms.clear()
+        self.restore(before)
+        self.run.log(f"warmup_step:{steps}/{steps}")
+
+    def over(self) -> bool:
+        s = self.run.s
+        return self.step >= s.iterations or self.elapsed >= (s.max_wallclock_seconds or math.inf)
+
+    def train(self, stream: Stream):
+        """Train until it is over, then average. Raises Interrupted once a checkpoint is written, UserError on NaN."""
+        if self.finished:
+            return
+        run, s = self.run, self.run.s
+        rows = f"rows per rank:{self.loader.rows} rows per micro-step:{self.loader.micro_rows}"
+        run.log(f"training tokens:{self.loader.ends[-1]} {rows}")
         run.synchronize()
-        check_finite(norms, s)
-        if run.rank == 0:
-            state = dict(identity=identity, step=step, elapsed=elapsed, averaged=averaged, finished=finished, average=average)
-            write_whole(path, lambda f: torch.save(state | optimizer.state, f))
-    timing = lambda: f"train_time:{1000 * elapsed:.0f}ms step_avg:{1000 * elapsed / max(step, 1):.2f}ms"
-    norms, stop = [], 0 < s.max_wallclock_seconds <= elapsed
-    run.synchronize()
-    began = time.perf_counter() - elapsed  # moved on by whatever is not training
-    while True:
-        last = stop or step >= s.iterations
-        if last or (s.val_loss_every and step % s.val_loss_every == 0):
-            run.synchronize()
-            paused = time.perf_counter()
-            score = evaluate_standard(forward, stream, s, run)
-            log(f"step:{step}/{s.iterations} val_loss:{score.loss:.8f} val_bpb:{score.bpb:.8f} {timing()}")
-            began += time.perf_counter() - paused
-        if last:
-            break
-        multiplier = lr_multiplier(step, elapsed, s)
-        batch = loader.batch(step)
-        loss = forward_backward(forward, batch, 1 / (len(batch) * run.world))
-        norms.append((step, multiplier, optimizer.step(step, multiplier).to("cpu", non_blocking=True)))
-        step += 1
-        if s.swa_enabled and multiplier < s.swa_start_frac and step % s.swa_every == 0:
-            average.add_(optimizer.weights)
-            averaged += 1
-        run.synchronize(lag=True)  # the step before this one has ended: its norm has arrived
-        check_finite(norms[:-1], s)
-        norms = norms[-1:]
-        elapsed, signal_number = run.agree(time.perf_counter() - began)
-        stop = 0 < s.max_wallclock_seconds <= elapsed
-        if step <= 10 or step % s.train_log_every == 0 or stop or step == s.iterations:
-            log(f"step:{step}/{s.iterations} train_loss:{run.sum(loss).item():.8f} {timing()}")
-        if signal_number or (s.checkpoint_every and step % s.checkpoint_every == 0):
-            save(finished=False)
-        if signal_number:
-            raise Interrupted(signal_number, f"after step {step}; checkpoint in {path}")
-    if averaged >= 2:
-        optimizer.weights.copy_(average / averaged)
-    log(f"swa: {averaged} checkpoints: " + ("their mean is the final model" if averaged >= 2 else "too few, the last weights are final"))
-    save(finished=True)
-    log("training " + " ".join(f"{k}:{v}" for k, v in account().items()))
-    return account()
+        began = time.perf_counter() - self.elapsed  # moved on by whatever is not training
+        while True:
+            if self.over() or (s.val_loss_every and self.step % s.val_loss_every == 0):
+                run.synchronize()
+                paused = time.perf_counter()
+                self.report(evaluate_standard(self.forward, stream, run))
+                began += time.perf_counter() - paused
+            if self.over():
+                break
+            loss = self.train_step()
+            self.elapsed, signalled = run.agree(time.perf_counter() - began)
+            if self.step <= 10 or self.step % s.train_log_every == 0 or self.over():
+                self.report(f"train_loss:{run.sum(loss).item():.8f}")
+            if signalled or (s.checkpoint_every and self.step % s.checkpoint_every == 0):
+                self.save(run)
+            if signalled:
+                raise Interrupted(signalled, f"after step {self.step}; checkpoint in {run.path('checkpoint.pt')}")
+        self.finish()
 
-def check_finite(norms: list[tuple[int, float, Tensor]], s: Settings) -> None:
-    """Raise UserError if a gradient norm, given with its step and lr multiplier and arrived on the host, is not finite."""
-    for step, multiplier, norm_ in norms:
-        if not norm_.isfinite():
-            raise UserError(f"gradient norm {norm_.item()} at step {step} (lr multiplier {multiplier:.4f}, batch from token "
-                            f"{step * s.train_batch_tokens}) — lower the learning rates, or RESUME=1 from the last checkpoint")
+    def report(self, what: object):
+        """Log in the form that tools of the field parse."""
+        ms = 1000 * self.elapsed
+        timing = f"train_time:{ms:.0f}ms step_avg:{ms / max(self.step, 1):.2f}ms"
+        self.run.log(f"step:{self.step}/{self.run.s.iterations} {what} {timing}")
 
-# ---- Export: prune, quantise, pack ---------------------------------------------------------------------------------
+    def train_step(self) -> Tensor:
+        """One step and, late in the warmdown, a sample of the average. Returns this rank's part of the loss, ()."""
+        s = self.run.s
+        multiplier = lr_multiplier(self.step, self.elapsed, s)
+        batch = self.loader.batch(self.step)
+        loss = forward_backward(self.forward, batch, 1 / (len(batch) * self.run.world))
+        gradient_norm = self.optimizer.step(self.step, multiplier)
+        self.norms.append((self.step, multiplier, gradient_norm.to("cpu", non_blocking=True)))
+        self.step += 1
+        if s.swa_enabled and multiplier < s.swa_start_frac and self.step % s.swa_every == 0:
+            self.average.add_(self.optimizer.weights)
+            self.averaged += 1
+        self.check_norms(on_the_way=1)
+        return loss
+
+    def check_norms(self, on_the_way: int = 0):
+        """Raise UserError if a norm is not finite; the newest `on_the_way` to the host are left for later."""
+        self.run.synchronize(lag=on_the_way > 0)
+        while len(self.norms) > on_the_way:
+            step, multiplier, gradient_norm = self.norms.pop(0)
+            if not gradient_norm.isfinite():
+                what = f"gradient norm {gradient_norm.item()} at step {step}"
+                where = f"lr multiplier {multiplier:.4f}, batch from token {step * self.run.s.train_batch_tokens}"
+                raise UserError(f"{what} ({where}) — lower the learning rates, or RESUME=1 from the last checkpoint")
+
+    def finish(self):
+        """Average the samples and write the last checkpoint."""
+        outcome = "too few, the last weights are final"
+        if self.averaged >= 2:
+            self.optimizer.weights.copy_(self.average / self.averaged)
+            outcome = "their mean is the final model"
+        self.run.log(f"swa: {self.averaged} checkpoints: {outcome}")
+        self.finished = True
+        self.save(self.run)
+        self.run.log(f"training {pairs(self.account())}")
+
+
+def pairs(account: dict) -> str:
+    """An account as a log line."""
+    return " ".join(f"{k}:{v:.4f}" if isinstance(v, float) else f"{k}:{v}" for k, v in account.items())
+
+
+# ======== Export ======================================================================================================
+# Prune, quantise, pack. The artifact holds the model's configuration and its numbers, sorted by kind; names, shapes and
+# kinds follow from the configuration, so the reader knows every length beforehand.
+
 CONTROL = ("attn_scale", "mlp_scale", "resid_mix", "q_gain", "skip_weights", "smear", "bigram.scale")
 LIMITS = {"int5": 15, "int6": 31, "int8": 127}  # largest code; int5 and int6 have one more below zero
-MAGIC, FORMAT, HEADER_BYTES = b"PGOLFGPT", 1, 60  # magic 8, format 4, packed and expanded bytes 8 + 8, SHA-256 32
-MOST_EXPANDED, MOST_TABLE = 1 << 29, 1 << 20  # bytes: no artifact near the cap needs more, and a hostile one cannot claim more
+STREAMS = {"int5": "<i1", "int6": "<i1", "int8": "<i1", "scale": "<f2", "fp16": "<f2", "fp32": "<f4"}  # in file order
+MAGIC = b"PGOLFGPT"
+FORMAT = 2
+HEADER_BYTES = 60
+MOST_EXPANDED = 1 << 29  # bytes that a hostile artifact can claim
+MOST_CONFIG = 1 << 16  # bytes: parsed JSON takes up to forty times its text
+LARGEST_STRETCH = 8.0  # beyond it hardly a weight is not zero
+
 
 def prune(weight: Tensor, fraction: float) -> Tensor:
-    """Zero the smallest magnitudes of a large matrix; other tensors are returned as they are."""
+    """Zero what is below the `fraction` quantile of a large matrix's magnitudes."""
     if weight.ndim != 2 or weight.numel() <= 65_536 or not fraction:
         return weight
     size = weight.abs().flatten()
-    threshold = torch.quantile(size, fraction) if size.numel() <= 1 << 24 else np.quantile(size.numpy(), fraction)  # torch takes no more
+    threshold = torch.quantile(size, fraction) if len(size) <= 1 << 24 else np.quantile(size.numpy(), fraction)
     return torch.where(weight.abs() < threshold, 0.0, weight)
 
-def kind_of(name: str, tensor: Tensor, fp16_patterns: list[str]) -> str:
-    """How a tensor is stored: fp16, fp32, int5, int6 or int8. The first rule that fits."""
+
+def kind_of(name: str, size: int, fp16_patterns: str) -> str:
+    """How a tensor of `size` numbers is stored: the first rule that fits."""
     if any(pattern in name for pattern in CONTROL):
-        return "fp16" if tensor.numel() <= 8_192 else "fp32"
-    if tensor.numel() <= 8_192 or any(pattern in name for pattern in fp16_patterns):
+        return "fp16" if size <= 8_192 else "fp32"
+    if size <= 8_192 or any(pattern in name for pattern in fp16_patterns.split(",") if pattern):
         return "fp16"
-    return "int5" if ".mlp." in name else "int6" if ".attn." in name or "bigram" in name else "int8"
+    if ".mlp." in name:
+        return "int5"
+    return "int6" if ".attn." in name or "bigram" in name else "int8"
 
-def quantize(weight: Tensor, kind: str) -> tuple[Tensor, Tensor | None]:
-    """float32 tensor -> values as stored, and fp16 scales per row for the integer kinds.
-    int5/int6: symmetric, scale = max|row| / 15 or 31 rounded to fp16 before use (thwu1's record). int8: rows are clipped at their
-    99.99984% magnitude (the challenge's baseline)."""
-    if kind in ("fp16", "fp32"):
-        return weight.to(torch.float16 if kind == "fp16" else torch.float32), None
-    rows, limit = weight.float().reshape(-1, weight.shape[-1]), LIMITS[kind]
+
+class Stored(NamedTuple):
+    """A tensor as the artifact holds it: floats, or int8 codes (rows, cols) with an fp16 `scale` (rows,)."""
+
+    kind: str
+    values: Tensor
+    scale: Tensor | None = None
+
+    def restored(self) -> Tensor:
+        """The float32 tensor that it stands for."""
+        values = self.values.float()
+        return values if self.scale is None else values * self.scale.float()[:, None]
+
+
+def quantize(weight: Tensor, kind: str, stretch: float = 1.0) -> Stored:
+    """A float32 tensor as it is stored.
+
+    int5/int6: symmetric, step = stretch * max|row| / 15 or 31 in fp16 (thwu1's record: stretch 1).
+    int8: rows are clipped at their 99.99984% magnitude (the challenge's baseline)."""
+    if kind == "fp16":
+        return Stored(kind, weight.half())
+    if kind == "fp32":
+        return Stored(kind, weight)
+    limit = LIMITS[kind]
     if kind == "int8":
-        top = torch.quantile(rows.abs(), 0.9999984, dim=1, keepdim=True)
+        top = torch.quantile(weight.abs(), 0.9999984, dim=1, keepdim=True)
+        weight = weight.clamp(-top, top)
         scale = (top / limit).clamp_min(1 / limit)
-        codes = (rows.clamp(-top, top) / scale).round().clamp(-limit, limit)
     else:
-        scale = (rows.abs().amax(dim=1, keepdim=True) / limit).half().clamp_min(torch.finfo(torch.float16).tiny)
-        codes = (rows / scale.float()).round().clamp(-limit - 1, limit)
-    return codes.to(torch.int8).view(weight.shape), scale.half().flatten()
+        scale = (weight.abs().amax(dim=1, keepdim=True) / limit * stretch).half()
+        scale = scale.clamp_min(torch.finfo(torch.float16).tiny).float()
+    codes = (weight / scale).round().clamp(-limit - 1, limit)
+    return Stored(kind, codes.to(torch.int8), scale.half().flatten())
 
-def dequantize(values: Tensor, scale: Tensor | None) -> Tensor:
-    """The float32 tensor that the stored values stand for."""
-    return values.float() if scale is None else (values.reshape(len(scale), -1).float() * scale.float()[:, None]).view(values.shape)
 
-STREAMS = {"int5": "<i1", "int6": "<i1", "int8": "<i1", "scale": "<f2", "fp16": "<f2", "fp32": "<f4"}  # in file order
+def quantize_model(state: dict[str, Tensor], s: Settings, stretch: float = 1.0) -> dict[str, Stored]:
+    """Prune and quantise every tensor of a float32 state dict, in its order."""
+    kinds = {name: kind_of(name, weight.numel(), s.fp16_keep_name_patterns) for name, weight in state.items()}
+    return {name: quantize(prune(state[name], s.prune_fraction), kinds[name], stretch) for name in state}
 
-def pack(state: dict[str, Tensor], config: dict, prune_fraction: float = 0.03,
-         fp16_patterns: list[str] = ("tok_emb", "blocks.8.attn.c_k")) -> tuple[bytes, dict]:
-    """State dict (float32, CPU) -> artifact: pruned, quantised, one zstd-22 frame, no pickle. Same input, same bytes.
-    Also returns the account by stream: weights, compressed bytes, bits per weight, and the entropy of integer codes in bits.
-    Layout: magic, format, packed length, expanded length, SHA-256 of the frame; then the frame: the streams in STREAMS' order as
-    byte planes, a JSON table (model configuration; name, shape and kind of each tensor), its length in 4 bytes."""
-    table, streams = [], {kind: [np.empty(0, dtype)] for kind, dtype in STREAMS.items()}
-    for name, weight in state.items():
-        kind = kind_of(name, weight, fp16_patterns)
-        values, scale = quantize(prune(weight, prune_fraction), kind)
-        table.append([name, list(weight.shape), kind])
-        streams[kind].append(values.numpy().ravel())
-        if scale is not None:
-            streams["scale"].append(scale.numpy())
-    arrays = {kind: np.concatenate(pieces).astype(STREAMS[kind]) for kind, pieces in streams.items()}
-    tail = json.dumps(dict(config=config, tensors=table), separators=(",", ":")).encode()
-    parts = [(kind, plane.tobytes()) for kind, array in arrays.items() for plane in array.view(np.uint8).reshape(-1, array.itemsize).T]
-    parts.append(("table", tail + len(tail).to_bytes(4, "little")))
-    expanded, report = sum(len(part) for _, part in parts), {}
+
+def streams_of(tensors: dict[str, Stored]) -> dict[str, list[Tensor]]:
+    """The pieces of each of an artifact's streams, in file order."""
+    streams = {kind: [tensor.values for tensor in tensors.values() if tensor.kind == kind] for kind in STREAMS}
+    return streams | dict(scale=[tensor.scale for tensor in tensors.values() if tensor.scale is not None])
+
+
+def artifact_config(s: Settings) -> dict:
+    return s.of(ModelSettings) | dict(fp16_keep_name_patterns=s.fp16_keep_name_patterns)
+
+
+def artifact_header(frame: bytes, expanded: int) -> bytes:
+    """Magic, format, lengths of the frame and of what it expands to, SHA-256 of the frame."""
+    numbers = ((FORMAT, 4), (len(frame), 8), (expanded, 8))
+    return MAGIC + b"".join(n.to_bytes(size, "little") for n, size in numbers) + hashlib.sha256(frame).digest()
+
+
+def pack(tensors: dict[str, Stored], s: Settings) -> tuple[bytes, dict]:
+    """Quantised tensors, in the state dict's order -> artifact; the same input gives the same bytes.
+
+    After the header comes one zstd-22 frame: the length of the configuration (4 bytes), the configuration as JSON, the
+    streams as byte planes. Also returns what became of each stream; the entropy of codes is in bits."""
+    config = json.dumps(artifact_config(s)).encode()
+    parts = {"config": np.frombuffer(len(config).to_bytes(4, "little") + config, np.uint8)}
+    for stream, pieces in streams_of(tensors).items():
+        if pieces:
+            array = torch.cat([piece.flatten() for piece in pieces]).numpy().astype(STREAMS[stream])
+            parts[stream] = array.view(np.uint8).reshape(-1, array.itemsize).T
+    expanded = sum(part.size for part in parts.values())
     # codes hold no real repeats: long matches only is smaller and four times faster than level 22's own least of 3
     level22 = zstandard.ZstdCompressionParameters.from_level(22, source_size=expanded, min_match=7)
-    squeeze, frame = zstandard.ZstdCompressor(compression_params=level22).compressobj(size=expanded), b""
-    for kind, part in parts:  # flushing at each boundary keeps the statistics, and the account, of the kinds apart
-        packed = squeeze.compress(part) + squeeze.flush(zstandard.COMPRESSOBJ_FLUSH_BLOCK)
+    compressor = zstandard.ZstdCompressor(compression_params=level22).compressobj(size=expanded)
+    frame = b""
+    report = {}
+    for stream, part in parts.items():  # a flush after each keeps their statistics apart
+        packed = compressor.compress(part.tobytes()) + compressor.flush(zstandard.COMPRESSOBJ_FLUSH_BLOCK)
         frame += packed
-        if kind in arrays and arrays[kind].size:
-            row = report.setdefault(kind, dict(weights=arrays[kind].size, bytes=0))
-            row["bytes"] += len(packed)
-            row["bits_per_weight"] = 8 * row["bytes"] / row["weights"]
-            if kind in LIMITS:
-                p = np.bincount(arrays[kind].view(np.uint8), minlength=256) / row["weights"]
-                row["entropy"] = float(-(p[p > 0] * np.log2(p[p > 0])).sum())
-    frame += squeeze.flush()
-    header = MAGIC + FORMAT.to_bytes(4, "little") + len(frame).to_bytes(8, "little") + expanded.to_bytes(8, "little")
-    return header + hashlib.sha256(frame).digest() + frame, report
+        n = part.shape[-1]
+        report[stream] = dict(weights=n, bytes=len(packed), bits_per_weight=8 * len(packed) / n)
+        if stream in LIMITS:
+            p = np.unique(part, return_counts=True)[1] / n
+            report[stream]["entropy"] = float(-(p * np.log2(p)).sum())
+    frame += compressor.flush()
+    del report["config"]
+    return artifact_header(frame, expanded) + frame, report
 
-def unpack(blob: bytes, origin: str = "artifact") -> tuple[dict, dict[str, Tensor]]:
-    """Artifact bytes -> model configuration and float32 state dict. Raises UserError for anything but a whole, honest artifact.
-    Memory stays within the expanded bytes and the weights: lengths are checked before they are believed."""
-    def refuse(what: str):
-        raise UserError(f"{origin}: {what} — the file is damaged or not an artifact of this script; fetch or make it again")
-    if len(blob) < HEADER_BYTES or blob[:8] != MAGIC:
-        refuse("no artifact header")
-    version, packed, expanded = (int.from_bytes(blob[a:b], "little") for a, b in ((8, 12), (12, 20), (20, 28)))
+
+def unpack(blob: bytes, origin: str = "artifact") -> tuple[Settings, dict[str, Tensor]]:
+    """Artifact bytes -> settings with its model's configuration, and float32 state dict.
+
+    Raises UserError for anything but a whole, honest artifact, within the memory of expanded bytes and weights."""
     frame = blob[HEADER_BYTES:]
-    if version != FORMAT:
-        refuse(f"format {version}, this script reads {FORMAT}")
-    if packed != len(frame) or expanded > MOST_EXPANDED:
-        refuse(f"{len(frame)} bytes follow the header, which announces {packed} expanding to {expanded}")
-    if hashlib.sha256(frame).digest() != blob[28:HEADER_BYTES]:
-        refuse("the SHA-256 does not match")
+    expanded = int.from_bytes(blob[20:28], "little")
     try:
-        with zstandard.ZstdDecompressor(max_window_size=1 << 27).stream_reader(frame, read_across_frames=True) as reader:
-            raw = reader.read(expanded + 1)
+        if blob[:HEADER_BYTES] != artifact_header(frame, expanded) or expanded > MOST_EXPANDED:
+            raise ValueError(f"no header of format {FORMAT} for the {len(frame)} bytes after it")
+        decompressor = zstandard.ZstdDecompressor(max_window_size=1 << 27)
+        raw = decompressor.stream_reader(frame, read_across_frames=True).read(expanded + 1)
+        start = 4 + int.from_bytes(raw[:4], "little")
+        if start > MOST_CONFIG:
+            raise ValueError(f"a configuration of {start - 4} bytes")
+        s = settings_of(json.loads(raw[4:start]))
+        state = restored(raw[start:], s)
         if len(raw) != expanded:
-            refuse(f"it expands to {len(raw)} bytes, not {expanded}")
-        end = expanded - 4 - int.from_bytes(raw[-4:], "little")
-        if not max(0, expanded - MOST_TABLE) <= end:
-            refuse(f"its table claims {expanded - 4 - end} bytes")
-        table = json.loads(raw[end:-4])
-        config, tensors = table["config"], [(name, tuple(shape), kind) for name, shape, kind in table["tensors"]]
-        check_table(config, tensors)
-    except (zstandard.ZstdError, ValueError, KeyError, TypeError, RecursionError, OverflowError) as e:
-        refuse(f"{type(e).__name__} {str(e)[:80]}")
-    sizes = {stream: [math.prod(shape) for _, shape, kind in tensors if kind == stream] for stream in STREAMS}
-    sizes["scale"] = [math.prod(shape[:-1]) for _, shape, kind in tensors if kind in LIMITS]
-    if end != sum(sum(n) * np.dtype(STREAMS[stream]).itemsize for stream, n in sizes.items()):
-        refuse("its table does not add up to its data")
-    parts, start = {}, 0
-    for stream, dtype in STREAMS.items():
-        plane = np.frombuffer(raw, np.uint8, sum(sizes[stream]) * np.dtype(dtype).itemsize, start).reshape(np.dtype(dtype).itemsize, -1)
-        parts[stream] = iter(torch.from_numpy(plane.T.copy().view(dtype).reshape(-1)).split(sizes[stream]))
-        start += plane.size
-    state = {name: dequantize(next(parts[kind]).view(shape), next(parts["scale"]) if kind in LIMITS else None)
-             for name, shape, kind in tensors}
-    if not all(weight.isfinite().all() for weight in state.values()):
-        refuse("a weight is not finite")
-    return config, state
+            raise ValueError(f"it does not expand to {expanded} bytes")
+        if not all(weight.isfinite().all() for weight in state.values()):
+            raise ValueError("a weight is not finite")
+    except (zstandard.ZstdError, ValueError, AttributeError, TypeError, RecursionError, OverflowError) as e:
+        what = f"{origin} is damaged or no artifact of this script ({type(e).__name__}: {str(e)[:80]})"
+        raise UserError(f"{what} — fetch or make it again") from e
+    return s, state
 
-def check_table(config: dict, tensors: list[tuple]) -> None:
-    """Check an artifact's table against the model that its configuration describes, before anything is allocated.
-    Raises ValueError or UserError. The configuration is checked like the user's own variables."""
-    known = {f.name: f for f in fields(Settings) if f.name in MODEL_FIELDS}
-    if not isinstance(config, dict) or {n: type(v) for n, v in config.items()} != {n: type(f.default) for n, f in known.items()}:
-        raise ValueError("the model's configuration is incomplete")
-    check_combinations(s := Settings(**{name: parse_setting(known[name], value) for name, value in config.items()}))
-    if len(tensors) < 10 * s.num_layers or any(kind not in (*LIMITS, "fp16", "fp32") for *_, kind in tensors):
-        raise ValueError("too few tensors, or one of an unknown kind")
-    with torch.device("meta"):
-        expected = {name: tuple(p.shape) for name, p in GPT(s).state_dict().items()}
-    if {name: shape for name, shape, _ in tensors} != expected or len(tensors) != len(expected):
-        raise ValueError("names or shapes are not those of its model")
-    if any(type(n) is not int for _, shape, _ in tensors for n in shape):
-        raise ValueError("a dimension is not a whole number")
 
-def export(state: dict[str, Tensor], s: Settings, log: Log) -> tuple[bytes, dict]:
-    """Pack with PRUNE_FRACTION, or with the smallest larger fraction (grid 0.005, to 0.15) whose total fits the cap.
-    Returns the artifact and the account for result.json; `fits` is False if even the largest fraction does not fit."""
-    began, code, tried = time.perf_counter(), len(SOURCE.read_bytes()), {}
-    patterns = [pattern for pattern in s.fp16_keep_name_patterns.split(",") if pattern]
+def settings_of(config: dict) -> Settings:
+    """Settings with an artifact's configuration, checked like the user's. Raises UserError, ValueError."""
+    types = {name: type(value) for name, value in artifact_config(Settings()).items()}
+    if {name: type(value) for name, value in config.items()} != types:
+        raise ValueError("the configuration is not a model's")
+    return Settings.from_env({name.upper(): value for name, value in config.items()})
 
-    def fits(fraction: float) -> bool:
-        tried[fraction] = pack(state, model_config(s), fraction, patterns)
-        over = len(tried[fraction][0]) + code - s.artifact_max_bytes
-        log(f"export: pruned fraction {fraction} leaves {-over} bytes free" if over <= 0 else
-            f"export: pruned fraction {fraction} is {over} bytes over ARTIFACT_MAX_BYTES={s.artifact_max_bytes}")
-        return over <= 0
-    grid = [s.prune_fraction] + [k / 200 for k in range(31) if k / 200 > s.prune_fraction]
-    best = grid[0] if fits(grid[0]) else grid[min(bisect.bisect_left(grid, True, lo=1, key=fits), len(grid) - 1)]
-    blob, report = tried[best]  # the largest fraction has been tried if none fits
-    total = len(blob) + code
-    account = dict(model_bytes=len(blob), code_bytes=code, total_bytes=total, max_bytes=s.artifact_max_bytes, fits=total <= s.artifact_max_bytes,
-                   prune_fraction=best, seconds=time.perf_counter() - began, sha256=hashlib.sha256(blob).hexdigest(), kinds=report)
+
+def restored(raw: bytes, s: Settings) -> dict[str, Tensor]:
+    """The float32 state dict from an artifact's streams. Raises ValueError if they are not as long as its model's."""
+    with torch.device("meta"):  # what pack() was given, without the numbers
+        tensors = quantize_model(GPT(s).state_dict(), replace(s, prune_fraction=0.0))
+    read = {}
+    for stream, pieces in streams_of(tensors).items():
+        sizes = [piece.numel() for piece in pieces]
+        width = np.dtype(STREAMS[stream]).itemsize
+        planes = np.frombuffer(raw[: sum(sizes) * width], np.uint8).reshape(width, sum(sizes))
+        read[stream] = iter(torch.from_numpy(planes.T.copy().view(STREAMS[stream]).ravel()).split(sizes))
+        raw = raw[planes.size :]
+    if raw:
+        raise ValueError(f"{len(raw)} bytes too many")
+    state = {}
+    for name, (kind, values, scale) in tensors.items():
+        scale = None if scale is None else next(read["scale"])
+        state[name] = Stored(kind, next(read[kind]).view(values.shape), scale).restored()
+    return state
+
+
+def export(state: dict[str, Tensor], run: Run) -> dict:
+    """Write final_model.pt and the artifact. Returns the account."""
+    began = time.perf_counter()
+    run.write("final_model.pt", lambda f: torch.save(state, f))
+    stretch, blob, report = fit(state, run)
+    run.write("final_model.ptz", lambda f: f.write(blob))
+    total, cap = len(blob) + len(SOURCE_BYTES), run.s.artifact_max_bytes
+    account = dict(model_bytes=len(blob), code_bytes=len(SOURCE_BYTES), total_bytes=total, max_bytes=cap)
+    account |= dict(fits=total <= cap, stretch=stretch, seconds=time.perf_counter() - began)
+    account |= dict(sha256=hashlib.sha256(blob).hexdigest())
     for kind, row in report.items():
-        log(f"export kind:{kind} " + " ".join(f"{k}:{v:.4f}" if isinstance(v, float) else f"{k}:{v}" for k, v in row.items()))
-    log("export " + " ".join(f"{k}:{v}" for k, v in account.items() if k != "kinds"))
-    return blob, account
+        run.log(f"export kind:{kind} {pairs(row)}")
+    run.log(f"export {pairs(account)}")
+    return account | dict(kinds=report)
 
-# ---- Evaluation: bits per byte, every target exactly once ----------------------------------------------------------
+
+def fit(state: dict[str, Tensor], run: Run) -> tuple[float, bytes, dict]:
+    """The smallest stretch, to 1/64, that fits the cap, or the largest; with what pack() returns for it."""
+    tried = {}
+
+    def fits(stretch: float) -> bool:
+        tried[stretch] = pack(quantize_model(state, run.s, stretch), run.s)
+        free = run.s.artifact_max_bytes - len(SOURCE_BYTES) - len(tried[stretch][0])
+        verdict = f"{free} bytes free"
+        if free < 0:
+            verdict = f"{-free} bytes over ARTIFACT_MAX_BYTES={run.s.artifact_max_bytes}"
+        run.log(f"export: steps stretched by {stretch:.4f}: {verdict}")
+        return free >= 0
+
+    too_small, best = 1.0, LARGEST_STRETCH
+    if fits(too_small):
+        best = too_small
+    elif fits(best):
+        while best - too_small > 1 / 64:
+            middle = (too_small + best) / 2
+            if fits(middle):
+                best = middle
+            else:
+                too_small = middle
+    return best, *tried[best]
+
+
+# ======== Evaluation ==================================================================================================
+# Bits per byte, every target exactly once: one function scores windows for all modes, a Score knows what it covers.
+
+
 class Score(NamedTuple):
-    """A sum over scored targets; loss in nats per target, bpb in bits per byte."""
+    """A sum over targets; loss in nats per target, bpb in bits per byte."""
+
     nll: float  # nats
     targets: int
     bytes: int
+
     @property
     def loss(self) -> float:
         return self.nll / self.targets
+
     @property
     def bpb(self) -> float:
         return self.nll / math.log(2) / self.bytes
-    def checked(self, stream: Stream) -> "Score":
-        """Itself, if it covers the stream: each mode must score every target once."""
+
+    def __str__(self) -> str:
+        return f"val_loss:{self.loss:.8f} val_bpb:{self.bpb:.8f}"
+
+    def checked(self, stream: Stream) -> Self:
+        """Itself. Raises RuntimeError if it does not cover the stream, UserError if it is not finite."""
         if (self.targets, self.bytes) != (stream.target_count, stream.byte_count):
-            raise RuntimeError(f"scored {self.targets} targets and {self.bytes} bytes of {stream.target_count} and {stream.byte_count}")
+            counts = f"{self.targets} targets and {self.bytes} bytes"
+            raise RuntimeError(f"scored {counts} of {stream.target_count} and {stream.byte_count}")
+        if not math.isfinite(self.nll):
+            raise UserError(f"the score is {self.nll} — lower the learning rates, raise ADAM_EPS, or score others")
         return self
 
-def score_windows(forward: Callable, stream: Stream, start: Tensor, length: Tensor, skip: Tensor, width: int,
-                  lora: list[Lora] | None = None, past: Past | None = None, keep: bool = False) -> tuple[Tensor, Tensor, Past | None]:
-    """Score targets [skip, length) of windows that start at target `start`; all three (B,) int64. Serves every mode.
-    Returns the NLL (B, width) float32, 0 where not scored; the sums of NLL, targets and bytes (B, 3) float64, detached; and what
-    `keep` asks of the forward pass. Windows are padded on the right to `width`, which causality makes harmless."""
+    def figure(self, protocol: str, context: str, seconds: float, **more) -> dict:
+        """The score with what is needed to read it, for result.json; `seconds` of all epochs together."""
+        reading = dict(protocol=protocol, context=context, backward_looking=True, val_loss=self.loss, val_bpb=self.bpb)
+        return reading | dict(targets=self.targets, bytes=self.bytes, seconds=seconds, lacking=0) | more
+
+
+def score_windows(forward: Callable, stream: Stream, windows: tuple, width: int, lora=None, past=None, keep=False):
+    """Score targets [skip, length) of B windows, each (B,) int64 with its start; padded on the right to `width`.
+
+    Returns the NLL (B, width) float32, 0 where not scored; sums of NLL, targets and bytes (B, 3) float64, detached; and
+    what `keep` asks of the forward pass."""
+    start, length, skip = windows
     column = torch.arange(width, device=start.device)
     at = (start[:, None] + column).clamp_max(stream.target_count - 1)
     nll, present = forward(stream.tokens[at].long(), stream.tokens[at + 1].long(), lora, past, keep)
     scored = (column >= skip[:, None]) & (column < length[:, None])
     nll = torch.where(scored, nll, 0.0)
-    sums = torch.stack((nll.detach().sum(1, dtype=torch.float64), scored.sum(1), (stream.bytes[at] * scored).sum(1)), 1)
-    return nll, sums, present
+    sums = nll.detach().sum(1, dtype=torch.float64), scored.sum(1), (stream.bytes[at] * scored).sum(1)
+    return nll, torch.stack(sums, 1), present
+
 
 class Progress:
-    """A line every few seconds: how much of this rank's work is done, the running bpb, tokens/s and the time left."""
-    def __init__(self, log: Log, label: str, total: int, every: float = 5.0):
-        self.log, self.label, self.total, self.every, self.done, self.sums = log, label, total, every, 0, np.zeros(3)
-        self.began = self.printed = time.monotonic()
-    def __call__(self, tokens: int, sums: Tensor | None = None) -> None:
-        """Count tokens that went through the model, and sums of NLL, targets and bytes (n, 3) that will not change any more."""
+    """A line every few seconds on this rank's work: share done, bpb so far, tokens/s, time left."""
+
+    def __init__(self, run: Run, label: str, total: int):
+        self.run = run
+        self.label = label
+        self.total = max(total, 1)
+        self.done = 0
+        self.sums = np.zeros(3)  # NLL, targets, bytes
+        self.began = self.printed = time.perf_counter()
+
+    def __call__(self, tokens: int, sums: Tensor | None = None):
+        """Count tokens that went through the model, and final sums of NLL, targets and bytes (n, 3)."""
         self.done += tokens
-        self.sums += 0 if sums is None else sums.sum(0).cpu().numpy()
-        if (now := time.monotonic()) - self.printed >= self.every:
-            self.printed, rate = now, max(self.done, 1) / (now - self.began)
+        if sums is not None:
+            self.sums += sums.sum(0).cpu().numpy()
+        if time.perf_counter() - self.printed > 5:
+            self.printed = time.perf_counter()
+            rate = max(self.done, 1) / (self.printed - self.began)
             bpb = f" val_bpb:{Score(*self.sums).bpb:.4f}" if self.sums[2] else ""
-            self.log(f"{self.label}: {100 * self.done / self.total:.1f}%{bpb} tokens/s:{rate:.0f} left:{(self.total - self.done) / rate:.0f}s")
+            left = f"tokens/s:{rate:.0f} left:{(self.total - self.done) / rate:.0f}s"
+            self.run.log(f"{self.label}: {100 * self.done / self.total:.1f}%{bpb} {left}")
+
+
+def overlapping(stream: Stream, size: int, stride: int) -> np.ndarray:
+    """(n, 3) start, length and skip of windows every `stride` targets that score what no earlier one reached."""
+    start = np.arange(0, max(stream.target_count - size, 0) + stride, stride)
+    length = np.minimum(size, stream.target_count - start)
+    return np.stack((start, length, np.where(start > 0, size - stride, 0)), 1)
+
 
 @torch.no_grad()
-def evaluate_windows(forward: Callable, stream: Stream, windows: np.ndarray, batch: int, run: Runtime,
-                     progress: Callable = lambda tokens, sums: None) -> Score:
-    """Sum the scores of windows (n, 3) int64, each (start, length, skip), divided over the ranks."""
-    width = int(windows[:, 1].max())
-    mine, total = np.array_split(windows, run.world)[run.rank], torch.zeros(3, dtype=torch.float64, device=run.device)
+def evaluate_windows(
+    forward: Callable, stream: Stream, windows: np.ndarray, batch: int, run: Run, progress: Progress | None = None
+) -> Score:
+    """Score windows (n, 3), the first as long as any, over the ranks. With `progress`, raises Interrupted."""
+    total = torch.zeros(3, dtype=torch.float64, device=run.device)
+    mine = np.array_split(windows, run.world)[run.rank]
+    if run.compile:  # empty windows fill the last batch: one shape, one compilation
+        mine = np.pad(mine, ((0, -len(mine) % batch), (0, 0)))
     for i in range(0, len(mine), batch):
-        part = mine[i : i + batch]
-        if run.compile:  # empty windows fill the last batch: one shape, one compilation
-            part = np.pad(part, ((0, batch - len(part)), (0, 0)))
-        _, sums, _ = score_windows(forward, stream, *torch.from_numpy(part).to(run.device).T, width)
+        part = torch.from_numpy(mine[i : i + batch]).to(run.device)
+        _, sums, _ = score_windows(forward, stream, part.unbind(1), int(windows[0, 1]))
         total += sums.sum(0)
-        progress(int(part[:, 1].sum()), sums)
+        if progress:
+            progress(int(mine[i : i + batch, 1].sum()), sums)
+            if run.stopping:
+                break
+    if progress:
+        run.meet(progress.label)
     nll, targets, bytes_ = run.sum(total).tolist()
     return Score(nll, int(targets), int(bytes_)).checked(stream)
 
-def evaluate_standard(forward: Callable, stream: Stream, s: Settings, run: Runtime) -> Score:
-    """Non-overlapping rows of TRAIN_SEQ_LEN targets, the last one shorter."""
-    start, batch = np.arange(0, stream.target_count, s.train_seq_len), max(1, s.val_batch_size // (s.train_seq_len * run.world))
-    length = np.minimum(s.train_seq_len, stream.target_count - start)
-    return evaluate_windows(forward, stream, np.stack((start, length, 0 * start), 1), batch, run)
 
-def evaluate_sliding(forward: Callable, stream: Stream, s: Settings, run: Runtime, log: Callable = lambda line: None) -> Score:
-    """Windows of TRAIN_SEQ_LEN every EVAL_STRIDE targets; each but the first scores only the targets no earlier one reached."""
-    size, stride, n = s.train_seq_len, s.eval_stride, stream.target_count
-    start = np.arange(1 + -(-max(n - size, 0) // stride)) * stride
-    length, skip = np.minimum(size, n - start), np.where(start > 0, size - stride, 0)
-    shown = Progress(log, "sliding", int(length.sum()) // run.world + 1)
-    def progress(tokens: int, sums: Tensor) -> None:
-        if run.signal:
-            raise Interrupted(run.signal, "in the sliding evaluation, which keeps nothing")
-        shown(tokens, sums)
-    return evaluate_windows(forward, stream, np.stack((start, length, skip), 1), s.eval_batch_seqs, run, progress)
+def evaluate_standard(forward: Callable, stream: Stream, run: Run) -> Score:
+    """Rows of TRAIN_SEQ_LEN targets that do not overlap, the last one shorter."""
+    size = run.s.train_seq_len
+    batch = max(1, run.s.val_batch_size // (size * run.world))
+    return evaluate_windows(forward, stream, overlapping(stream, size, size), batch, run)
 
-# ---- Test-time training: LoRA on Q and V, fresh for every document -------------------------------------------------
-TTT_BATCH = {"cpu": 8, "cuda": 64}  # documents side by side, where TTT_BATCH_SIZE=0
+
+def evaluate_sliding(forward: Callable, stream: Stream, run: Run) -> Score:
+    """Windows of TRAIN_SEQ_LEN targets every EVAL_STRIDE."""
+    windows = overlapping(stream, run.s.train_seq_len, run.s.eval_stride)
+    progress = Progress(run, "sliding evaluation", int(windows[:, 1].sum()) // run.world)
+    return evaluate_windows(forward, stream, windows, run.s.eval_batch_seqs, run, progress)
+
+
+# ======== Test-time training ==========================================================================================
+# LoRA on Q and V, fresh for every document; documents of like length advance chunk by chunk side by side. A deadline, a
+# signal or other ranks decide when a document's number is made, never which one it is.
+
+TTT_BATCH = {"cpu": 4, "cuda": 64}  # documents side by side, where TTT_BATCH_SIZE=0
 STEP_FLOOR = {"cpu": 0, "cuda": 4096}  # tokens below which a step costs no less: launches, not arithmetic
+LORA_EPS = 1e-10  # Adam's, for the adapters
+SAVE_EVERY = 20.0  # seconds
+
 
 def draw_lora_a(s: Settings, document: int) -> np.ndarray:
-    """A document's initial A of all layers, Q's rows above V's: (layers, 2r, d) float32, uniform in +-1/sqrt(d)."""
-    unit = np.random.default_rng([s.seed, document]).random((s.num_layers, 2 * s.ttt_lora_rank, s.model_dim), np.float32)
+    """A document's initial A, (layers, 2r, d) float32, Q's rows above V's: uniform in +-1/sqrt(d)."""
+    shape = s.num_layers, 2 * s.ttt_lora_rank, s.model_dim
+    unit = np.random.default_rng([s.seed, document]).random(shape, np.float32)
     return (2 * unit - 1) * s.model_dim**-0.5
 
+
 class Adapters:
-    """LoRA weights of a batch of documents with their Adam state, one float32 row each: `flat`, `m`, `v` (B, n)."""
-    def __init__(self, a: np.ndarray, s: Settings, device: torch.device):
-        """a: (B, layers, 2r, d). B starts at zero, so that adaptation starts at the model itself."""
-        kv_dim = s.model_dim // s.num_heads * s.num_kv_heads
-        self.shapes = [(s.num_layers, 2 * s.ttt_lora_rank, s.model_dim), (s.num_layers, s.model_dim, s.ttt_lora_rank),
-                       (s.num_layers, kv_dim, s.ttt_lora_rank)]
-        self.flat, self.m, self.v = (torch.zeros(len(a), sum(map(math.prod, self.shapes)), device=device) for _ in range(3))
-        self.flat[:, : a[0].size] = torch.from_numpy(a.reshape(len(a), -1)).to(device)
+    """LoRA of B documents and its Adam state, a float32 row each: `flat`, `m`, `v` (B, n); `steps` (B,) taken."""
+
+    def __init__(self, a: np.ndarray, run: Run):
+        """a: (B, layers, 2r, d). B starts at zero, and so adaptation at the model itself."""
+        s, r = run.s, run.s.ttt_lora_rank
+        shapes = (2 * r, s.model_dim), (s.model_dim, r), (s.model_dim // s.num_heads * s.num_kv_heads, r)
+        self.shapes = [(s.num_layers, *shape) for shape in shapes]
+        self.sizes = [math.prod(shape) for shape in self.shapes]
+        self.flat, self.m, self.v = (torch.zeros(len(a), sum(self.sizes), device=run.device) for _ in range(3))
+        self.flat[:, : self.sizes[0]] = torch.from_numpy(a.reshape(len(a), -1))
+        self.steps = torch.zeros(len(a), dtype=torch.int64, device=run.device)
         self.betas = s.beta1, s.beta2
+        self.adam_ = run.compiled(adam_, dynamic=True)
+
     def layers(self, n: int) -> tuple[Tensor, list[Lora]]:
-        """The first n documents' rows as a leaf, (n, all), and views of it by layer. Two unbinds: their backward is one copy each."""
+        """The first n documents' rows as a leaf, and its views by layer."""
         leaf = self.flat[:n].detach().requires_grad_()
-        parts = leaf.split([math.prod(shape) for shape in self.shapes], dim=1)
-        return leaf, [Lora(*layer) for layer in zip(*(p.unflatten(1, shape).unbind(1) for p, shape in zip(parts, self.shapes)))]
-    def step(self, gradient: Tensor, count: Tensor, lr: Tensor, adam: Callable) -> None:
-        """One Adam step of the first len(gradient) documents; `count` (n,) counts each document's own steps from 1."""
+        parts = zip(leaf.split(self.sizes, dim=1), self.shapes, strict=True)
+        stacks = (part.unflatten(1, shape).unbind(1) for part, shape in parts)  # an unbind's backward is one copy
+        return leaf, list(map(Lora, *stacks))
+
+    def step(self, gradient: Tensor, lr: float):
+        """One Adam step of the first len(gradient) documents."""
         n = len(gradient)
-        adam(self.flat[:n], gradient, self.m[:n], self.v[:n], count, lr, *self.betas, 1e-10)
+        self.steps[:n] += 1
+        rate = torch.full((), lr, device=gradient.device)
+        self.adam_(self.flat[:n], gradient, self.m[:n], self.v[:n], self.steps[:n], rate, self.betas, LORA_EPS)
+
 
 class ContextCache:
-    """Rotated keys and values of the last `window` tokens of each document, in a ring; order is free, positions are in the keys."""
+    """Rotated keys and values of each document's last `window` tokens, in a ring: softmax ignores the order of keys."""
+
     def __init__(self, model: GPT, batch: int, window: int, device: torch.device):
         attn = model.blocks[0].attn
-        self.kv = torch.zeros(batch, len(model.blocks), 2, attn.c_k.out_features // attn.head_dim, window + 1, attn.head_dim,
-                              dtype=model.dtype, device=device)  # one slot more: a full context has strides like any other
-        self.window, self.last, self.position = window, None, 0
+        heads = attn.c_k.out_features // attn.head_dim
+        # a slot more than the window, so that a full context has strides like any
+        shape = batch, len(model.blocks), 2, heads, window + 1, attn.head_dim
+        self.kv = torch.zeros(shape, dtype=model.dtype, device=device)
+        self.window = window
+        self.position = 0  # tokens so far
+        self.last = None  # the newest chunk's Past
+
     def past(self, n: int) -> Past | None:
         """The context of the first n documents, None at their start."""
         if not self.position:
             return None
-        context = min(self.position, self.window)
-        return Past(self.last.position, self.last.last_id[:n], self.last.last_x[:n], self.kv[:n, ..., :context, :])
-    def push(self, present: Past | None) -> None:
-        """Append a chunk of the first len(present.last_id) documents, if it was kept."""
-        if present is None:
-            return
-        n, tokens = present.kv.size(0), present.kv.size(4)
-        self.position += tokens
-        if keep := min(tokens, self.window):
-            slots = torch.arange(self.position - keep, self.position, device=self.kv.device) % self.window
-            self.kv[:n, ..., slots, :] = present.kv[..., tokens - keep :, :]
+        kv = self.kv[:n, ..., : min(self.position, self.window), :]
+        return Past(self.last.position, self.last.last_id[:n], self.last.last_x[:n], kv)
+
+    def push(self, present: Past):
+        """Append a chunk of the first len(present.kv) documents."""
+        n, tokens = len(present.kv), present.kv.size(4)
         self.last = present
+        self.position += tokens
+        keep = min(tokens, self.window)
+        slots = torch.arange(self.position - keep, self.position, device=self.kv.device) % max(self.window, 1)
+        self.kv[:n, ..., slots, :] = present.kv[..., tokens - keep :, :]
+
 
 class DocumentBatch:
-    """Documents that advance chunk by chunk together, longest first: those that still have chunk c are a prefix of the batch.
-    A document that has ended is out of the prefix, so nothing of it moves while longer ones go on. Every pass leaves in `sums`
-    (figures, B, 3) float64 the NLL, targets and bytes of each document; with `trace`, in `nll` (figures, B, targets) float32 that
-    of every target. A figure is an epoch of replay, or the one pass of the others."""
-    def __init__(self, model: GPT, stream: Stream, documents: np.ndarray, s: Settings, run: Runtime, adam: Callable | None = None,
-                 progress: Progress | None = None, trace: bool = False):
-        self.model, self.stream, self.documents, self.s, self.run = model, stream, documents, s, run
-        self.adam, self.progress, self.trace = adam or adam_, progress or (lambda tokens: None), trace
-        self.targets = stream.targets[documents]
-        self.chunks = -(-self.targets // s.ttt_chunk_size)
-        if (np.diff(self.chunks) > 0).any():
-            raise ValueError("documents must come longest first")
-        self.start, self.end, self.count = (torch.tensor(x, device=run.device) for x in (stream.starts[documents], self.targets, self.chunks))
-        size, self.steps = s.ttt_chunk_size, []  # per chunk: how many documents have it, how many one after it, its targets in all
-        for chunk in range(int(self.chunks[0])):
-            n, go_on = ((self.chunks > c).sum() for c in (chunk, chunk + 1))
-            self.steps.append((int(n), int(go_on), int(np.minimum(self.targets[:n] - chunk * size, size).sum())))
-        self.cache = ContextCache(model, len(documents), min(s.ttt_eval_seq_len - size, (len(self.steps) - 1) * size), run.device)
-    def begin(self, figures: int) -> None:
-        self.sums = torch.zeros(figures, len(self.documents), 3, dtype=torch.float64, device=self.run.device)
-        self.nll = torch.full((figures, len(self.documents), int(self.targets[0])), math.nan) if self.trace else None
-        self.cache.position = 0
-    def score(self, chunk: int, n: int, lora: list[Lora] | None = None, figure: int | None = None, keep: bool = False,
-              cached: bool = True) -> tuple[Tensor, Past | None]:
-        """Mean NLL of a chunk of the first n documents, (n,), after the cached context or in a window run afresh.
-        Counts towards `figure`, if given. With `keep`, what the chunk adds to the cache is returned as well."""
-        size, window = self.s.ttt_chunk_size, self.s.ttt_eval_seq_len
-        end, widest = self.end[:n].clamp_max((chunk + 1) * size), int(min(self.targets[0], (chunk + 1) * size))
-        if cached:
-            begin, past = torch.full_like(end, chunk * size), self.cache.past(n)
-            width = size if self.run.compile else widest - chunk * size  # compiled: one shape for every chunk
-        else:
-            begin, past, width = (end - window).clamp_min(0), None, min(widest, window)
-        nll, sums, present = score_windows(self.model, self.stream, self.start[:n] + begin, end - begin, chunk * size - begin,
-                                           width, lora, past, keep and cached)
-        if figure is not None:
-            self.sums[figure, :n] += sums
-            for i in range(n if self.trace else 0):
-                first, last = chunk * size, int(end[i])
-                self.nll[figure, i, first:last] = nll[i, first - int(begin[i]) : last - int(begin[i])].detach()
-        return nll.sum(1) / sums[:, 1].float(), present
-    def plain(self, fresh: Adapters) -> np.ndarray:
-        """Score without adaptation: under fresh adapters, whose B is zero, so that compiled code is shared. Returns (B,) true."""
-        self.begin(1)
-        for chunk, (n, go_on, targets) in enumerate(self.steps):
-            self.cache.push(self.score(chunk, n, fresh.layers(n)[1], 0, go_on > 0)[1])
-            self.progress(targets)
-        return np.ones(len(self.documents), bool)
-    def train(self, adapters: Adapters, chunk: int, n: int, epoch: int, count: Tensor, figure: int | None = None,
-              keep: bool = False) -> Past | None:
-        """Score a chunk under the adapters as they are, then take one Adam step on its mean NLL. `count` (n,): steps, from 1."""
-        leaf, lora = adapters.layers(n)
-        loss, present = self.score(chunk, n, lora, figure, keep, self.s.ttt_context == "cached")
-        (gradient,) = torch.autograd.grad(loss.sum(), leaf)  # documents are independent: the sum gives each its own
-        lr = self.s.ttt_lora_lr * 0.5 * (1 + math.cos(math.pi * epoch / self.s.ttt_n_epochs))
-        adapters.step(gradient, count, torch.full((), lr, device=leaf.device), self.adam)
-        self.run.synchronize(lag=True)
-        return present
-    def adapt(self, adapters: Adapters, expired: Callable[[], bool] = lambda: False) -> np.ndarray:
-        """Adapt to every document under TTT_PROTOCOL. Returns which were finished before `expired()`, (B,) bool."""
-        return (self.replay if self.s.ttt_protocol == "replay" else self.single_pass)(adapters, expired)
-    def replay(self, adapters: Adapters, expired: Callable[[], bool]) -> np.ndarray:
-        """Whole-document epochs: every chunk is scored, then trained on. Only epoch 1 is backward-looking (PR #467)."""
-        epochs = self.s.ttt_n_epochs
-        self.begin(epochs)
-        for epoch in range(epochs):
-            self.cache.position = 0
-            for chunk, (n, go_on, targets) in enumerate(self.steps):
-                if expired():
-                    return (self.chunks <= chunk) & (epoch == epochs - 1)
-                count = self.count[:n] * epoch + chunk + 1
-                self.cache.push(self.train(adapters, chunk, n, epoch, count, epoch, go_on > 0))
-                self.progress(targets)
-        return np.ones(len(self.documents), bool)
-    def single_pass(self, adapters: Adapters, expired: Callable[[], bool]) -> np.ndarray:
-        """Each chunk is scored once, then adapted to with TTT_N_EPOCHS steps, never scored again: valid at any number of steps."""
-        cached, epochs = self.s.ttt_context == "cached", self.s.ttt_n_epochs
-        self.begin(1)
-        for chunk, (n, go_on, _) in enumerate(self.steps):
-            self.score(chunk, n, adapters.layers(n)[1], figure=0, cached=cached)
-            for epoch in range(epochs if go_on else 0):
-                if expired():
-                    return self.chunks <= chunk + 1
-                count = torch.full((go_on,), chunk * epochs + epoch + 1, device=self.run.device)
-                self.train(adapters, chunk, go_on, epoch, count)
-                self.progress(go_on * self.s.ttt_chunk_size)
-            if go_on and cached:  # the next chunk's context is this one under its final adapters
-                self.cache.push(self.score(chunk, go_on, adapters.layers(go_on)[1], keep=True)[1])
-        return np.ones(len(self.documents), bool)
+    """Documents that advance together, longest first: those that still have chunk c are the first active[c].
 
-def plan_batches(targets: np.ndarray, s: Settings, run: Runtime) -> list[list[np.ndarray]]:
-    """Divide documents (targets per document, (D,)) over the ranks: for each rank its batches of document indices, longest first.
-    Documents of like length share a batch. Batches go, costliest first, to the least loaded rank."""
-    most = s.ttt_batch_size or TTT_BATCH[run.device.type]
-    size = min(most, -(-len(targets) // (4 * run.world))) if run.world > 1 else most  # few documents still use every rank
-    order = np.lexsort((np.arange(len(targets)), -targets))
-    batches = [order[i : i + size] for i in range(0, len(order), size)]
-    costs = np.array([batch_cost(targets[documents], s, STEP_FLOOR[run.device.type]) for documents in batches])
-    plan, load = [[] for _ in range(run.world)], np.zeros(run.world)
+    `sums` (1 + figures, B, 3) float64 are NLL, targets and bytes: figure 0 without adaptation, then one per epoch of
+    replay, or one for single_pass. A document's figure is complete with all its targets."""
+
+    def __init__(self, model: GPT, stream: Stream, documents: np.ndarray, run: Run, deadline: float = math.inf):
+        size = run.s.ttt_chunk_size
+        self.model, self.stream, self.documents = model, stream, documents
+        self.run, self.deadline = run, deadline
+        self.progress = lambda tokens: None
+        self.lengths = stream.lengths[documents]
+        chunks = -(-self.lengths // size)
+        if (np.diff(chunks) > 0).any():
+            raise ValueError("documents must come longest first")
+        self.active = [int((chunks > chunk).sum()) for chunk in range(chunks[0] + 1)]
+        self.start = torch.tensor(stream.starts[documents], device=run.device)
+        self.end = torch.tensor(self.lengths, device=run.device)
+        self.sums = torch.zeros(1 + run.s.ttt_figures, len(documents), 3, dtype=torch.float64, device=run.device)
+        self.adapters = None  # drawn by adapt(), unless they are given
+        window = min(run.s.ttt_eval_seq_len - size, (len(self.active) - 2) * size)
+        self.cache = ContextCache(model, len(documents), window, run.device)
+
+    def expired(self) -> bool:
+        return self.run.stopping or time.perf_counter() >= self.deadline
+
+    def record(self, figure: int, chunk: int, nll: Tensor, sums: Tensor):
+        """Count a scored chunk: nll (n, width) of its window, 0 where not scored; sums (n, 3)."""
+        self.sums[figure, : len(sums)] += sums
+
+    def complete(self) -> np.ndarray:
+        """NLL of every figure and document, (1 + figures, B) float64, NaN where not all targets are counted."""
+        nll, targets, bytes_ = self.sums.cpu().numpy().transpose(2, 0, 1)
+        whole = targets == self.lengths
+        if (targets > self.lengths).any() or (bytes_ != self.stream.document_bytes[self.documents])[whole].any():
+            raise RuntimeError("a figure does not count each of a document's targets once")
+        return np.where(whole, np.nan_to_num(nll, nan=math.inf, posinf=math.inf), math.nan)  # a score of NaN is there
+
+    def score(self, chunk: int, lora: list[Lora], keep: bool, cached: bool) -> tuple[Tensor, Tensor, Past | None]:
+        """score_windows() of a chunk of `lora`'s documents, after the cached context or in windows of their own."""
+        n, size, window = len(lora[0].a), self.run.s.ttt_chunk_size, self.run.s.ttt_eval_seq_len
+        first, last = chunk * size, (chunk + 1) * size
+        end = self.end[:n].clamp_max(last)
+        if not self.run.compile:  # compiled, a short chunk is padded: one shape for all
+            last = min(last, int(self.lengths[0]))
+        begin = torch.full_like(end, first) if cached else (end - window).clamp_min(0)
+        width = last - first if cached else min(last, window)
+        past = self.cache.past(n) if cached else None
+        windows = self.start[:n] + begin, end - begin, first - begin
+        return score_windows(self.model, self.stream, windows, width, lora, past, keep)
+
+    def visit(self, chunk: int, n: int, figure: int | None = None, epoch: int | None = None, keep: bool = False):
+        """Score a chunk of the first n documents, for `figure` if given; then take an Adam step on its mean NLL, if an
+        `epoch` is given, at its rate. `keep`: append the chunk to the cache."""
+        s = self.run.s
+        leaf, lora = self.adapters.layers(n)
+        cached = figure == 0 or s.ttt_context == "cached"
+        nll, sums, present = self.score(chunk, lora, keep and cached, cached)
+        if figure is not None:
+            self.record(figure, chunk, nll.detach(), sums)
+            self.progress(n * s.ttt_chunk_size)
+        if epoch is not None:
+            loss = (nll.sum(1) / sums[:, 1].float()).sum()  # documents are independent: each gets its own gradient
+            (gradient,) = torch.autograd.grad(loss, leaf)
+            self.adapters.step(gradient, s.ttt_lora_lr * 0.5 * (1 + math.cos(math.pi * epoch / s.ttt_n_epochs)))
+            self.run.synchronize(lag=True)
+        if present:
+            self.cache.push(present)
+
+    def read(self, figure: int, epoch: int | None):
+        """Visit every chunk from left to right, once."""
+        self.cache.position = 0
+        for chunk, n in enumerate(self.active[:-1]):
+            if self.run.stopping or (figure and self.expired()):  # the plain pass knows no deadline
+                return
+            self.visit(chunk, n, figure, epoch, keep=self.active[chunk + 1] > 0)
+
+    def plain(self):
+        """Score without adaptation: under adapters of zeros, which change nothing, so that compiled code is shared."""
+        s, given = self.run.s, self.adapters
+        self.adapters = Adapters(np.zeros((len(self.end), s.num_layers, 2 * s.ttt_lora_rank, s.model_dim)), self.run)
+        self.read(0, None)
+        self.adapters = given
+
+    def adapt(self):
+        """Adapt to every document under TTT_PROTOCOL, until the deadline.
+
+        replay: each epoch scores every chunk, then trains on it; only the first is backward-looking (PR #467).
+        single_pass: each chunk is scored once, then trained on TTT_N_EPOCHS times; backward-looking throughout."""
+        if not self.adapters:
+            self.adapters = Adapters(np.stack([draw_lora_a(self.run.s, int(d)) for d in self.documents]), self.run)
+        epochs = range(self.run.s.ttt_n_epochs)
+        if self.run.s.ttt_protocol == "replay":
+            for epoch in epochs:
+                self.read(1 + epoch, epoch)
+            return
+        self.cache.position = 0
+        for chunk, go_on in enumerate(self.active[1:]):
+            self.visit(chunk, self.active[chunk], figure=1)
+            if go_on:
+                for epoch in epochs:
+                    if self.expired():
+                        return
+                    self.visit(chunk, go_on, epoch=epoch)
+                if self.run.s.ttt_context == "cached":  # the next chunk's context: this one under its final adapters
+                    self.visit(chunk, go_on, keep=True)
+
+
+def batch_documents(lengths: np.ndarray, run: Run) -> list[np.ndarray]:
+    """Batches of like length, longest first, the same for any world size; even a few documents make several."""
+    size = run.s.ttt_batch_size or min(TTT_BATCH[run.device.type], -(-len(lengths) // 8))
+    order = np.argsort(-lengths, kind="stable")
+    return [order[i : i + size] for i in range(0, len(order), size)]
+
+
+def plan_batches(batches: list[np.ndarray], lengths: np.ndarray, run: Run) -> list[list[np.ndarray]]:
+    """Each rank's batches, costliest first: a batch goes to the least loaded rank."""
+    costs = np.array([batch_cost(lengths[documents], run.s, STEP_FLOOR[run.device.type]) for documents in batches])
+    plan = [[] for _ in range(run.world)]
+    load = np.zeros(run.world)
     for i in np.argsort(-costs, kind="stable"):
         rank = int(load.argmin())
         plan[rank].append(batches[i])
         load[rank] += costs[i]
     return plan
 
-def batch_cost(targets: np.ndarray, s: Settings, floor: int) -> float:
-    """Predicted cost of one epoch of a batch (targets longest first), in tokens of the model's matrix products.
-    A chunk step costs its active tokens weighted by their context, but never less than `floor`: long documents are sequential."""
-    size, chunks = s.ttt_chunk_size, np.arange(-(-int(targets[0]) // s.ttt_chunk_size))
-    tokens = np.clip(targets[:, None] - chunks * size, 0, size).sum(0)
-    kv_dim, hidden = s.model_dim // s.num_heads * s.num_kv_heads, int(s.mlp_mult * s.model_dim)
-    matrices = 2 * s.model_dim + 2 * kv_dim + 2 * hidden + s.vocab_size / s.num_layers
+
+def batch_cost(lengths: np.ndarray, s: Settings, floor: int) -> float:
+    """Predicted cost of a batch's epoch (targets per document, longest first), in tokens of matrix products.
+    Its chunks are sequential: each costs its tokens weighted by their context, never less than `floor`."""
+    size = s.ttt_chunk_size
+    chunks = np.arange(-(-int(lengths[0]) // size))
+    tokens = np.clip(lengths[:, None] - chunks * size, 0, size).sum(0)
+    matrices = 2 * (1 + s.num_kv_heads / s.num_heads + s.mlp_mult) * s.model_dim + s.vocab_size / s.num_layers
     context = np.minimum(chunks * size, s.ttt_eval_seq_len - size) + size / 2
     return float(np.maximum(tokens * (1 + 2 * context / matrices), floor).sum())
 
-class Results:
-    """This rank's part of a test-time training evaluation, kept in OUTPUT_DIR so that an interrupted one can go on.
-    `nll` (1 + figures, D) float64: without adaptation, then per figure; `done` (2, D) bool: plainly scored, adapted."""
-    def __init__(self, figures: int, documents: int, path: Path, identity: str):
-        self.nll, self.done = np.zeros((1 + figures, documents)), np.zeros((2, documents), bool)
-        self.path, self.identity, self.seconds, self.saved = path, identity, 0.0, time.monotonic()
-    def save(self, seconds: float) -> None:
-        write_whole(self.path, lambda f: np.savez(f, nll=self.nll, done=self.done, identity=self.identity, seconds=seconds))
-        self.saved = time.monotonic()
-    def load(self) -> None:
-        """Take over what an interrupted evaluation of the same weights, settings and world size left, if anything."""
-        try:
-            with np.load(self.path) as kept:
-                if str(kept["identity"]) == self.identity:
-                    self.nll, self.done, self.seconds = kept["nll"], kept["done"], float(kept["seconds"])
-        except Exception:  # none, or damaged in one of zip's many ways: score everything again
-            pass
 
-def score_documents(model: GPT, stream: Stream, s: Settings, run: Runtime, log: Log, results: Results, plan: list[np.ndarray],
-                    clock: Callable[[], float], deadline: float) -> list[float]:
-    """Fill `results` for this rank's batches: first all without adaptation, then adapted until the deadline in seconds of `clock`.
-    Returns the seconds of `clock` when each of the two had ended. Raises Interrupted, the results saved."""
-    adam, size, ends, stopped = run.compiled(adam_, dynamic=True), s.ttt_chunk_size, [], lambda: run.signal != 0
-    expired = lambda: stopped() or clock() >= deadline
-    for adapted, label in enumerate(("no_adaptation", f"ttt {s.ttt_protocol}")):
-        todo = [documents for documents in plan if not results.done[adapted, documents].all()]
-        targets = stream.targets[np.concatenate(todo)] if todo else np.zeros(0, np.int64)
-        trained = (targets - 1) // size * size if s.ttt_protocol == "single_pass" else targets  # it never trains on a last chunk
-        progress = Progress(log, label, max(1, int(trained.sum()) * s.ttt_n_epochs if adapted else int(targets.sum())))
+class Results:
+    """What is scored: `nll` (1 + figures, D) float64 by figure and document, NaN where nothing is yet.
+
+    Every rank keeps a file of what it knows; RESUME reads all with its `tag`, whoever wrote them. np.fmin merges: a
+    number wins over NaN."""
+
+    def __init__(self, stream: Stream, run: Run, tag: str, began: float):
+        self.run, self.tag = run, tag
+        self.nll = np.full((1 + run.s.ttt_figures, len(stream.lengths)), math.nan)
+        self.began = began  # moved back by the seconds of earlier sessions
+        self.saved = began
+
+    def load(self):
+        """Under RESUME take over what interrupted sessions have left, the same on every rank."""
+
+        def read() -> tuple[np.ndarray, float]:
+            nll, seconds = self.nll, 0.0
+            for path in progress_files(self.tag, self.run):
+                with contextlib.suppress(Exception), np.load(path) as kept:  # damaged in one of zip's ways: score again
+                    nll, seconds = np.fmin(nll, kept["nll"]), max(seconds, float(kept["seconds"]))
+            return nll, seconds
+
+        if self.run.s.resume:
+            self.nll, seconds = self.run.together(read)
+            self.began -= seconds
+            done = int((~np.isnan(self.nll)).all(0).sum())
+            self.run.log(f"resumed the evaluation after {seconds:.1f} s: {done} documents are done")
+
+    def add(self, documents: np.ndarray, nll: np.ndarray):
+        """Take over a batch's complete figures; save now and then."""
+        self.nll[:, documents] = np.fmin(self.nll[:, documents], nll)
+        if time.perf_counter() - self.saved > SAVE_EVERY:
+            self.save()
+
+    def save(self):
+        self.saved = time.perf_counter()
+        kept = dict(nll=self.nll, seconds=self.saved - self.began)
+        self.run.write(f"ttt_progress_{self.tag}_{self.run.rank}.npz", lambda f: np.savez(f, **kept))
+
+    def merge(self):
+        """Every rank's numbers on all. Raises Interrupted."""
+        self.save()
+        self.run.meet("evaluation")
+        self.nll = np.fmin.reduce(self.run.gather(self.nll))
+        if np.isnan(self.nll[0]).any():
+            raise RuntimeError(f"{np.isnan(self.nll[0]).sum()} documents were not scored")
+
+
+def progress_files(tag: str, run: Run) -> list[Path]:
+    return list(run.output.glob(f"ttt_progress_{tag}_*.npz"))
+
+
+def score_documents(model: GPT, stream: Stream, results: Results, deadline: float) -> list[float]:
+    """Score this rank's batches without adaptation, then with, until the deadline. Returns both ends in seconds."""
+    run, size, ends = results.run, results.run.s.ttt_chunk_size, []
+    plain = "no_adaptation", results.nll[:1], DocumentBatch.plain, math.inf
+    adapted = f"ttt {run.s.ttt_protocol}", results.nll[1:], DocumentBatch.adapt, deadline
+    for first, (label, figures, work, until) in enumerate((plain, adapted)):
+        missing = [batch for batch in batch_documents(stream.lengths, run) if np.isnan(figures[:, batch]).any()]
+        todo = plan_batches(missing, stream.lengths, run)[run.rank]
+        chunks = sum(int((-(-stream.lengths[documents] // size)).sum()) for documents in todo)
+        progress = Progress(run, label, len(figures) * chunks * size)
         for documents in todo:
-            if (expired if adapted else stopped)():
+            batch = DocumentBatch(model, stream, documents, run, until)
+            if batch.expired():
                 break
-            batch = DocumentBatch(model, stream, documents, s, run, adam, progress)
-            adapters = Adapters(np.stack([draw_lora_a(s, int(d)) for d in documents]), s, run.device)
-            finished = batch.adapt(adapters, expired) if adapted else batch.plain(adapters)
-            nll, targets, bytes_ = batch.sums.cpu().numpy()[:, finished].transpose(2, 0, 1)
-            scored = documents[finished]
-            if (targets != stream.targets[scored]).any() or (bytes_ != stream.document_bytes[scored]).any():
-                raise RuntimeError("a figure does not cover each of a document's targets once")
-            results.nll[1 if adapted else 0 :][: len(nll), scored] = nll
-            results.done[adapted, scored] = True
-            progress(0, batch.sums[0, torch.from_numpy(finished)])
-            if time.monotonic() - results.saved > 20:
-                results.save(clock())
-        ends.append(clock())
-    if stopped():
-        results.save(clock())
-        raise Interrupted(run.signal, f"in the evaluation; {int(results.done[1].sum())} adapted documents of this rank are kept")
+            batch.progress = progress
+            work(batch)
+            results.add(documents, batch.complete())
+            progress(0, batch.sums[first])
+        ends.append(time.perf_counter() - results.began)
     return ends
 
-def warm_up_ttt(model: GPT, s: Settings, run: Runtime, documents: int) -> float:
-    """Compile the shapes that batches of this size meet, on synthetic tokens. Returns the seconds it took."""
-    began, chunk = time.monotonic(), s.ttt_chunk_size
-    model.compile_regions()
-    targets = np.append(7 * chunk, -np.sort(-np.tile([5 * chunk, 4 * chunk, 2 * chunk + 1], documents)[: documents - 1]))
-    tokens = np.random.default_rng(0).integers(BOS + 1, s.vocab_size, targets.sum() + 1)
-    stream = Stream(tokens, np.ones(len(tokens) - 1, np.int16), run.device, (np.cumsum(targets) - targets, targets))
-    batch = DocumentBatch(model, stream, np.arange(documents), replace(s, ttt_n_epochs=2), run, run.compiled(adam_, dynamic=True))
-    for work in (batch.plain, batch.adapt):  # the plain pass is cached even where TTT_CONTEXT is not
-        work(Adapters(np.stack([draw_lora_a(s, document) for document in range(documents)]), s, run.device))
-    run.synchronize()
-    return time.monotonic() - began
 
-def evaluate_ttt(model: GPT, stream: Stream, s: Settings, run: Runtime, log: Log, output: Path, identity: str, began: float):
-    """Score the stream without and with test-time training; log the figures; return them (dict) and the backward-looking Score.
-    `began` is time.monotonic() when the artifact was loaded; documents unfinished EVAL_MAX_SECONDS later count with their NLL
-    without adaptation. Writes ttt_documents.npz."""
-    plan = plan_batches(stream.targets, s, run)[run.rank]
-    compile_seconds = warm_up_ttt(model, s, run, len(plan[0]) if plan else 1) if run.compile else 0.0
-    figures = s.ttt_n_epochs if s.ttt_protocol == "replay" else 1
-    results = Results(figures, len(stream.targets), output / f"ttt_progress_{run.rank}.npz", identity)
-    if s.resume:
-        results.load()
-        log(f"resumed the evaluation: {int(results.done[1].sum())} of this rank's documents are done")
-    clock = lambda: results.seconds + time.monotonic() - began
-    deadline = s.eval_max_seconds - min(2.0, 0.1 * s.eval_max_seconds) if s.eval_max_seconds else math.inf  # the rest is for gathering
-    ends = score_documents(model, stream, s, run, log, results, plan, clock, deadline)
-    nll = run.sum(torch.from_numpy(results.nll)).numpy()  # each document is one rank's: the sum only places it
-    finished = run.sum(torch.from_numpy(results.done[1].astype(np.int64))).numpy() > 0
-    nll[1:, ~finished] = nll[0, ~finished]
-    seconds, _ = run.agree(clock())
-    targets, bytes_ = int(stream.targets.sum()), int(stream.document_bytes.sum())
-    without, *scores = (Score(float(row.sum()), targets, bytes_).checked(stream) for row in nll)
-    account = dict(documents=len(finished), unfinished_documents=np.flatnonzero(~finished).tolist(), compile_seconds=compile_seconds,
-                   seconds=seconds, within_budget=not s.eval_max_seconds or seconds <= s.eval_max_seconds)
-    report_ttt(without, scores, account, s, log)
-    if run.rank == 0:
-        arrays = dict(index=np.arange(len(finished)), targets=stream.targets, bytes=stream.document_bytes, finished=finished,
-                      nll_no_adaptation=nll[0], nll_per_epoch=nll[1:])
-        write_whole(output / "ttt_documents.npz", lambda f: np.savez(f, **arrays))
-        for path in output.glob("ttt_progress_*.npz"):  # an earlier world size's too
-            path.unlink()
-    curve = [figure(f, f"ttt_{s.ttt_protocol}", s.ttt_context, ends[1] - ends[0], e == 0, epoch=e + 1) for e, f in enumerate(scores)]
-    plain, scored = figure(without, "no_adaptation", "cached", ends[0]), dict(backward_looking=curve[0], last_epoch=curve[-1], curve=curve)
-    return account | dict(no_adaptation=plain) | scored, scores[0]
+def time_spent(began: float, run: Run) -> dict:
+    """The slowest rank's seconds since `began`, and whether they are within EVAL_MAX_SECONDS."""
+    seconds = max(run.gather(time.perf_counter() - began))
+    return dict(seconds=seconds, within_budget=not run.s.eval_max_seconds or seconds <= run.s.eval_max_seconds)
 
-def report_ttt(without: Score, scores: list[Score], account: dict, s: Settings, log: Log) -> None:
-    """Log every figure for what it is, and what the budget left undone."""
-    log(f"no_adaptation val_loss:{without.loss:.8f} val_bpb:{without.bpb:.8f}")
-    if s.ttt_protocol == "replay":
-        for epoch, score in enumerate(scores, 1):
-            log(f"ttt_epoch:{epoch}/{s.ttt_n_epochs} val_loss:{score.loss:.8f} val_bpb:{score.bpb:.8f}")
-    if len(scores) > 1:
-        log(f"note: only epoch 1 is backward-looking, a valid score; epoch {len(scores)} scores text trained on {len(scores) - 1} times")
-    left = account["unfinished_documents"]
-    log(f"ttt documents:{account['documents']} scored_without_adaptation:{len(left)} {left if len(left) < 20 else [*left[:20], ...]} "
-        f"compile_seconds:{account['compile_seconds']:.1f} eval_seconds:{account['seconds']:.1f} within_budget:{account['within_budget']}")
-    log(f"final_ttt_exact protocol:{s.ttt_protocol} context:{s.ttt_context} backward_looking_val_bpb:{scores[0].bpb:.8f} "
-        f"last_epoch_val_bpb:{scores[-1].bpb:.8f}")
 
-def figure(score: Score, protocol: str, context: str, seconds: float, backward_looking: bool = True, **more) -> dict:
-    """A score with what is needed to read it, for result.json; `seconds` are rank 0's for the pass, all its epochs together."""
-    return dict(protocol=protocol, context=context, backward_looking=backward_looking, val_loss=score.loss, val_bpb=score.bpb,
-                targets=score.targets, bytes=score.bytes, seconds=seconds, **more)
+def evaluate_ttt(model: GPT, stream: Stream, run: Run, tag: str, began: float) -> tuple[dict, Score]:
+    """Score without and with test-time training. Returns figures and the backward-looking Score. Raises Interrupted.
 
-def audit(model: GPT, stream: Stream, s: Settings, run: Runtime, log: Log) -> list[dict]:
-    """Does a later token reach an earlier score? For TTT_AUDIT documents, replace every token after t and score again.
-    For each figure: the largest change of any target's NLL with index <= t, in nats, beside that of an unchanged repeat."""
-    rng = np.random.default_rng([s.seed, 0xA0D17])
-    chosen = rng.permutation(np.flatnonzero(stream.targets > s.ttt_chunk_size))[: s.ttt_audit]
-    chosen = chosen[np.argsort(-stream.targets[chosen], kind="stable")]
-    if not len(chosen):
-        return []
-    spans = [slice(int(stream.starts[d]), int(stream.starts[d] + stream.targets[d] + 1)) for d in chosen]
-    tokens, t = [stream.tokens[span].cpu().numpy() for span in spans], [int(rng.integers(1, stream.targets[d])) for d in chosen]
-    other = [rng.integers(BOS + 1, s.vocab_size - 1, len(x)) for x in tokens]  # skipping each token's own value below
-    changed = [np.where(np.arange(len(x)) > at, y + (y >= x), x) for x, y, at in zip(tokens, other, t)]
-    runs = (tokens, tokens if run.device.type == "cuda" else None, changed)  # a CPU repeats itself exactly
-    first, repeat, after = (trace_documents(model, x, chosen, s, run) if x else None for x in runs)
-    rows = []
-    for i, document in enumerate(chosen.tolist()):
-        for name in first:  # token j is target j - 1, so t targets have an index <= t
-            change, noise = ((x[name][i, : t[i]] - first[name][i, : t[i]]).abs().max().item() for x in (after, repeat or first))
-            rows.append(dict(document=document, targets=int(stream.targets[document]), t=t[i], figure=name,
-                             backward_looking=not name.startswith("last"), change=change, repeat=noise))
-            log(f"audit document:{document} targets:{rows[-1]['targets']} t:{t[i]} figure:{name} change:{change:.3e} repeat:{noise:.3e}")
-    return rows
+    What a document lacks EVAL_MAX_SECONDS after `began`, the artifact's load, is its NLL without adaptation."""
+    s, protocol = run.s, f"ttt_{run.s.ttt_protocol}"
+    results = Results(stream, run, tag, began)
+    results.load()
+    margin = min(2.0, 0.1 * s.eval_max_seconds)  # for gathering
+    deadline = results.began + s.eval_max_seconds - margin if s.eval_max_seconds else math.inf
+    ends = score_documents(model, stream, results, deadline)
+    results.merge()
+    plain_end, adapted_end = np.max(run.gather(ends), axis=0).tolist()
+    account = dict(documents=len(stream.lengths)) | time_spent(results.began, run)
+    lacking = np.isnan(results.nll)
+    nll = np.where(lacking, results.nll[0], results.nll)
+    counts = int(stream.lengths.sum()), int(stream.document_bytes.sum())
+    plain, *scores = (Score(float(row.sum()), *counts).checked(stream) for row in nll)
+    run.log(f"no_adaptation {plain}")
+    curve = []
+    for epoch, score in enumerate(scores, 1):
+        reading = dict(backward_looking=epoch == 1, lacking=int(lacking[epoch].sum()), epoch=epoch)
+        curve.append(score.figure(protocol, s.ttt_context, adapted_end - plain_end, **reading))
+        if s.ttt_protocol == "replay":
+            run.log(f"ttt_epoch:{epoch}/{s.ttt_n_epochs} {score}")
+    if epoch > 1:
+        run.log(f"note: only epoch 1 is backward-looking, a valid score; {epoch} has seen its text {epoch - 1} times")
+    lacks = dict(first_lacks=curve[0]["lacking"], last_lacks=curve[-1]["lacking"])
+    run.log(f"ttt {pairs(account | lacks)}")
+    bpb = f"backward_looking_val_bpb:{scores[0].bpb:.8f} last_epoch_val_bpb:{scores[-1].bpb:.8f}"
+    run.log(f"final_ttt_exact protocol:{s.ttt_protocol} context:{s.ttt_context} {bpb}")
+    arrays = dict(index=np.arange(nll.shape[1]), targets=stream.lengths, bytes=stream.document_bytes)
+    arrays |= dict(nll_no_adaptation=nll[0], nll_per_epoch=nll[1:], figures_finished=(~lacking[1:]).sum(0))
+    run.together(lambda: run.write(result_name("ttt_documents.npz", tag, run), lambda f: np.savez(f, **arrays)))
+    account |= dict(no_adaptation=plain.figure("no_adaptation", "cached", plain_end))
+    return account | dict(backward_looking=curve[0], last_epoch=curve[-1], curve=curve), scores[0]
 
-def trace_documents(model: GPT, tokens: list[np.ndarray], documents: np.ndarray, s: Settings, run: Runtime) -> dict[str, Tensor]:
-    """NLL of every target of these documents (given longest first), (B, targets) float32: without adaptation, first, last epoch."""
-    ends = np.cumsum([len(x) for x in tokens])
-    targets, flat = np.array([len(x) - 1 for x in tokens]), np.concatenate(tokens)
-    stream = Stream(flat, np.zeros(len(flat) - 1, np.int16), run.device, (ends - targets - 1, targets))
-    batch = DocumentBatch(model, stream, np.arange(len(tokens)), s, run, trace=True)
-    adapters = Adapters(np.stack([draw_lora_a(s, int(document)) for document in documents]), s, run.device)
-    batch.plain(adapters)
-    traces = {"no_adaptation": batch.nll[0]}
-    batch.adapt(adapters)
-    traces["epoch_1" if s.ttt_protocol == "replay" else "single_pass"] = batch.nll[0]
-    if len(batch.nll) > 1:
-        traces[f"last_epoch_{len(batch.nll)}"] = batch.nll[-1]
-    return traces
 
-# ---- Main ----------------------------------------------------------------------------------------------------------
-def describe(s: Settings, run: Runtime, log: Log) -> None:
-    """What a reader needs to repeat the run from its log alone: source, settings (a star marks overridden ones), versions, devices."""
-    log(SOURCE.read_text(encoding="utf-8"), console=False)
-    settings = [f"{'*' if f.name.upper() in os.environ else ' '} {f.name.upper()}={getattr(s, f.name)}" for f in fields(s)]
-    for line in misspelt(os.environ) + settings:
-        log(line)
-    log(" ".join(f"{k}:{v}" for k, v in environment(run).items()))
+# ======== Main ========================================================================================================
+# The preflight tells the story once in small before main() does, so that what a late stage can hit is hit early.
 
-def open_output(s: Settings, run: Runtime) -> tuple[Settings, Path, Log]:
-    """Fix the run's name on all ranks, make OUTPUT_DIR and open its log. Raises UserError."""
-    run_id = s.run_id or run.gather(uuid.uuid4().hex[:12])[0]
-    output = Path(s.output_dir or f"runs/{run_id}")
-    try:
-        output.mkdir(parents=True, exist_ok=True)
-        log = Log(open(output / "train.log", "a" if s.resume else "w", encoding="utf-8") if run.rank == 0 else None)
-    except OSError as e:
-        raise UserError(f"cannot write to OUTPUT_DIR={output}: {e.strerror} — set OUTPUT_DIR to a writable folder") from e
-    return replace(s, run_id=run_id, output_dir=str(output)), output, log
 
-def load_model(path: Path, s: Settings, run: Runtime) -> tuple[GPT, Settings, str]:
-    """The model to be scored, frozen, from a .ptz artifact (whose header decides its configuration) or a .pt state dict.
-    Also returns the settings with that configuration and the SHA-256 of the file. Raises UserError."""
-    try:
-        blob = path.read_bytes()
-        state = torch.load(io.BytesIO(blob), map_location="cpu", weights_only=True) if path.suffix == ".pt" else None
-        state = state and {name: tensor.float() for name, tensor in state.items()}
-    except OSError as e:
-        raise UserError(f"cannot read {path}: {e.strerror} — set EVAL_ONLY to an existing file") from e
-    except Exception as e:  # torch.load raises many kinds for a damaged or hostile file
-        raise UserError(f"{path} is no state dict of tensors ({type(e).__name__}) — set EVAL_ONLY to a .ptz or .pt file of a run") from e
-    if state is None:
-        config, state = unpack(blob, str(path))
-        for name, value in config.items():
+def read_model(path: Path, run: Run) -> tuple[Settings, dict[str, Tensor], str]:
+    """Settings, float32 state dict and SHA-256 of a .ptz, whose header fixes the model, or a .pt. Raises UserError."""
+    s, blob = run.s, path.read_bytes()
+    if path.suffix == ".pt":
+        try:
+            state = torch.load(io.BytesIO(blob), map_location="cpu", weights_only=True)
+            state = {str(name): tensor.float() for name, tensor in state.items()}
+            if not all(tensor.isfinite().all() for tensor in state.values()):
+                raise ValueError("not finite")
+        except Exception as e:  # torch.load raises many kinds for a damaged or hostile file
+            what = f"EVAL_ONLY={path} is no state dict of finite weights ({type(e).__name__})"
+            raise UserError(f"{what} — name a run's .ptz or .pt") from e
+    else:
+        theirs, state = unpack(blob, str(path))
+        for name, value in theirs.of(ModelSettings).items():
             if name.upper() in os.environ and getattr(s, name) != value:
-                raise UserError(f"{name.upper()}={getattr(s, name)} contradicts {path}, which has {value} — unset {name.upper()}")
-        check_combinations(s := replace(s, **config))
+                raise UserError(f"{name.upper()}={getattr(s, name)} but {path} has {value} — unset {name.upper()}")
+        s = replace(s, **theirs.of(ModelSettings)).checked()
+    return s, state, hashlib.sha256(blob).hexdigest()
+
+
+def scoring_model(run: Run) -> GPT:
+    """A frozen model, its weights still to be loaded; for test-time training compiled by regions."""
     with torch.device("meta"):
-        model = GPT(s, run.dtype)
-    load_weights(model, state, str(path))
-    model.to(run.device).requires_grad_(False)
-    for linear in (module for module in model.blocks.modules() if isinstance(module, Linear)):
-        linear.weight.data = linear.weight.data.to(run.dtype)  # cast once what every step would cast
-    return model, s, hashlib.sha256(blob).hexdigest()
+        model = GPT(run.s, run.dtype)
+    model.to_empty(device=run.device).requires_grad_(False)
+    for module in model.modules():
+        if isinstance(module, Linear):
+            module.to(run.dtype)  # cast once what every step would cast
+    if run.compile and run.s.ttt_enabled:
+        model.compile_regions()
+    return model
 
-def train_and_export(stream: Stream, s: Settings, run: Runtime, log: Log, output: Path) -> tuple[dict, dict]:
-    """Train, write final_model.pt and the artifact final_model.ptz. Returns what training and export report."""
-    torch.manual_seed(s.seed)
-    model = GPT(s, run.dtype).to(run.device)
-    log(f"model parameters:{sum(p.numel() for p in model.parameters())}")
-    trained = train(model, Optimizer(model, s, run), stream, s, run, log, output)
-    state = {name: tensor.detach().cpu().clone() for name, tensor in model.state_dict().items()}
 
-    def write() -> dict:
-        write_whole(output / "final_model.pt", lambda f: torch.save(state, f))
-        blob, account = export(state, s, log)
-        write_whole(output / "final_model.ptz", lambda f: f.write(blob))
-        return account
-    return trained, run.together(lambda: None if run.rank else write())
+def load_weights(model: GPT, state: dict[str, Tensor], origin: str):
+    """Copy a state dict's tensors into the model. Raises UserError where names or shapes differ."""
+    try:
+        model.load_state_dict(state)
+    except RuntimeError as e:
+        what = " ".join(str(e).split()[6:])[:200]  # without "Error(s) in loading state_dict for GPT:"
+        raise UserError(f"{origin}: {what} — set NUM_LAYERS, MODEL_DIM, … to match") from e
 
-def evaluate(stream: Stream, model: GPT, s: Settings, digest: str, began: float, run: Runtime, log: Log, output: Path):
-    """Score the stream with a model loaded at `began`. Returns the figures (dict) and the backward-looking Score."""
-    if not s.ttt_enabled:
-        score = evaluate_sliding(run.compiled(model, dynamic=False), stream, s, run, log)
-        log(f"final_sliding_exact val_loss:{score.loss:.8f} val_bpb:{score.bpb:.8f}")
-        seconds, _ = run.agree(time.monotonic() - began)
-        return dict(sliding=figure(score, "sliding", f"stride {s.eval_stride}", seconds), seconds=seconds,
-                    within_budget=not s.eval_max_seconds or seconds <= s.eval_max_seconds), score
-    scored_by = {k: v for k, v in asdict(s).items() if k.startswith("ttt_") or k in ("seed", "val_docs", "beta1", "beta2", "data_path")}
-    identity = json.dumps(dict(weights=digest, world=run.world, targets=stream.target_count) | scored_by)
-    figures, score = evaluate_ttt(model, stream, s, run, log, output, identity, began)
-    if s.ttt_audit:
-        figures["audit"] = run.gather(audit(model, stream, s, run, log) if run.rank == 0 else None)[0]
-    return figures, score
+
+def evaluate(model: GPT, stream: Stream, run: Run, tag: str, began: float) -> tuple[dict, Score]:
+    """Score the stream with a model loaded at `began`. Returns the figures and the backward-looking Score."""
+    if run.s.ttt_enabled:
+        return evaluate_ttt(model, stream, run, tag, began)
+    score = evaluate_sliding(run.compiled(model, dynamic=False), stream, run)
+    run.log(f"final_sliding_exact {score}")
+    account = time_spent(began, run)
+    return account | dict(sliding=score.figure("sliding", f"stride {run.s.eval_stride}", account["seconds"])), score
+
+
+def evaluation_tag(weights: str, stream: Stream, run: Run) -> str:
+    """A short hash of all that the figures depend on, so not of ranks."""
+    s = run.s
+    scoring = [pair for pair in asdict(s).items() if pair[0].startswith(("ttt_", "eval_stride", "beta", "seed"))]
+    machine = str(run.dtype), run.compile, torch.__version__
+    inputs = scoring, s.of(ModelSettings), machine, SOURCE_SHA256, weights, stream.fingerprint
+    return hashlib.sha256(repr(inputs).encode()).hexdigest()[:12]
+
+
+def result_name(name: str, tag: str, run: Run) -> str:
+    """A result's file name; another evaluation of an artifact in its folder leaves the run's own alone."""
+    return name.replace(".", f"_{tag}.") if own_artifact(run.s, run.output) else name
+
+
+def preflight(trainer: Trainer | None, model: GPT, run: Run) -> dict[str, float]:
+    """Run every stage to come in small, on synthetic tokens, outside both budgets. Returns the seconds of each."""
+    try:
+        seconds = rehearse(trainer, model, run)
+    finally:
+        for path in run.output.glob("preflight_*") if run.rank == 0 else ():
+            path.unlink()
+    run.gather(None)  # no rank goes on before
+    run.log("preflight " + " ".join(f"{name}:{value:.1f}s" for name, value in seconds.items()))
+    return seconds
+
+
+def rehearse(trainer: Trainer | None, model: GPT, run: Run) -> dict[str, float]:
+    """The run itself, untrained and short, down to the files that it writes."""
+    s, began, seconds = run.s, time.perf_counter(), {}
+    small = run.using(rehearsing=True, eval_max_seconds=0.0, ttt_n_epochs=min(s.ttt_n_epochs, 2), resume=False)
+
+    def done(stage: str):
+        run.synchronize()
+        seconds[stage] = time.perf_counter() - began - sum(seconds.values())
+
+    if trainer and not trainer.finished:
+        trainer.warm_up()
+        trainer.save(small)
+        done("training")
+        evaluate_standard(trainer.forward, synthetic_stream([s.train_seq_len + 1], run), small)
+        done("validation")
+    state = trainer.state_dict() if trainer else GPT(s).state_dict()
+    if trainer:
+        small.together(lambda: export(state, small))
+        _, state, _ = read_model(small.path("final_model.ptz"), small)
+        done("export")
+    load_weights(model, state, "the untrained model")
+    longest = s.ttt_eval_seq_len + s.ttt_chunk_size  # more than a window of context
+    if s.ttt_enabled and run.compile:  # every shape: a batch whose documents end one after another, and a single one
+        for size in (s.ttt_batch_size or TTT_BATCH[run.device.type], 1):
+            rehearsal = synthetic_stream([longest // (1 + 3 * i // size) for i in range(size)], run)
+            batch = DocumentBatch(model, rehearsal, np.arange(size), small)
+            batch.plain()
+            batch.adapt()
+    stream = synthetic_stream([longest, s.ttt_chunk_size + 1], run)
+    tag = evaluation_tag("untrained", stream, small)
+    figures, _ = evaluate(model, stream, small, tag, time.perf_counter())
+    result = figures | asdict(s) | environment(run) | (trainer.account() if trainer else {})
+    small.together(lambda: finish(result, tag, small))
+    done("evaluation")
+    return seconds
+
 
 def main() -> int:
     """Load, train, export, reload, evaluate, report. Returns the exit code."""
-    s = Settings.from_env(os.environ)
-    run = Runtime(s)
-    s, output, log = open_output(s, run)
-    describe(s, run, log)
-    prepare_sample(s, run)
-    path, began, trained, account = Path(s.eval_only or output / "final_model.ptz"), time.monotonic(), None, None
-    if s.eval_only:
-        model, s, digest = load_model(path, s, run)  # its header decides the vocabulary that the data must have
-    stream = load_validation(s, run)
-    log(f"validation documents:{len(stream.targets)} targets:{stream.target_count} bytes:{stream.byte_count}")
-    if not s.eval_only:
-        trained, account = train_and_export(stream, s, run, log, output)
-        began = time.monotonic()
-        model, s, digest = load_model(path, s, run)
-    log(f"evaluating {path}, {'unquantised' if path.suffix == '.pt' else 'quantised'} weights: {model_config(s)}")
-    figures, score = evaluate(stream, model, s, digest, began, run, log, output)
-    log(f"final_int8_zlib_roundtrip_exact val_loss:{score.loss:.8f} val_bpb:{score.bpb:.8f}")
-    if run.rank == 0:
-        result = dict(schema_version=1, run_id=s.run_id, seed=s.seed, source_sha256=hashlib.sha256(SOURCE.read_bytes()).hexdigest(),
-            settings=asdict(s), overridden=sorted(f.name for f in fields(s) if f.name.upper() in os.environ),
-            environment=environment(run), world_size=run.world, quantised=path.suffix != ".pt",
-            training=trained, artifact=account, evaluation=figures, val_loss=score.loss, val_bpb=score.bpb)
-        write_whole(output / "result.json", lambda f: f.write(json.dumps(result, indent=1).encode()))
-    return 3 if account and not account["fits"] else 0
+    if os.environ.get("RANK", "0") == "0":  # first of all: what fails below may fail for their sake
+        for line in misspelt(os.environ):
+            print(line, flush=True)
+    run = Run(Settings.from_env(os.environ))
+    prepare_sample(run)
+    if run.s.eval_only:  # its header decides the vocabulary that the data must have
+        settings, _, _ = read_model(Path(run.s.eval_only), run)
+        run = run.using(**settings.of(ModelSettings))
+    stream = load_validation(run)
+    shards = [] if run.s.eval_only else open_shards("train", run)
+    run = open_output(run)
+    trainer = Trainer(shards, run) if shards else None
+    describe(run)
+    run.log(f"validation documents:{len(stream.lengths)} targets:{stream.target_count} bytes:{stream.byte_count}")
+    artifact = None
+    if trainer:
+        run.log(f"model parameters:{sum(p.numel() for p in trainer.model.parameters())}")
+        if trainer.resumed:
+            run.log(f"resumed from {run.path('checkpoint.pt')} at step {trainer.step}")
+    model = scoring_model(run)
+    result = dict(schema_version=2, run_id=run.s.run_id, seed=run.s.seed, settings=asdict(run.s))
+    result |= dict(preflight=preflight(trainer, model, run))
+    if trainer:
+        trainer.train(stream)
+        artifact = run.together(lambda: export(trainer.state_dict(), run))
+    began = time.perf_counter()
+    path = Path(run.s.eval_only or run.path("final_model.ptz"))
+    _, state, digest = read_model(path, run)
+    load_weights(model, state, str(path))
+    quantised = path.suffix != ".pt"
+    run.log(f"evaluating {path}, {'quantised' if quantised else 'unquantised'} weights: {run.s.of(ModelSettings)}")
+    tag = evaluation_tag(digest, stream, run)
+    figures, score = evaluate(model, stream, run, tag, began)
+    result |= dict(overridden=sorted(f.name for f in fields(run.s) if f.name.upper() in os.environ))
+    result |= dict(source_sha256=SOURCE_SHA256, source_bytes=len(SOURCE_BYTES), weights_sha256=digest)
+    result |= dict(environment=environment(run), world_size=run.world, quantised=quantised)
+    result |= dict(data=dict(train=trainer and trainer.identity["data"], validation=stream.fingerprint))
+    result |= dict(training=trainer and trainer.account(), artifact=artifact, evaluation=figures)
+    run.together(lambda: finish(result | dict(val_loss=score.loss, val_bpb=score.bpb), tag, run))
+    run.log(f"final_int8_zlib_roundtrip_exact {score}")
+    run.part()
+    return 3 if artifact and not artifact["fits"] else 0
+
+
+def finish(result: dict, tag: str, run: Run):
+    """Write the result, after which no interruption can cost the evaluation."""
+    run.write(result_name("result.json", tag, run), lambda f: f.write(json.dumps(result, indent=1).encode()))
+    for path in progress_files(tag, run):
+        path.unlink()
+
 
 def entry() -> int:
     """Run main() and turn its exceptions into one line and an exit code."""
     try:
-        code = main()
-    except (UserError, Interrupted, RuntimeError) as e:
-        consequence = not isinstance(e, RuntimeError) or any(backend in str(e).lower() for backend in ("gloo", "nccl"))
-        if consequence and os.environ.get("RANK", "0") != "0":  # rank 0 says the same, or a rank's end broke a collective:
-            signal.signal(signal.SIGTERM, signal.SIG_DFL)  # leave the last word to the cause
-            time.sleep(3)
-        if isinstance(e, RuntimeError):
+        return main()
+    except (UserError, Interrupted, OSError, RuntimeError) as e:
+        crashed = isinstance(e, RuntimeError)
+        if os.environ.get("RANK", "0") != "0" and (not crashed or re.search("gloo|nccl", str(e), re.I)):
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)  # rank 0 says the same, or a rank's end broke a collective:
+            time.sleep(3)  # leave the last word to the cause
+        if crashed:
             raise
-        print(f"error: {e}" if isinstance(e, UserError) else f"stopped by {e}", file=sys.stderr, flush=True)
-        return 2 if isinstance(e, UserError) else 128 + e.number
-    if dist.is_initialized():
-        dist.destroy_process_group()
-    return code
+        stopped = isinstance(e, Interrupted)
+        print(f"stopped by {e}" if stopped else f"error: {user_line(e)}", file=sys.stderr, flush=True)
+        return 128 + e.number if stopped else 2
+
 
 if __name__ == "__main__":
     sys.exit(entry())

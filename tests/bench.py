@@ -2,24 +2,34 @@
 
     python tests/bench.py train|ttt|pack|curve [--device cpu|cuda] [--shard FILE] [--repeats N] [--profile]
 
-The model and every other setting come from the environment, as for train_gpt.py; PRESET defaults to `record` on CUDA and
-`tiny` on a CPU, the latter with the record's window of 2,048 tokens. Tokens are synthetic (random ids, log-normal document lengths like FineWeb's) unless a shard is given.
-Medians of several repetitions after a warm-up; the hardware's own ceilings are measured first. `--profile` adds torch.profiler's
-table of where a step's time goes. `curve` trains twice from the same weights on the same batches (--shard is needed): as
-train_gpt.py does, and with the optimiser written out one parameter at a time and nothing compiled; and a third time from other
-weights, to tell what difference the seed alone makes.
+The model and every other setting come from the environment, as for train_gpt.py; PRESET defaults to `record` on CUDA
+and to `tiny` on a CPU, the latter with the record's window of 2,048 tokens. Tokens are synthetic (random ids,
+log-normal document lengths like FineWeb's) unless a shard is given. Medians of several repetitions after a warm-up; the
+hardware's own ceilings are measured first. `--profile` adds torch.profiler's table of where a step's time goes.
+
+`curve` trains three times on the same batches of --shard: as train_gpt.py does; from the same weights with the
+optimiser written out one parameter at a time and nothing compiled; and from other weights, to tell what a seed changes.
 """
 
 import argparse
+import io
 import os
 import statistics
 import sys
 import time
-from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
+import torch
+import zstandard
+from plain import Loop
+
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-FULL_SPLIT_TOKENS, GPUS, BUDGET = 62_021_845, 8, 600.0
+import train_gpt as t
+
+FULL_SPLIT_TOKENS = 62_021_845
+GPUS = 8
+BUDGET = 600.0  # seconds
 
 
 def main() -> None:
@@ -27,30 +37,28 @@ def main() -> None:
     parser.add_argument("work", choices=("train", "ttt", "pack", "curve"))
     parser.add_argument("--device", choices=("cpu", "cuda"), help="default: CUDA if there is one")
     parser.add_argument("--shard", type=Path, help="take real documents from this shard")
-    parser.add_argument("--documents", type=int, nargs="*", default=[], help="sizes of ttt batches to compare; none: as train_gpt.py chooses")
+    parser.add_argument("--documents", type=int, nargs="*", default=[], help="sizes of ttt batches to compare")
     parser.add_argument("--epochs", type=int, default=2, help="epochs per repetition of ttt")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--steps", type=int, default=200, help="steps of curve")
     parser.add_argument("--profile", action="store_true", help="also print torch.profiler's table of a step")
     args = parser.parse_args()
-    if args.device == "cpu":
-        os.environ["CUDA_VISIBLE_DEVICES"] = ""
-    import torch
-
-    import train_gpt as t
-
-    cuda = torch.cuda.is_available()
-    if args.device == "cuda" and not cuda:
-        sys.exit("error: no CUDA device — leave --device out or choose cpu")
-    s = t.Settings.from_env({"PRESET": "record" if cuda else "tiny", "TTT_EVAL_SEQ_LEN": "2048"} | dict(os.environ))
-    run = t.Runtime(s)
-    torch.manual_seed(s.seed)
-    print(" ".join(f"{k}:{v}" for k, v in t.environment(run).items()))
-    {"train": bench_train, "ttt": bench_ttt, "pack": bench_pack, "curve": bench_curve}[args.work](t, torch, s, run, args)
+    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    preset = dict(PRESET="record") if device == "cuda" else dict(PRESET="tiny", TTT_EVAL_SEQ_LEN="2048")
+    try:
+        run = t.Run(t.Settings.from_env(preset | os.environ | dict(DEVICE=device)))
+        print(" ".join(f"{k}:{v}" for k, v in t.environment(run).items()))
+        torch.manual_seed(run.s.seed)
+        {"train": bench_train, "ttt": bench_ttt, "pack": bench_pack, "curve": bench_curve}[args.work](run, args)
+    except (t.UserError, OSError) as e:
+        sys.exit(f"error: {t.user_line(e)}")
 
 
-def seconds_of(run, work, repeats: int) -> float:
-    """Median wall seconds of `work()`, the device idle before and after, one warm-up not counted (0 repeats: the warm-up itself)."""
+# ---- Measuring
+
+
+def seconds_of(run: t.Run, work, repeats: int) -> float:
+    """Median wall seconds of `work()`, the device idle before and after, one warm-up not counted (0: itself)."""
     times = []
     for _ in range(repeats + 1):
         run.synchronize()
@@ -61,191 +69,209 @@ def seconds_of(run, work, repeats: int) -> float:
     return statistics.median(times[1:] or times)
 
 
-def show_profile(torch, run, work) -> None:
+def show_profile(run: t.Run, work) -> None:
     """The operators that take most time, by their own time on the device."""
     from torch.profiler import ProfilerActivity, profile
 
-    cuda = run.device.type == "cuda"
-    with profile(activities=[ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * cuda) as table:
+    activities = [ProfilerActivity.CPU, ProfilerActivity.CUDA] if run.cuda else [ProfilerActivity.CPU]
+    with profile(activities=activities) as table:
         work()
         run.synchronize()
-    rows = {(row.key, row.count): row.self_device_time_total if cuda else row.self_cpu_time_total for row in table.key_averages()}
-    for (name, count), own in sorted(rows.items(), key=lambda row: -row[1])[:14]:
-        print(f"  {100 * own / sum(rows.values()):5.1f}%  {own / 1000:9.2f} ms  {count:6d} calls  {name[:70]}")
+    own = "self_device_time_total" if run.cuda else "self_cpu_time_total"
+    rows = sorted(table.key_averages(), key=lambda row: -getattr(row, own))
+    total = sum(getattr(row, own) for row in rows)
+    for row in rows[:14]:
+        microseconds = getattr(row, own)
+        share = 100 * microseconds / total
+        print(f"  {share:5.1f}%  {microseconds / 1000:9.2f} ms  {row.count:6d} calls  {row.key[:70]}")
 
 
-def ceilings(torch, run) -> float:
+def ceilings(run: t.Run) -> float:
     """Print the device's dense matrix and copy rates; return FLOP/s of the dtype that the model computes in."""
-    n = 8192 if run.device.type == "cuda" else 1024
+    n = 8192 if run.cuda else 1024
     a, b = (torch.randn(n, n, device=run.device, dtype=run.dtype) for _ in range(2))
     flops = 2 * n**3 / seconds_of(run, lambda: a @ b, 10)
-    source = torch.empty((1 << 28) if run.device.type == "cuda" else (1 << 24), device=run.device)
+    source = torch.empty(1 << 28 if run.cuda else 1 << 24, device=run.device)
     target = torch.empty_like(source)
     copy = 8 * source.numel() / seconds_of(run, lambda: target.copy_(source), 10)
     print(f"ceiling dense {str(run.dtype).split('.')[1]}: {flops / 1e12:.2f} TFLOP/s  copy: {copy / 1e9:.1f} GB/s")
     return flops
 
 
-def flop_per_token(model, s, context: float) -> float:
+def flop_per_token(model: t.GPT, s: t.Settings, context: float) -> float:
     """Multiply-adds of a forward pass, doubled: matrices, head, and attention over `context` keys on average."""
-    matrices = sum(p.numel() for name, p in model.named_parameters() if p.ndim == 2 and not name.endswith(("emb.weight", "embed.weight")))
-    matrices += s.vocab_size * s.model_dim if s.tie_embeddings else 0
-    return 2 * (matrices + 2 * s.num_layers * s.model_dim * context)
+    tables = ("emb.weight", "embed.weight")
+    matrices = sum(p.numel() for name, p in model.named_parameters() if p.ndim == 2 and not name.endswith(tables))
+    head = s.vocab_size * s.model_dim if s.tie_embeddings else 0
+    return 2 * (matrices + head + 2 * s.num_layers * s.model_dim * context)
 
 
-def report(label: str, tokens: float, seconds: float, flop: float, ceiling: float, torch, run) -> float:
-    peak = f" peak_memory:{torch.cuda.max_memory_allocated() / 1e9:.2f}GB" if run.device.type == "cuda" else ""
-    print(f"{label}: {tokens / seconds:,.0f} tokens/s  {seconds * 1000:.1f} ms  {flop / seconds / 1e12:.3f} model TFLOP/s "
-          f"({100 * flop / seconds / ceiling:.1f}% of the ceiling){peak}")
+def report(run: t.Run, label: str, tokens: float, seconds: float, flop: float, ceiling: float) -> float:
+    """Print one measurement; return tokens/s."""
+    share = f"{flop / seconds / 1e12:.3f} model TFLOP/s ({100 * flop / seconds / ceiling:.1f}% of the ceiling)"
+    peak = f" peak_memory:{torch.cuda.max_memory_allocated() / 1e9:.2f}GB" if run.cuda else ""
+    print(f"{label}: {tokens / seconds:,.0f} tokens/s  {seconds * 1000:.1f} ms  {share}{peak}")
     return tokens / seconds
 
 
-def bench_train(t, torch, s, run, args) -> None:
-    """One rank's micro-batches of the largest size: forward, backward, and the whole optimiser step."""
-    ceiling = ceilings(torch, run)
+# ---- Training
+
+
+def bench_train(run: t.Run, args) -> None:
+    """One rank's micro-batch of the largest size: forward, backward, and the whole optimiser step."""
+    s = run.s
+    ceiling = ceilings(run)
     model = t.GPT(s, run.dtype).to(run.device)
-    optimizer = t.Optimizer(model, s, run)
+    optimizer = t.Optimizer(model, run)
+    forward = run.compiled(model, dynamic=False)
     rows = max(1, min(s.micro_batch_tokens, s.train_batch_tokens) // s.train_seq_len)
     if args.shard:
-        flat = torch.from_numpy(t.open_shard(args.shard)[: rows * s.train_seq_len + 1].astype("int64"))
-        batch = (flat[:-1].view(rows, -1), flat[1:].view(rows, -1))
+        tokens = t.open_shard(args.shard)
     else:
-        batch = tuple(torch.randint(0, s.vocab_size, (rows, s.train_seq_len)) for _ in range(2))
-    batch = [tuple(x.to(run.device) for x in batch)]
-    forward = run.compiled(model, dynamic=False)
-    began = time.perf_counter()
-    t.forward_backward(forward, batch, 1.0)
-    optimizer.step(0, 1.0)
-    run.synchronize()
-    print(f"first step (compilation included): {time.perf_counter() - began:.1f} s")
-    tokens, flop = rows * s.train_seq_len, 3 * rows * s.train_seq_len * flop_per_token(model, s, s.train_seq_len / 2)
-    report("forward+backward", tokens, seconds_of(run, lambda: t.forward_backward(forward, batch, 1.0), args.repeats), flop, ceiling, torch, run)
-    optimizer.grads.zero_()
-    print(f"optimiser step: {1000 * seconds_of(run, lambda: optimizer.step(1, 1e-6), args.repeats):.2f} ms")
+        tokens = np.random.default_rng(0).integers(0, s.vocab_size, rows * s.train_seq_len + 1)
+    batch = t.BatchLoader([tokens], run.using(train_batch_tokens=rows * s.train_seq_len)).batch(0)
+
+    def gradients():
+        t.forward_backward(forward, batch, 1 / len(batch))
 
     def step():
-        t.forward_backward(forward, batch, 1.0)
+        gradients()
         optimizer.step(1, 1e-6)
-    report("training step", tokens, seconds_of(run, step, args.repeats), flop, ceiling, torch, run)
+
+    first = seconds_of(run, step, 0)
+    print(f"first step (compilation included): {first:.1f} s")
+    flop = 3 * rows * s.train_seq_len * flop_per_token(model, s, s.train_seq_len / 2)
+    seconds = seconds_of(run, gradients, args.repeats)
+    report(run, "forward+backward", rows * s.train_seq_len, seconds, flop, ceiling)
+    optimizer.grads.zero_()
+    print(f"optimiser step: {1000 * seconds_of(run, lambda: optimizer.step(1, 1e-6), args.repeats):.2f} ms")
+    report(run, "training step", rows * s.train_seq_len, seconds_of(run, step, args.repeats), flop, ceiling)
     if args.profile:
-        show_profile(torch, run, step)
+        show_profile(run, step)
 
 
-def bench_curve(t, torch, s, run, args) -> None:
+def bench_curve(run: t.Run, args) -> None:
     """Losses of --steps optimiser steps: train_gpt.py's path, the plain one, and train_gpt.py's from another seed."""
-    import numpy as np
-    from plain import Loop
-
     if not args.shard:
         sys.exit("error: curve needs real text — give --shard")
-    s = replace(s, iterations=args.steps, warmdown_iters=args.steps // 2)
-    loader, curves = t.BatchLoader([t.open_shard(args.shard)], s, run), []
-    for seed, plain in ((s.seed, False), (s.seed, True), (s.seed + 1, False)):
-        torch.manual_seed(seed)
-        model = t.GPT(s, run.dtype).to(run.device)
-        optimizer = Loop(model, s) if plain else t.Optimizer(model, s, run)
-        forward = model if plain else run.compiled(model, dynamic=False)
-        if plain:
-            for name, p in model.named_parameters():
-                p.data = optimizer.weights[name].data  # the loop updates them in place
-        losses = []
-        for step in range(args.steps):
-            batch = loader.batch(step)
-            losses.append(t.forward_backward(forward, batch, 1 / len(batch)))
-            multiplier = t.lr_multiplier(step, 0.0, s)
-            if plain:
-                optimizer.step({name: p.grad for name, p in model.named_parameters()}, step, multiplier)
-                model.zero_grad()
-            else:
-                optimizer.step(step, multiplier)
-        curves.append(torch.stack(losses).cpu().numpy())
-    fast, plain, other = curves
+    run = run.using(iterations=args.steps, warmdown_iters=args.steps // 2)
+    loader = t.BatchLoader([t.open_shard(args.shard)], run)
+    ours = curve(run, loader, run.s.seed)
+    plain = curve(run, loader, run.s.seed, plain=True)
+    other = curve(run, loader, run.s.seed + 1)
     print("step: ours, plain, another seed: training loss in nats, mean of the last 20 steps")
     for step in range(20, args.steps + 1, 20):
-        print(f"{step:5d}  " + "  ".join(f"{curve[step - 20 : step].mean():.5f}" for curve in curves))
-    print(f"mean |ours - plain| {np.abs(fast - plain).mean():.5f}, of the last 20 {np.abs(fast - plain)[-20:].mean():.5f}; "
-          f"mean |ours - another seed| {np.abs(fast - other).mean():.5f}, of the last 20 {np.abs(fast - other)[-20:].mean():.5f}")
+        means = (f"{losses[step - 20 : step].mean():.5f}" for losses in (ours, plain, other))
+        print(f"{step:5d}  " + "  ".join(means))
+    for label, losses in (("plain", plain), ("another seed", other)):
+        difference = np.abs(ours - losses)
+        print(f"mean |ours - {label}| {difference.mean():.5f}, of the last 20 {difference[-20:].mean():.5f}")
 
 
-def bench_ttt(t, torch, s, run, args) -> None:
+def curve(run: t.Run, loader: t.BatchLoader, seed: int, plain: bool = False) -> np.ndarray:
+    """Training loss of each step, (ITERATIONS,)."""
+    torch.manual_seed(seed)
+    model = t.GPT(run.s, run.dtype).to(run.device)
+    forward = model if plain else run.compiled(model, dynamic=False)
+    optimizer = Loop(model, run.s) if plain else t.Optimizer(model, run)
+    losses = []
+    for step in range(run.s.iterations):
+        batch = loader.batch(step)
+        losses.append(t.forward_backward(forward, batch, 1 / len(batch)))
+        multiplier = t.lr_multiplier(step, 0.0, run.s)
+        if plain:
+            optimizer.step({name: p.grad for name, p in model.named_parameters()}, step, multiplier)
+            model.load_state_dict(optimizer.weights)
+            model.zero_grad()
+        else:
+            optimizer.step(step, multiplier)
+    return torch.stack(losses).cpu().numpy()
+
+
+# ---- Test-time training
+
+
+def sample_stream(run: t.Run, shard: Path | None) -> t.Stream:
+    """Real documents, or 625 of FineWeb-like lengths."""
+    if shard:
+        tokens = np.array(t.open_shard(shard))
+        return t.Stream(tokens, np.ones(len(tokens) - 1, np.int16), run.device)
+    lengths = np.random.default_rng(0).lognormal(np.log(640), 1.058, 625)
+    return t.synthetic_stream(np.maximum(lengths, 2).astype(np.int64), run)
+
+
+def bench_ttt(run: t.Run, args) -> None:
     """Replay on documents of real or FineWeb-like lengths, cached and recompute; the full split's seconds from them."""
-    import numpy as np
+    epochs = run.s.ttt_n_epochs
+    run = run.using(ttt_protocol="replay", ttt_n_epochs=args.epochs)
+    ceiling = ceilings(run)
+    model = t.scoring_model(run)
+    t.load_weights(model, t.GPT(run.s).state_dict(), "a fresh model")
+    stream = sample_stream(run, args.shard)
+    batches = t.batch_documents(stream.lengths, run)
 
-    ceiling, rng = ceilings(torch, run), np.random.default_rng(0)
-    model = t.GPT(s, run.dtype).to(run.device).requires_grad_(False)
-    if args.shard:
-        tokens = np.array(t.open_shard(args.shard))
-        _, lengths = t.find_documents(tokens)
-    else:
-        lengths = np.maximum(rng.lognormal(np.log(640), 1.058, 625), 2).astype(np.int64)
-        tokens = rng.integers(t.BOS + 1, s.vocab_size, lengths.sum() + 1)
-        tokens[np.concatenate([[0], np.cumsum(lengths)])] = t.BOS
-    stream = t.Stream(tokens, np.ones(len(tokens) - 1, np.int16), run.device)
-    settings = replace(s, ttt_protocol="replay", ttt_n_epochs=args.epochs)
-    one = t.plan_batches(stream.targets, settings, run)[0]
-    if run.compile:
-        print(f"compile_seconds:{t.warm_up_ttt(model, settings, run, len(one[0])):.1f}")
-    adam = run.compiled(t.adam_, dynamic=True)
+    def adapt(documents, run=run):
+        t.DocumentBatch(model, stream, documents, run).adapt()
 
-    def adapt(documents, settings=settings):
-        batch = t.DocumentBatch(model, stream, documents, settings, run, adam)
-        batch.adapt(t.Adapters(np.stack([t.draw_lora_a(settings, int(d)) for d in documents]), settings, run.device))
+    def measure(documents, run=run):
+        lengths = stream.lengths[documents]
+        scored = int(lengths.sum()) * args.epochs
+        context = min(float((lengths**2).sum() / lengths.sum() / 2), run.s.ttt_eval_seq_len)  # keys per query
+        flop = 2 * scored * flop_per_token(model, run.s, context)  # the backward pass has no weight gradients
+        sizes = f"{len(documents)} documents of {lengths.min()}-{lengths.max()} tokens"
+        seconds = seconds_of(run, lambda: adapt(documents, run), args.repeats)
+        return report(run, f"ttt {run.s.ttt_context}, {sizes}", scored, seconds, flop, ceiling)
 
-    def measure(label, documents, settings=settings):
-        scored, lengths = int(stream.targets[documents].sum()) * args.epochs, stream.targets[documents]
-        context = float((lengths**2).sum() / lengths.sum() / 2)  # keys that a query sees, on average
-        flop = 2 * scored * flop_per_token(model, s, min(context, s.ttt_eval_seq_len))  # no weight gradients in the backward pass
-        label = f"{label}, {len(documents)} documents of {lengths.min()}-{lengths.max()} tokens"
-        return report(label, scored, seconds_of(run, lambda: adapt(documents, settings), args.repeats), flop, ceiling, torch, run)
-
-    typical = min((b for b in one if stream.targets[b].min() >= 1000), key=lambda b: stream.targets[b].max(), default=one[0])
-    rates = [measure(f"ttt {context}", typical, replace(settings, ttt_context=context)) for context in ("cached", "recompute")]
-    print(f"cached / recompute on documents of >= 1,000 tokens: {rates[0] / rates[1]:.2f}")
+    long = [batch for batch in batches if stream.lengths[batch].min() >= 1000]
+    typical = min(long, key=lambda batch: stream.lengths[batch].max(), default=batches[0])
+    print(f"first pass (compilation included): {seconds_of(run, lambda: adapt(typical), 0):.1f} s")
+    cached, recompute = (measure(typical, run.using(ttt_context=context)) for context in ("cached", "recompute"))
+    print(f"cached / recompute on documents of >= 1,000 tokens: {cached / recompute:.2f}")
     if args.profile:
-        show_profile(torch, run, lambda: adapt(typical))
-    longest_first = np.argsort(-stream.targets, kind="stable")
+        show_profile(run, lambda: adapt(typical))
+    longest_first = np.concatenate(batches)
+    begin = int(np.searchsorted(-stream.lengths[longest_first], -stream.lengths[typical].max()))
     for size in args.documents:
-        first = int(np.searchsorted(-stream.targets[longest_first], -stream.targets[typical].max()))
-        measure("ttt cached", longest_first[first : first + size])
-    project(t, s, run, stream, one, adapt, args)
+        measure(longest_first[begin : begin + size])
+    repeats = 1 if run.cuda else 0
+    seconds = np.array([seconds_of(run, lambda b=batch: adapt(b), repeats) for batch in batches]) / args.epochs
+    project(run, stream, batches, seconds, epochs)
 
 
-def project(t, s, run, stream, batches, adapt, args) -> None:
-    """The full split's seconds on GPUS such devices, from one pass over every document of the sample, batch by batch."""
-    import numpy as np
+def project(run: t.Run, stream: t.Stream, batches: list, seconds: np.ndarray, epochs: int) -> None:
+    """The full split's seconds on GPUS such devices, from the seconds of an epoch of each batch of the sample."""
+    lengths = stream.lengths
+    rate = int(lengths.sum()) / seconds.sum()
+    print(f"ttt {run.s.ttt_context}, {len(lengths)} documents of all lengths: {rate:,.0f} scored token-epochs/s")
+    predicted = np.array([t.batch_cost(lengths[b], run.s, t.STEP_FLOOR[run.device.type]) for b in batches])
+    low, high = np.quantile(seconds / predicted * predicted.sum() / seconds.sum(), (0.05, 0.95))
+    print(f"measured / predicted cost of a batch: {low:.2f} to {high:.2f} (5% to 95%)")
+    whole = epochs * FULL_SPLIT_TOKENS / rate / GPUS
+    budget = f"budget {BUDGET:.0f} s, everything included"
+    print(f"full split, {epochs} epochs, {GPUS} such devices: {whole:,.0f} s by throughput ({budget})")
+    longest = int(np.argmax([lengths[b].max() for b in batches]))
+    chunks = -(-int(lengths.max()) // run.s.ttt_chunk_size)
+    sequence = f"{int(lengths.max()):,} tokens = {chunks} chunks x {epochs} steps in sequence"
+    print(f"critical path: {epochs * seconds[longest]:,.0f} s, the batch of the longest document, {sequence}")
 
-    targets, epochs = stream.targets, s.ttt_n_epochs
-    seconds = np.array([seconds_of(run, lambda: adapt(b), 1 if run.device.type == "cuda" else 0) for b in batches]) / args.epochs
-    rate = int(targets.sum()) / seconds.sum()
-    print(f"ttt cached, {len(targets)} documents of all lengths: {rate:,.0f} scored token-epochs/s")
-    predicted = np.array([t.batch_cost(targets[b], s, t.STEP_FLOOR[run.device.type]) for b in batches])
-    off = seconds / predicted * predicted.sum() / seconds.sum()
-    print(f"measured / predicted cost of a batch: {np.quantile(off, 0.05):.2f} to {np.quantile(off, 0.95):.2f} (5% to 95%)")
-    print(f"full split, {epochs} epochs, {GPUS} such devices: {epochs * FULL_SPLIT_TOKENS / rate / GPUS:,.0f} s by throughput "
-          f"(budget {BUDGET:.0f} s, everything included)")
-    longest = int(np.argmax([targets[b].max() for b in batches]))
-    print(f"critical path: {epochs * seconds[longest]:,.0f} s, the batch of the longest document, {int(targets.max()):,} tokens = "
-          f"{-(-int(targets.max()) // s.ttt_chunk_size)} chunks x {epochs} steps in sequence")
+
+# ---- Packing
 
 
-def bench_pack(t, torch, s, run, args) -> None:
-    """Seconds and bytes of the export of a model with Gaussian weights, beside torch.save and zstd-22 of the same tensors."""
-    import io
-
-    import zstandard
-
+def bench_pack(run: t.Run, args) -> None:
+    """Seconds and bytes of the export of Gaussian weights, beside torch.save and zstd-22 of the same tensors."""
     state = {}
-    for name, w in t.GPT(s).state_dict().items():
+    for name, w in t.GPT(run.s).state_dict().items():
         state[name] = torch.randn_like(w) * w.shape[-1] ** -0.5 if w.ndim == 2 else w
-    config, patterns = t.model_config(s), s.fp16_keep_name_patterns.split(",")
-    seconds = seconds_of(run, lambda: t.pack(state, config, s.prune_fraction, patterns), args.repeats)
-    blob, account = t.pack(state, config, s.prune_fraction, patterns)
-    quantised = {n: t.quantize(t.prune(w, s.prune_fraction), t.kind_of(n, w, patterns)) for n, w in state.items()}
+    stored = t.quantize_model(state, run.s)
+    blob, account = t.pack(stored, run.s)
+    seconds = seconds_of(run, lambda: t.pack(t.quantize_model(state, run.s), run.s), args.repeats)
+    unpacking = seconds_of(run, lambda: t.unpack(blob), args.repeats)
     saved = io.BytesIO()
-    torch.save(quantised, saved)
+    torch.save({name: tuple(tensor) for name, tensor in stored.items()}, saved)
     reference = len(zstandard.ZstdCompressor(level=22).compress(saved.getvalue()))
     weights = sum(w.numel() for w in state.values())
-    print(f"pack: {weights:,} weights, {len(blob):,} bytes, {seconds:.2f} s; unpack: {seconds_of(run, lambda: t.unpack(blob), args.repeats):.2f} s")
+    print(f"pack: {weights:,} weights, {len(blob):,} bytes, {seconds:.2f} s; unpack: {unpacking:.2f} s")
     for kind, row in account.items():
         print(f"  {kind}: {row}")
     print(f"torch.save + zstd-22 of the same tensors: {reference:,} bytes; ratio {len(blob) / reference:.4f}")

@@ -1,4 +1,5 @@
 """The optimiser as its papers write it, one parameter at a time: the truth for tests and for `bench.py curve`."""
+
 import re
 
 import torch
@@ -20,6 +21,7 @@ def orthogonalised(matrix, steps):
 
 class Loop:
     """Each parameter updated alone, with Muon written out and torch's Adam, AdamW and clip_grad_norm_."""
+
     def __init__(self, model, s):
         self.s = s
         self.weights = {name: p.detach().clone().requires_grad_() for name, p in model.named_parameters()}

@@ -1,4 +1,4 @@
-"""What the tests of the command line and of faults share: a micro model's settings, data, and runs in processes of their own.
+"""What the tests through whole processes share: a micro model's settings, its data, and runs.
 
 A run is a fork of a server that has imported torch already: the same `entry()`, without the seconds of the import."""
 
@@ -27,17 +27,18 @@ import numpy as np
 import sentencepiece
 import zstandard
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import train_gpt
 
+ROOT = Path(__file__).resolve().parent.parent
 VOCABULARY = 300
 LENGTHS = [70, 1, 40, 17, 33, 90, 5, 16, 64, 12, 28, 50]  # tokens of the validation documents, BOS included
 MICRO = dict(
-    NUM_LAYERS=2, MODEL_DIM=16, NUM_HEADS=2, NUM_KV_HEADS=1, MLP_MULT=2, BIGRAM_VOCAB_SIZE=64, BIGRAM_DIM=8, VOCAB_SIZE=VOCABULARY,
-    TRAIN_SEQ_LEN=32, TRAIN_BATCH_TOKENS=256, ITERATIONS=12, WARMDOWN_ITERS=8, WARMUP_STEPS=1, MAX_WALLCLOCK_SECONDS=0,
-    VAL_LOSS_EVERY=6, VAL_BATCH_SIZE=1024, TRAIN_LOG_EVERY=5, SWA_START_FRAC=0.8, SWA_EVERY=2, EVAL_STRIDE=16,
-    TTT_LORA_RANK=2, TTT_LORA_LR=0.01, TTT_N_EPOCHS=3, TTT_CHUNK_SIZE=16, TTT_EVAL_SEQ_LEN=64, TTT_BATCH_SIZE=4,
+    DEVICE="cpu", NUM_LAYERS=2, MODEL_DIM=16, NUM_HEADS=2, NUM_KV_HEADS=1, MLP_MULT=2, BIGRAM_VOCAB_SIZE=64,
+    BIGRAM_DIM=8, VOCAB_SIZE=VOCABULARY, TRAIN_SEQ_LEN=32, TRAIN_BATCH_TOKENS=256, ITERATIONS=12, WARMDOWN_ITERS=8,
+    WARMUP_STEPS=1, MAX_WALLCLOCK_SECONDS=0, VAL_LOSS_EVERY=6, VAL_BATCH_SIZE=1024, TRAIN_LOG_EVERY=5,
+    SWA_START_FRAC=0.8, SWA_EVERY=2, EVAL_STRIDE=16, TTT_LORA_RANK=2, TTT_LORA_LR=0.01, TTT_N_EPOCHS=3,
+    TTT_CHUNK_SIZE=16, TTT_EVAL_SEQ_LEN=64, TTT_BATCH_SIZE=4,
 )  # fmt: skip
 
 
@@ -104,12 +105,21 @@ def _server():
 class Run:
     """One process of `python train_gpt.py` with its output in `folder`; `before` runs in it first, to plant a fault."""
 
-    def __init__(self, folder: Path, rank: int | None = None, world: int = 1, port: int = 0, before: Callable | None = None, **settings):
+    def __init__(
+        self,
+        folder: Path,
+        rank: int | None = None,
+        world: int = 1,
+        port: int = 0,
+        before: Callable | None = None,
+        **settings,
+    ):
         self.folder = folder
         folder.mkdir(parents=True, exist_ok=True)
         env = environment(folder, **settings)
         if rank is not None:
-            env |= dict(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+            env |= dict(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world))
+            env |= dict(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
         self.paths = [folder / f"console.{rank or 0}.{name}" for name in ("out", "err")]
         for path in self.paths:
             path.write_text("")
@@ -131,7 +141,8 @@ class Run:
         """Wait for `text` on the console."""
         deadline = time.monotonic() + seconds
         while text not in self.out:
-            assert time.monotonic() < deadline and self.process.is_alive(), f"no {text!r}: {self.out[-500:]} {self.err[-1500:]}"
+            alive = self.process.is_alive()
+            assert time.monotonic() < deadline and alive, f"no {text!r}: {self.out[-500:]} {self.err[-1500:]}"
             time.sleep(0.005)
 
     out = property(lambda self: self.paths[0].read_text())
@@ -174,4 +185,5 @@ def sign(raw: bytes, frame: bytes | None = None, expanded: int | None = None) ->
     """An artifact of the expanded content `raw` with honest lengths and hash, as an attacker can make it."""
     frame = zstandard.ZstdCompressor(1).compress(raw) if frame is None else frame
     size = len(raw) if expanded is None else expanded
-    return train_gpt.MAGIC + struct.pack("<IQQ", train_gpt.FORMAT, len(frame), size) + hashlib.sha256(frame).digest() + frame
+    header = train_gpt.MAGIC + struct.pack("<IQQ", train_gpt.FORMAT, len(frame), size)
+    return header + hashlib.sha256(frame).digest() + frame

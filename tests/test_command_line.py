@@ -1,10 +1,14 @@
-"""`python train_gpt.py` and `torchrun … train_gpt.py` from outside: files, log, result.json, settings, exit codes (SPEC section 6)."""
+"""`python train_gpt.py` and `torchrun … train_gpt.py` from outside: files, log, result.json, settings, exit codes."""
 
 from __future__ import annotations
 
 import hashlib
+import importlib.util
+import json
 import math
+import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -26,7 +30,8 @@ TIME = r"train_time:\d+ms step_avg:\d+\.\d+ms"
 def command(folder: Path, launcher=(sys.executable,), **settings_) -> subprocess.CompletedProcess:
     """The command as a user types it."""
     env = dict(PATH="/usr/bin:/bin", OMP_NUM_THREADS="1") | runs.environment(folder, **settings_)
-    return subprocess.run([*launcher, str(runs.ROOT / "train_gpt.py")], env=env, capture_output=True, text=True, timeout=120)
+    typed = [*launcher, str(runs.ROOT / "train_gpt.py")]
+    return subprocess.run(typed, env=env, capture_output=True, text=True, timeout=120)
 
 
 def torchrun(folder: Path, **settings_) -> subprocess.CompletedProcess:
@@ -36,15 +41,17 @@ def torchrun(folder: Path, **settings_) -> subprocess.CompletedProcess:
 
 @pytest.fixture(scope="module")
 def reference(tmp_path_factory) -> runs.Run:
-    """A whole run with every default of the protocol and an audit."""
-    return runs.run(tmp_path_factory.mktemp("reference"), TTT_AUDIT=2, SEED=5)
+    """A whole run with every default of the protocol."""
+    return runs.run(tmp_path_factory.mktemp("reference"), SEED=5)
 
 
 @pytest.fixture(scope="module")
 def one_and_two(tmp_path_factory) -> list[runs.Run]:
-    """The same 20 steps at the record's learning rates on one rank and on two, side by side. One rank takes two micro-steps, so
-    that both add up the same gradients; in another order a last bit would grow past 1e-4 through Muon's bf16."""
-    settings_ = dict(ITERATIONS=20, WARMDOWN_ITERS=10, TRAIN_LOG_EVERY=1, TTT_AUDIT=1, MICRO_BATCH_TOKENS=128)
+    """The same 20 steps at the record's learning rates on one rank and on two, side by side.
+
+    One rank takes two micro-steps, so that both add up the same gradients; in another order a last bit would grow past
+    1e-4 through Muon's bf16."""
+    settings_ = dict(ITERATIONS=20, WARMDOWN_ITERS=10, TRAIN_LOG_EVERY=1, MICRO_BATCH_TOKENS=128)
     two = runs.ranks(tmp_path_factory.mktemp("two"), **settings_)
     one = runs.run(tmp_path_factory.mktemp("one"), **settings_)
     assert [process.wait() for process in two] == [0, 0], two[0].err + two[1].err
@@ -64,7 +71,7 @@ def test_the_plain_command_ends_with_code_0_and_the_line_that_the_fields_tools_r
 def test_a_run_leaves_exactly_the_promised_files_whole(reference):
     names = {path.name for path in reference.folder.iterdir() if not path.name.startswith("console.")}
     promised = {"train.log", "final_model.pt", "final_model.ptz", "result.json", "ttt_documents.npz"}
-    assert promised <= names <= promised | {"checkpoint.pt"}
+    assert names == promised | {"checkpoint.pt"} == set(train_gpt.FILES)
     state = torch.load(reference.folder / "final_model.pt", weights_only=True)
     assert {tensor.dtype for tensor in state.values()} == {torch.float32}
 
@@ -72,8 +79,9 @@ def test_a_run_leaves_exactly_the_promised_files_whole(reference):
 def test_log_lines_keep_the_forms_and_the_order_that_tools_of_the_field_parse(reference):
     train, val = rf"step:\d+/12 train_loss:{N} {TIME}", rf"step:\d+/12 {SCORE} {TIME}"
     epochs = "".join(rf"ttt_epoch:{e}/3 {SCORE}\n" for e in (1, 2, 3))
-    order = rf"(?s).*^{val}\n.*^{train}\n.*^{val}\n.*^no_adaptation {SCORE}\n{epochs}.*^final_ttt_exact protocol:replay "
-    order += rf"context:cached backward_looking_val_bpb:{N} last_epoch_val_bpb:{N}\n.*^final_int8_zlib_roundtrip_exact {SCORE}\Z"
+    ttt = rf"final_ttt_exact protocol:replay context:cached backward_looking_val_bpb:{N} last_epoch_val_bpb:{N}"
+    order = rf"(?s).*^{val}\n.*^{train}\n.*^{val}\n.*^no_adaptation {SCORE}\n{epochs}.*^{ttt}\n"
+    order += rf".*^final_int8_zlib_roundtrip_exact {SCORE}\Z"
     assert re.match(order, reference.out.strip(), re.MULTILINE)
     steps = [line for line in reference.lines if line.startswith("step:")]
     assert all(re.fullmatch(f"{train}|{val}", line) for line in steps) and steps[-1].startswith("step:12/12 val_loss")
@@ -86,47 +94,48 @@ def test_the_console_and_train_log_say_the_same_and_the_log_holds_the_source(ref
 
 
 def test_the_last_line_is_the_backward_looking_figure_not_the_last_epoch(reference):
-    (_, last), first, (backward, last_epoch) = (
-        reference.figures(name)[0] for name in ("final_int8_zlib", "ttt_epoch:1/", "final_ttt_exact")
-    )
-    assert last == backward == first[1] and last_epoch == reference.figures("ttt_epoch:3/")[0][1] != backward
+    names = "final_int8_zlib", "ttt_epoch:1/", "ttt_epoch:3/", "final_ttt_exact"
+    (_, last), (_, first), (_, third), (backward, last_epoch) = (reference.figures(name)[0] for name in names)
+    assert last == backward == first and last_epoch == third != backward
 
 
 def test_result_json_names_run_seed_source_settings_and_versions(reference):
     result = reference.result
-    assert result["schema_version"] == 1 and result["seed"] == 5 and result["world_size"] == 1 and result["quantised"] is True
-    assert result["source_sha256"] == hashlib.sha256((runs.ROOT / "train_gpt.py").read_bytes()).hexdigest()
+    source = (runs.ROOT / "train_gpt.py").read_bytes()
+    assert (result["schema_version"], result["seed"], result["world_size"], result["quantised"]) == (2, 5, 1, True)
+    assert result["source_sha256"] == hashlib.sha256(source).hexdigest() and result["source_bytes"] == len(source)
+    assert result["run_id"] and f"RUN_ID={result['run_id']}" in reference.log
     assert result["settings"]["ttt_n_epochs"] == 3 and "ttt_n_epochs" in result["overridden"]
-    assert {"python", "torch", "threads"} <= result["environment"].keys()
+    assert "eval_max_seconds" in result["settings"] and "eval_max_seconds" not in result["overridden"]
+    assert {"python", "torch", "threads", "device", "dtype", "compile"} <= result["environment"].keys()
     assert result["training"]["steps"] == 12 and result["training"]["resumed"] is False
+    assert all(re.fullmatch("[0-9a-f]{64}", result["data"][split]) for split in ("train", "validation"))
     account = result["artifact"]
-    assert account["model_bytes"] == len(reference.artifact) and account["fits"] is True
-    assert account["total_bytes"] == account["model_bytes"] + (runs.ROOT / "train_gpt.py").stat().st_size
+    assert account["model_bytes"] == len(reference.artifact) and account["fits"] is True and account["stretch"] == 1
+    assert account["total_bytes"] == account["model_bytes"] + len(source) and account["code_bytes"] == len(source)
+    assert account["sha256"] == result["weights_sha256"] == hashlib.sha256(reference.artifact).hexdigest()
 
 
 def test_every_figure_of_result_json_says_how_it_was_made_and_covers_every_target(reference):
     evaluation, targets = reference.result["evaluation"], sum(runs.LENGTHS) - 1
     curve = evaluation["curve"]
     for figure in (evaluation["no_adaptation"], evaluation["backward_looking"], evaluation["last_epoch"], *curve):
-        assert {"protocol", "context", "backward_looking", "val_loss", "val_bpb", "bytes"} <= figure.keys()
-        assert figure["targets"] == targets and figure["bytes"] == curve[0]["bytes"]
-        assert figure["val_bpb"] == pytest.approx(figure["val_loss"] * targets / math.log(2) / figure["bytes"], rel=1e-12)
+        assert {"protocol", "context", "backward_looking", "val_loss", "val_bpb", "bytes", "seconds"} <= figure.keys()
+        assert figure["targets"] == targets and figure["bytes"] == curve[0]["bytes"] and figure["lacking"] == 0
+        bits = figure["val_loss"] * targets / math.log(2)
+        assert figure["val_bpb"] == pytest.approx(bits / figure["bytes"], rel=1e-12)
     assert [figure["backward_looking"] for figure in curve] == [True, False, False]
-    assert evaluation["within_budget"] is True and evaluation["unfinished_documents"] == []
+    assert [figure["epoch"] for figure in curve] == [1, 2, 3] and evaluation["documents"] == len(runs.LENGTHS)
+    assert evaluation["backward_looking"] == curve[0] and evaluation["last_epoch"] == curve[-1]
+    assert evaluation["within_budget"] is True and 0 < evaluation["seconds"] < 600
     assert reference.result["val_bpb"] == pytest.approx(evaluation["backward_looking"]["val_bpb"], rel=1e-12)
-
-
-def test_the_audit_shows_no_leak_in_backward_looking_figures_and_one_in_the_last_epoch(reference):
-    rows = reference.result["evaluation"]["audit"]
-    assert len({row["document"] for row in rows}) == 2
-    assert all(row["change"] == 0 for row in rows if row["backward_looking"])
-    assert all(row["change"] > 0 for row in rows if not row["backward_looking"])
 
 
 def test_the_figures_per_document_add_up_to_those_of_the_log(reference):
     kept = np.load(reference.folder / "ttt_documents.npz")
     assert kept["index"].tolist() == list(range(len(runs.LENGTHS)))
     assert kept["targets"].tolist() == runs.LENGTHS[:-1] + [runs.LENGTHS[-1] - 1]
+    assert kept["figures_finished"].tolist() == [3] * len(runs.LENGTHS)
     rows = [kept["nll_no_adaptation"], *kept["nll_per_epoch"]]
     printed = reference.figures("no_adaptation") + reference.figures("ttt_epoch:")
     for nll, (loss, bpb) in zip(rows, printed, strict=True):
@@ -136,13 +145,18 @@ def test_the_figures_per_document_add_up_to_those_of_the_log(reference):
 
 def test_without_ttt_the_sliding_window_is_the_final_figure(tmp_path):
     done = runs.run(tmp_path, TTT_ENABLED=0)
-    assert "ttt" not in done.lines[-1] and not any(line.startswith(("no_adaptation", "ttt_epoch")) for line in done.lines)
-    assert done.lines[-2].removeprefix("final_sliding_exact") == done.lines[-1].removeprefix("final_int8_zlib_roundtrip_exact")
-    assert done.result["evaluation"]["sliding"]["targets"] == sum(runs.LENGTHS) - 1
+    ttt = [line for line in done.lines if line.startswith(("no_adaptation", "ttt_epoch", "final_ttt"))]
+    sliding, last = done.lines[-2:]
+    assert not ttt and sliding.startswith("final_sliding_exact ")
+    assert sliding.removeprefix("final_sliding_exact") == last.removeprefix("final_int8_zlib_roundtrip_exact")
+    figure = done.result["evaluation"]["sliding"]
+    assert figure["targets"] == sum(runs.LENGTHS) - 1 and figure["backward_looking"] is True
+    assert done.result["evaluation"]["within_budget"] is True and figure["val_bpb"] == done.result["val_bpb"]
 
 
 def test_single_pass_prints_the_same_figure_as_backward_looking_and_last(tmp_path, reference):
-    done = runs.run(tmp_path, EVAL_ONLY=reference.folder / "final_model.ptz", TTT_PROTOCOL="single_pass", TTT_CONTEXT="recompute")
+    protocol = dict(TTT_PROTOCOL="single_pass", TTT_CONTEXT="recompute")
+    done = runs.run(tmp_path, EVAL_ONLY=reference.folder / "final_model.ptz", **protocol)
     (figures,) = done.figures("final_ttt_exact protocol:single_pass context:recompute")
     assert figures[0] == figures[1] == done.figures("final_int8_zlib")[0][1] and not done.figures("ttt_epoch:")
 
@@ -153,12 +167,15 @@ def test_single_pass_prints_the_same_figure_as_backward_looking_and_last(tmp_pat
 def test_an_artifact_alone_gives_the_same_figures_without_training_shards_or_model_settings(tmp_path, reference):
     (tmp_path / "data").mkdir()
     (tmp_path / "data/fineweb_val_000000.bin").symlink_to(runs.data() / "fineweb_val_000000.bin")
-    unset = dict.fromkeys("NUM_LAYERS MODEL_DIM NUM_HEADS NUM_KV_HEADS MLP_MULT BIGRAM_VOCAB_SIZE BIGRAM_DIM VOCAB_SIZE".split())
+    shape = "NUM_LAYERS MODEL_DIM NUM_HEADS NUM_KV_HEADS MLP_MULT BIGRAM_VOCAB_SIZE BIGRAM_DIM VOCAB_SIZE"
+    unset = dict.fromkeys(shape.split())
     artifact = reference.folder / "final_model.ptz"
     done = runs.run(tmp_path / "out", EVAL_ONLY=artifact, DATA_PATH=tmp_path / "data", SEED=5, **unset)
     names = ("no_adaptation", "ttt_epoch", "final_")
     assert [x for x in done.lines if x.startswith(names)] == [x for x in reference.lines if x.startswith(names)]
-    assert done.result["training"] is None and done.result["quantised"] is True
+    assert done.result["training"] is None and done.result["artifact"] is None and done.result["quantised"] is True
+    assert done.result["data"] == dict(train=None, validation=reference.result["data"]["validation"])
+    assert done.result["weights_sha256"] == reference.result["weights_sha256"]
 
 
 def test_a_state_dict_is_scored_as_it_is_and_labelled_unquantised(tmp_path, reference):
@@ -176,12 +193,78 @@ def test_a_variable_that_contradicts_the_artifact_is_an_error_naming_both_values
 
 @pytest.mark.parametrize("suffix", [".ptz", ".pt"])
 def test_eval_only_of_a_missing_or_damaged_file_is_a_one_line_error(tmp_path, suffix, monkeypatch):
-    runtime = one_process(monkeypatch)
-    for content in (None, b"", b"\x80\x04garbage" * 99):
-        path = tmp_path / f"model{suffix}"
-        if content is not None:
-            path.write_bytes(content)
-        assert str(path) in error_of(lambda path=path: train_gpt.load_model(path, runs.micro(), runtime))
+    run = one_process(monkeypatch)
+    path = tmp_path / f"model{suffix}"
+    for content in (b"", b"\x80\x04garbage" * 99):
+        path.write_bytes(content)
+        assert str(path) in error_of(lambda path=path: train_gpt.read_model(path, run))
+    path.unlink()
+    missing = runs.run(tmp_path / "out", 2, EVAL_ONLY=path)
+    assert f"cannot use {path}: No such file" in runs.user_error(missing.err)
+
+
+# ---- A folder belongs to one run
+
+
+def contents(folder: Path) -> dict[str, tuple[bytes, int]]:
+    """Every file but the tests' consoles: what it holds and when it was written."""
+    files = [path for path in folder.iterdir() if not path.name.startswith("console.")]
+    return {path.name: (path.read_bytes(), path.stat().st_mtime_ns) for path in files}
+
+
+@pytest.mark.parametrize("name", train_gpt.FILES)
+def test_a_folder_with_any_file_of_another_run_is_refused_and_left_alone(tmp_path, monkeypatch, name):
+    (tmp_path / name).write_text("another run's")
+    before = contents(tmp_path)
+    run = one_process(monkeypatch).using(output_dir=str(tmp_path))
+    message = error_of(lambda: train_gpt.open_output(run))
+    assert f"OUTPUT_DIR={tmp_path} " in message and name in message and "RESUME=1" in message
+    assert contents(tmp_path) == before
+
+
+def test_neither_a_second_run_nor_a_foreign_artifact_gets_into_a_finished_runs_folder(tmp_path, reference):
+    folder = shutil.copytree(reference.folder, tmp_path / "run")
+    before = contents(folder)
+    foreign = reference.folder / "final_model.ptz"
+    for settings_ in (dict(SEED=6), dict(DATA_PATH=tmp_path / "nowhere"), dict(EVAL_ONLY=foreign)):
+        done = runs.run(folder, 2, **settings_)
+        runs.user_error(done.err)
+        assert contents(folder) == before
+
+
+def test_another_evaluation_of_a_runs_own_artifact_adds_to_its_folder(tmp_path, reference):
+    folder = shutil.copytree(reference.folder, tmp_path / "run")
+    before = contents(folder)
+    done = runs.run(folder, EVAL_ONLY=folder / "final_model.ptz", TTT_N_EPOCHS=2, SEED=5)
+    after = contents(folder)
+    assert {name for name in before if after[name] != before[name]} == {"train.log"}
+    assert done.log.startswith(reference.log) and len(done.log) > len(reference.log)
+    added = sorted(after.keys() - before.keys())
+    assert len(added) == 2 and re.fullmatch(
+        r"result_[0-9a-f]{12}\.json ttt_documents_[0-9a-f]{12}\.npz", " ".join(added)
+    )
+    second = json.loads(after[added[0]][0])
+    assert second["run_id"] == folder.name and len(second["evaluation"]["curve"]) == 2
+    assert (
+        second["evaluation"]["no_adaptation"]["val_bpb"] == reference.result["evaluation"]["no_adaptation"]["val_bpb"]
+    )
+
+
+def run_a_copy_that_is_edited_meanwhile() -> None:
+    copy = Path(os.environ["OUTPUT_DIR"]).with_suffix(".py")
+    shutil.copy(runs.ROOT / "train_gpt.py", copy)
+    spec = importlib.util.spec_from_file_location("edited", copy)
+    module = sys.modules["edited"] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    copy.write_text(copy.read_text() + "# edited\n")
+    train_gpt.entry = module.entry
+
+
+def test_a_source_edited_while_it_runs_is_recorded_as_it_ran(tmp_path, reference):
+    done = runs.run(tmp_path / "run", before=run_a_copy_that_is_edited_meanwhile, ITERATIONS=1, TTT_ENABLED=0)
+    for name in ("source_sha256", "source_bytes"):
+        assert done.result[name] == reference.result[name]
+    assert "# edited" not in done.log and done.result["artifact"]["code_bytes"] == reference.result["source_bytes"]
 
 
 # ---- Several ranks
@@ -218,10 +301,10 @@ def test_torchrun_with_two_ranks_writes_one_log(tmp_path):
 # ---- Settings
 
 
-def one_process(monkeypatch) -> train_gpt.Runtime:
-    """A Runtime of this process that leaves its signal handlers alone."""
+def one_process(monkeypatch) -> train_gpt.Run:
+    """A Run of this process that leaves its signal handlers alone."""
     monkeypatch.setattr(train_gpt.signal, "signal", lambda *_: None)
-    return train_gpt.Runtime(runs.micro())
+    return train_gpt.Run(runs.micro())
 
 
 def error_of(work) -> str:
@@ -236,10 +319,12 @@ def error_of(work) -> str:
 @pytest.mark.parametrize(
     "variable, value, allowed",
     [
-        ("ITERATIONS", "many", "int from 0 up"), ("ITERATIONS", "", "int"), ("ITERATIONS", "1.5", "int"), ("ITERATIONS", "-1", "from 0"),
-        ("NUM_LAYERS", "1", "from 2 to 256"), ("MATRIX_LR", "nan", "float from 0"), ("MATRIX_LR", "inf", "float"), ("BETA1", "1", "to 0.999"),
-        ("MATRIX_LR", "0,02", "float"), ("RESUME", "yes", "0 or 1"), ("RESUME", "2", "0 or 1"), ("COMPILE", "7", "one of"),
-        ("TTT_PROTOCOL", "Replay", "replay, single_pass"), ("PRESET", "small", "record, tiny"), ("PRUNE_FRACTION", "0.5", "to 0.15"),
+        ("ITERATIONS", "many", "int from 0 up"), ("ITERATIONS", "", "int"), ("ITERATIONS", "1.5", "int"),
+        ("ITERATIONS", "-1", "from 0"), ("NUM_LAYERS", "1", "from 2 to 256"), ("MATRIX_LR", "nan", "float from 0"),
+        ("MATRIX_LR", "inf", "float"), ("BETA1", "1", "to 0.999"), ("MATRIX_LR", "0,02", "float"),
+        ("RESUME", "yes", "0 or 1"), ("RESUME", "2", "0 or 1"), ("COMPILE", "7", "one of"),
+        ("TTT_PROTOCOL", "Replay", "replay, single_pass"), ("PRESET", "small", "record, tiny"),
+        ("PRUNE_FRACTION", "0.5", "to 0.15"), ("DEVICE", "gpu", "cuda, cpu, auto"),
     ],
 )  # fmt: skip
 def test_a_wrong_value_is_refused_with_variable_value_and_what_is_allowed(variable, value, allowed):
@@ -247,7 +332,10 @@ def test_a_wrong_value_is_refused_with_variable_value_and_what_is_allowed(variab
     assert f"{variable}={value} " in message and allowed in message
 
 
-@given(st.sampled_from([f.upper() for f in Settings.__dataclass_fields__]), st.text(st.characters(codec=None, exclude_characters="\0")))
+NAMES = [name.upper() for name in Settings.__dataclass_fields__]
+
+
+@given(st.sampled_from(NAMES), st.text(st.characters(codec=None, exclude_characters="\0")))
 @example("PRESET", "two\nlines")
 @example("ITERATIONS", "9" * 5000)
 @example("SEED", "1e999")
@@ -262,7 +350,10 @@ def test_no_value_of_a_variable_raises_anything_but_a_one_line_user_error(name, 
 NUMBERS = sorted(n for n, f in Settings.__dataclass_fields__.items() if type(f.default) in (int, float))
 
 
-@given(st.dictionaries(st.sampled_from(NUMBERS), st.one_of(st.integers(0, 70), st.sampled_from([-1, 0.5, 1e-30, 2**31, 10**30, 1e300]))))
+EXTREME = [-1, 0.5, 1e-30, 2**31, 10**30, 1e300]
+
+
+@given(st.dictionaries(st.sampled_from(NUMBERS), st.one_of(st.integers(0, 70), st.sampled_from(EXTREME))))
 @settings(max_examples=600, deadline=None)
 def test_no_combination_of_numbers_raises_anything_but_a_user_error(values):
     try:
@@ -274,8 +365,9 @@ def test_no_combination_of_numbers_raises_anything_but_a_user_error(values):
 @pytest.mark.parametrize(
     "values",
     [
-        dict(MODEL_DIM=100, NUM_HEADS=8), dict(NUM_HEADS=8, NUM_KV_HEADS=3), dict(TRAIN_BATCH_TOKENS=1000, TRAIN_SEQ_LEN=300),
-        dict(MICRO_BATCH_TOKENS=100, TRAIN_SEQ_LEN=256), dict(EVAL_STRIDE=4096, TRAIN_SEQ_LEN=2048),
+        dict(MODEL_DIM=100, NUM_HEADS=8), dict(NUM_HEADS=8, NUM_KV_HEADS=3),
+        dict(TRAIN_BATCH_TOKENS=1000, TRAIN_SEQ_LEN=300), dict(MICRO_BATCH_TOKENS=100, TRAIN_SEQ_LEN=256),
+        dict(EVAL_STRIDE=4096, TRAIN_SEQ_LEN=2048),
         dict(TTT_CHUNK_SIZE=512, TTT_EVAL_SEQ_LEN=256), dict(MODEL_DIM=24, NUM_HEADS=8),
     ],
 )  # fmt: skip
@@ -291,27 +383,35 @@ def test_rows_that_do_not_divide_by_the_world_size_are_refused_naming_both(tmp_p
     assert "TRAIN_BATCH_TOKENS/TRAIN_SEQ_LEN=7" in message and "WORLD_SIZE=2" in message
 
 
-def test_misspelt_variables_are_reported_at_the_start(tmp_path):
-    done = runs.run(tmp_path, 2, ITERATION=5, TTT_EPOCHS=1, DATA_PATH=tmp_path)
-    assert "ITERATION is not a setting" in done.out and "did you mean ITERATIONS?" in done.out
-    assert "TTT_EPOCHS is not a setting" in done.out and "did you mean TTT_N_EPOCHS?" in done.out
+def test_misspelt_variables_are_reported_before_anything_can_fail_for_them(tmp_path):
+    lines = [
+        "warning: ITERATION is not a setting — did you mean ITERATIONS?",
+        "warning: TTT_EPOCHS is not a setting — did you mean TTT_N_EPOCHS?",
+    ]
+    misspelt = dict(ITERATION=5, TTT_EPOCHS=1)
+    done = runs.run(tmp_path / "failed", 2, DATA_PATH=tmp_path, **misspelt)
+    assert done.lines == lines
+    done = runs.run(tmp_path / "whole", ITERATIONS=1, TTT_ENABLED=0, **misspelt)
+    assert done.lines[:2] == lines and all(done.log.count(line) == done.out.count(line) == 1 for line in lines)
 
 
 def test_the_variables_of_shells_and_launchers_are_not_reported_as_misspelt():
-    usual = "PATH HOME LANG TERM SHELL USER PWD RANK LOCAL_RANK WORLD_SIZE LOCAL_WORLD_SIZE GROUP_RANK MASTER_ADDR MASTER_PORT"
-    usual += " OMP_NUM_THREADS CUDA_VISIBLE_DEVICES PYTHONPATH TORCHELASTIC_RUN_ID TORCHELASTIC_MAX_RESTARTS NCCL_DEBUG TMPDIR"
+    usual = "PATH HOME LANG TERM SHELL USER PWD RANK LOCAL_RANK WORLD_SIZE LOCAL_WORLD_SIZE GROUP_RANK MASTER_ADDR"
+    usual += " MASTER_PORT OMP_NUM_THREADS CUDA_VISIBLE_DEVICES PYTHONPATH TORCHELASTIC_RUN_ID NCCL_DEBUG TMPDIR"
+    usual += " TORCHELASTIC_MAX_RESTARTS"
     assert train_gpt.misspelt(dict.fromkeys(usual.split(), "1")) == []
 
 
 def test_documented_defaults_are_the_specifications():
     s = Settings.from_env({})
     assert (s.iterations, s.train_batch_tokens, s.train_seq_len, s.matrix_lr, s.seed) == (20000, 786432, 2048, 0.02, 42)
-    assert (s.max_wallclock_seconds, s.eval_max_seconds, s.ttt_n_epochs, s.artifact_max_bytes) == (600, 600, 50, 16_000_000)
+    assert (s.max_wallclock_seconds, s.eval_max_seconds, s.ttt_n_epochs) == (600, 600, 50)
+    assert (s.artifact_max_bytes, s.device) == (16_000_000, "cuda")
 
 
 def test_tiny_is_a_preset_that_single_variables_override():
     s = Settings.from_env(dict(PRESET="tiny", MODEL_DIM="64"))
-    assert s.model_dim == 64 and s.num_layers < 10 and s.iterations < 20000
+    assert s.model_dim == 64 and s.num_layers < 10 and s.iterations < 20000 and s.device == "auto"
 
 
 # ---- Data and tokenizer that cannot be used, through the real process

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 import numpy as np
 import pytest
 import torch
-from conftest import random_model, small, stream_of
+from conftest import random_model, run_of, small, stream_of
 from strict import strict, strictly
 from torch import Tensor
 from torch._dynamo.utils import counters
@@ -22,7 +22,6 @@ import train_gpt
 CHUNK, WINDOW = 16, 64  # of the small settings: a context is full after three chunks
 LENGTHS = [100, 90, 70, 40, 33, 16, 5]  # targets: up to seven chunks; the longest goes on alone, one has a single chunk
 ALL = list(range(len(LENGTHS)))
-AFTER_THE_WARM_UP = 4  # most graphs that a last batch of one document still compiles after a warm-up for many
 FLAGS = ("use_duck_shape", "backed_size_oblivious")  # of torch, for the whole process
 
 
@@ -31,12 +30,11 @@ class Trainer:
     """A fresh model with its optimiser, compiled or not, on one batch of two micro-batches of `rows` rows."""
 
     def __init__(self, s, run, compiled: bool, dtype: torch.dtype, rows: int):
-        run.compile = compiled
+        self.s, self.run, self.steps = s, compiling(run, s, compiled), 0
         torch.manual_seed(0)
-        self.s, self.run, self.steps = s, run, 0
         self.model = train_gpt.GPT(s, dtype)
-        self.optimizer = train_gpt.Optimizer(self.model, s, run)
-        self.forward = run.compiled(self.model, dynamic=False)
+        self.optimizer = train_gpt.Optimizer(self.model, self.run)
+        self.forward = self.run.compiled(self.model, dynamic=False)
         size = (2 * rows, s.train_seq_len + 1)
         tokens = torch.randint(2, s.vocab_size, size, generator=torch.Generator().manual_seed(0))
         self.micro_batches = list(zip(tokens[:, :-1].split(rows), tokens[:, 1:].split(rows), strict=True))
@@ -50,41 +48,43 @@ class Trainer:
 
     def validate(self) -> Tensor:
         """The loss of the standard evaluation: batches of three rows, the last batch and its last row not full."""
-        return torch.tensor(
-            train_gpt.evaluate_standard(self.forward, stream_of(self.s, [150, 7]), self.s, self.run).loss
-        )
+        return torch.tensor(train_gpt.evaluate_standard(self.forward, stream_of(self.s, [150, 7]), self.run).loss)
 
     def slide(self) -> Tensor:
         """The loss of the sliding window: batches of five windows, the last batch and its last window not full."""
-        return torch.tensor(train_gpt.evaluate_sliding(self.forward, stream_of(self.s, [90, 7]), self.s, self.run).loss)
+        return torch.tensor(train_gpt.evaluate_sliding(self.forward, stream_of(self.s, [90, 7]), self.run).loss)
 
 
 class Evaluation:
     """Test-time training of one frozen model, compiled or not."""
 
-    def __init__(self, s, run, compiled: bool, dtype: torch.dtype = torch.float32):
-        run.compile = compiled
-        self.s, self.run = s, run
-        self.model = random_model(s, dtype=dtype)
-        self.adam = run.compiled(train_gpt.adam_, dynamic=True)
+    def __init__(self, s, run, compiled: bool, dtype: torch.dtype = torch.float32, folder=None):
+        self.s, self.run = s, compiling(run, s, compiled, folder)
+        self.run.dtype = dtype
+        self.state = random_model(s).state_dict()
+        self.model = train_gpt.scoring_model(self.run)
+        train_gpt.load_weights(self.model, self.state, "random")
 
-    def warm_up(self, documents: int) -> None:
-        """What precedes the evaluation of batches of so many documents."""
-        train_gpt.warm_up_ttt(self.model, self.s, self.run, documents)
+    def warm_up(self) -> None:
+        """The preflight of an evaluation; it leaves the untrained model's weights."""
+        train_gpt.preflight(None, self.model, self.run)
+        train_gpt.load_weights(self.model, self.state, "random")
 
     def score(self, documents: list[int]) -> Tensor:
         """NLL of every figure and document, plain first, from one batch. The adapters stay float32."""
-        batch = train_gpt.DocumentBatch(
-            self.model, stream_of(self.s, LENGTHS), np.array(documents), self.s, self.run, self.adam
-        )
-        figures = []
-        for work in (batch.plain, batch.adapt):
-            a = np.stack([train_gpt.draw_lora_a(self.s, document) for document in documents])
-            adapters = train_gpt.Adapters(a, self.s, self.run.device)
-            work(adapters)
-            figures.append(batch.sums[:, :, 0].clone())
-            assert {x.dtype for x in (adapters.flat, adapters.m, adapters.v)} == {torch.float32}
-        return torch.cat(figures)
+        batch = train_gpt.DocumentBatch(self.model, stream_of(self.s, LENGTHS), np.array(documents), self.run)
+        batch.plain()
+        batch.adapt()
+        adapters = batch.adapters
+        assert {x.dtype for x in (adapters.flat, adapters.m, adapters.v)} == {torch.float32}
+        return torch.from_numpy(batch.complete())
+
+
+def compiling(run, s, compiled: bool, folder=None):
+    """The run with settings `s`, compiled or not."""
+    other = run_of(run, s, folder)
+    other.compile = compiled
+    return other
 
 
 def gradients_in_growing_contexts(s, run, compiled: bool) -> list[Tensor]:
@@ -92,7 +92,8 @@ def gradients_in_growing_contexts(s, run, compiled: bool) -> list[Tensor]:
     model = random_model(s)
     if compiled:
         model.compile_regions()
-    adapters = train_gpt.Adapters(np.stack([train_gpt.draw_lora_a(s, d) for d in range(2)]), s, run.device)
+    a = np.stack([train_gpt.draw_lora_a(s, d) for d in range(2)])
+    adapters = train_gpt.Adapters(a, run_of(run, s))
     adapters.flat.add_(0.01)  # no branch is silent
     generator = torch.Generator().manual_seed(0)
     head_dim = s.model_dim // s.num_heads
@@ -101,18 +102,17 @@ def gradients_in_growing_contexts(s, run, compiled: bool) -> list[Tensor]:
     for context in (CHUNK, 2 * CHUNK, 3 * CHUNK):
         leaf, layers = adapters.layers(2)
         x = torch.randn(2, CHUNK, s.model_dim, generator=generator).requires_grad_()
-        angles = train_gpt.rotary(torch.arange(context, context + CHUNK), head_dim, s.rope_base, torch.float32)
-        y = model.blocks[0](x, x.view_as(x), *angles, layers[0], ring[..., :context, :])[0]
+        rope = train_gpt.rotary(torch.arange(context, context + CHUNK), head_dim, s.rope_base, torch.float32)
+        y = model.blocks[0](x, x.view_as(x), rope, layers[0], ring[..., :context, :])[0]
         gradients.append(torch.autograd.grad(y.square().sum(), leaf)[0])
     return gradients
 
 
 # ---- Fixtures -------------------------------------------------------------------------------------------------------
 @pytest.fixture
-def compiler(run, monkeypatch) -> Iterator[None]:
+def compiler() -> Iterator[None]:
     """A compiler that remembers nothing; what the script tells torch about compilation is taken back afterwards."""
     kept = {name: getattr(shape_config, name) for name in FLAGS}
-    monkeypatch.setattr(run, "compile", run.compile)
     torch._dynamo.reset()
     counters.clear()
     with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True):  # else the rest would run uncompiled, unnoticed
@@ -159,7 +159,7 @@ def test_the_strict_backend_refuses_a_saved_activation_of_other_strides(compiler
 
 
 # ---- Training and the evaluations without adaptation ----------------------------------------------------------------
-@pytest.mark.parametrize("dtype, rows", ((torch.float32, 3), (torch.bfloat16, 3), (torch.float32, 1)), ids=str)
+@pytest.mark.parametrize("dtype, rows", ((torch.float32, 3), (torch.bfloat16, 1)), ids=str)
 def test_compiled_training_and_evaluation_equal_eager_and_compile_once(run, graphs, dtype, rows):
     s = small(num_layers=2)
     results = []
@@ -184,26 +184,27 @@ def test_compiled_training_and_evaluation_equal_eager_and_compile_once(run, grap
         ("replay", "cached", ALL),
         ("single_pass", "cached", ALL),
         ("replay", "recompute", ALL),
-        ("replay", "cached", [0]),
         ("single_pass", "recompute", [0]),
     ),
     ids=str,
 )
-def test_compiled_test_time_training_equals_eager_with_few_graphs(run, graphs, protocol, context, documents):
-    """The number of graphs is the compile time that the run pays for: none may come back unnoticed."""
-    s = small(ttt_protocol=protocol, ttt_context=context, ttt_chunk_size=CHUNK, ttt_eval_seq_len=WINDOW, num_layers=2)
+def test_compiled_test_time_training_equals_eager_with_few_graphs(run, graphs, tmp_path, protocol, context, documents):
+    """The number of graphs is the compile time that the preflight pays for: none may come back unnoticed."""
+    s = small(
+        ttt_protocol=protocol, ttt_context=context, ttt_chunk_size=CHUNK, ttt_eval_seq_len=WINDOW, num_layers=2,
+        ttt_batch_size=len(documents),
+    )  # fmt: skip
     batches = [documents] if documents == [0] else [documents, documents[2:], [3]]
     eager = Evaluation(s, run, compiled=False)
     expected = [eager.score(batch) for batch in batches]
     assert graphs() == 0
-    compiled = Evaluation(s, run, compiled=True)
-    compiled.warm_up(len(documents))
+    compiled = Evaluation(s, run, compiled=True, folder=tmp_path)
+    compiled.warm_up()
     warm = graphs()
-    assert 5 <= warm <= 13
+    assert 5 <= warm <= 17
     for batch, figures in zip(batches, expected, strict=True):
         torch.testing.assert_close(compiled.score(batch), figures, rtol=1e-5, atol=0)
-        # the warm-up on synthetic tokens has met every shape
-        assert graphs() <= warm + (AFTER_THE_WARM_UP if batch == [3] else 0)
+        assert graphs() == warm  # the preflight on synthetic tokens has met every shape
 
 
 @pytest.mark.skipif(not shutil.which("g++"), reason="Inductor's C++ needs a compiler")
@@ -227,4 +228,5 @@ def test_test_time_training_in_bf16_stays_near_float32_and_apart_from_its_batch(
     expected = Evaluation(s, run, compiled=False).score(ALL)
     torch.testing.assert_close(together, expected, rtol=1e-2, atol=0)
     for d in range(len(LENGTHS)):
-        torch.testing.assert_close(rough.score([d])[:, 0], together[:, d], rtol=1e-3, atol=0)
+        few = LENGTHS[d] < CHUNK  # the rounding of five targets does not average out
+        torch.testing.assert_close(rough.score([d])[:, 0], together[:, d], rtol=3e-3 if few else 1e-3, atol=0)

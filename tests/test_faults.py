@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import os
 import random
 import re
 import shutil
 import signal
 import time
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -29,14 +29,12 @@ def whole(tmp_path_factory) -> runs.Run:
 
 
 @pytest.fixture
-def runtime(monkeypatch) -> train_gpt.Runtime:
-    """A Runtime of this process that leaves its signal handlers alone."""
+def alone(monkeypatch, tmp_path) -> train_gpt.Run:
+    """A Run of this process, into `tmp_path`, that leaves its signal handlers alone."""
     monkeypatch.setattr(train_gpt.signal, "signal", lambda *_: None)
-    return train_gpt.Runtime(runs.micro())
-
-
-def quiet(line: str, console: bool = True) -> None:
-    """A log that nobody reads."""
+    run = train_gpt.Run(runs.micro())
+    run.output = tmp_path
+    return run
 
 
 def same_end(one: runs.Run, other: runs.Run) -> bool:
@@ -48,7 +46,16 @@ def same_end(one: runs.Run, other: runs.Run) -> bool:
 
 def test_a_run_killed_again_and_again_in_every_phase_ends_byte_identical(tmp_path, whole):
     """kill -9 as soon as each of these lines appears."""
-    moments = ["warmup_step", "step:2/", "step:7/", "step:12/24 val", "step:20/", "swa:", "export model_bytes", "evaluating", "no_adaptation"]
+    moments = [
+        "model parameters",
+        "warmup_step",
+        "preflight training",
+        "step:2/",
+        "step:7/",
+        "step:12/24 val",
+        "step:20/",
+    ]
+    moments += ["swa:", "export model_bytes", "evaluating", "no_adaptation"]
     kills = 0
     for text in moments:
         life = runs.Run(tmp_path, RESUME=1, **LONG)
@@ -56,7 +63,8 @@ def test_a_run_killed_again_and_again_in_every_phase_ends_byte_identical(tmp_pat
         life.kill()
         kills += life.wait() == 128 + signal.SIGKILL  # on a busy machine it may have ended just before
     last = runs.run(tmp_path, RESUME=1, **LONG)
-    assert same_end(last, whole) and last.result["training"]["resumed"] is True and kills >= 6
+    assert same_end(last, whole) and last.result["training"]["resumed"] is True and kills >= 8
+    assert not list(tmp_path.glob("*preflight*")) and not list(tmp_path.glob("*progress*"))
     print(f"figure: kills survived: {kills} of {kills}")
 
 
@@ -98,29 +106,36 @@ def test_a_checkpoint_of_another_setting_is_refused_naming_it(tmp_path, whole):
 
 
 def change_the_source() -> None:
-    changed = Path(os.environ["OUTPUT_DIR"], "changed.py")
-    changed.write_bytes(train_gpt.SOURCE.read_bytes() + b"\n")
-    train_gpt.SOURCE = changed
+    train_gpt.SOURCE_SHA256 = hashlib.sha256(train_gpt.SOURCE_BYTES + b"\n").hexdigest()
 
 
 def test_a_checkpoint_of_another_source_or_other_data_is_refused(tmp_path, whole):
-    (tmp_path / "data").mkdir()
-    for path in [*runs.data().glob("fineweb_val_*"), *runs.data().glob("fineweb_train_000000.bin")]:
-        (tmp_path / "data" / path.name).symlink_to(path)
-    cases = dict(SOURCE=dict(before=change_the_source), DATA=dict(DATA_PATH=tmp_path / "data"))
+    """Other data: a shard less, and shards of the same sizes of which one token differs."""
+    for folder in ("fewer", "other"):
+        (tmp_path / folder).mkdir()
+        for path in [*runs.data().glob("fineweb_val_*"), *runs.data().glob("fineweb_train_000000.bin")]:
+            (tmp_path / folder / path.name).symlink_to(path)
+    tokens = train_gpt.open_shard(runs.data() / "fineweb_train_000001.bin").copy()
+    tokens[7] += 1
+    runs.write_shard(tmp_path / "other" / "fineweb_train_000001.bin", tokens)
+    cases = dict(one=("SOURCE", dict(before=change_the_source)))
+    cases |= {folder: ("DATA", dict(DATA_PATH=tmp_path / folder)) for folder in ("fewer", "other")}
     started = {}
-    for name, changes in cases.items():
-        (tmp_path / name).mkdir()
-        shutil.copy(whole.folder / "checkpoint.pt", tmp_path / name)
-        started[name] = runs.Run(tmp_path / name, RESUME=1, **LONG | changes)
-    for name, process in started.items():
-        assert process.wait() == 2 and f"another {name}" in runs.user_error(process.err)
+    for case, (_, changes) in cases.items():
+        (tmp_path / "runs" / case).mkdir(parents=True)
+        shutil.copy(whole.folder / "checkpoint.pt", tmp_path / "runs" / case)
+        started[case] = runs.Run(tmp_path / "runs" / case, RESUME=1, **LONG | changes)
+    for case, process in started.items():
+        assert process.wait() == 2 and f"another {cases[case][0]}" in runs.user_error(process.err)
 
 
 def test_a_checkpoint_goes_on_under_settings_that_do_not_change_the_weights(tmp_path, whole):
     shutil.copy(whole.folder / "checkpoint.pt", tmp_path)
-    done = runs.run(tmp_path, RESUME=1, **LONG | dict(VAL_LOSS_EVERY=5, CHECKPOINT_EVERY=1, TTT_N_EPOCHS=1, TRAIN_LOG_EVERY=7))
+    changes = dict(VAL_LOSS_EVERY=5, CHECKPOINT_EVERY=1, TTT_N_EPOCHS=1, TRAIN_LOG_EVERY=7, WARMUP_STEPS=2)
+    done = runs.run(tmp_path, RESUME=1, **LONG | changes)
     assert done.artifact == whole.artifact
+    done = runs.run(tmp_path, RESUME=1, **LONG | dict(PRUNE_FRACTION=0.1, FP16_KEEP_NAME_PATTERNS="smear"))
+    assert done.result["settings"]["prune_fraction"] == 0.1 and done.result["training"]["resumed"] is True
 
 
 class Payload:
@@ -128,16 +143,26 @@ class Payload:
         return os.mkdir, ("executed",)
 
 
-def test_a_damaged_or_hostile_checkpoint_is_an_error_and_runs_no_code(tmp_path, monkeypatch):
+def test_a_damaged_or_hostile_checkpoint_is_an_error_and_runs_no_code(tmp_path, monkeypatch, alone, whole):
     monkeypatch.chdir(tmp_path)
+    alone = alone.using(data_path=str(runs.data()))
+    trainer = train_gpt.Trainer(train_gpt.open_shards("train", alone), alone)
     torch.save(dict(identity={}, step=Payload()), path := tmp_path / "checkpoint.pt")
     hostile = path.read_bytes()
-    torch.save(dict(identity={}, step=1), path)
+    trainer.save(alone)
     good = path.read_bytes()
-    for content in (hostile, b"", b"\x80\x02.", b"text", *(good[:n] for n in range(1, len(good), len(good) // 30))):
+    state = torch.load(path, weights_only=True)
+    trainer.resume(path)
+    contents = [hostile, b"", b"\x80\x02.", b"text", *(good[:n] for n in range(1, len(good), len(good) // 30))]
+    strange = dict(average=torch.zeros(3), step="many", averaged=[], m=None, identity=5)
+    for name, value in strange.items():
+        for changed in (state | {name: value}, {key: each for key, each in state.items() if key != name}):
+            torch.save(changed, path)
+            contents.append(path.read_bytes())
+    for content in contents:
         path.write_bytes(content)
         with pytest.raises(UserError, match="damaged .* — "):
-            train_gpt.load_checkpoint(path, {})
+            trainer.resume(path)
     assert not Path("executed").exists()
 
 
@@ -154,12 +179,17 @@ def test_a_checkpoint_of_two_ranks_goes_on_with_one(tmp_path):
 
 
 def test_time_lost_since_the_checkpoint_is_not_counted(tmp_path):
-    settings = dict(ITERATIONS=100_000, MAX_WALLCLOCK_SECONDS=0.6, CHECKPOINT_EVERY=5, TRAIN_LOG_EVERY=1, VAL_LOSS_EVERY=0, TTT_ENABLED=0)
+    settings = dict(ITERATIONS=100_000, MAX_WALLCLOCK_SECONDS=0.6, CHECKPOINT_EVERY=5, TRAIN_LOG_EVERY=1)
+    settings |= dict(VAL_LOSS_EVERY=0, TTT_ENABLED=0)
     first = runs.Run(tmp_path, RESUME=1, **settings)
     first.until("step:13/")
     first.kill()
     first.wait()
-    times = lambda run: {int(s): int(t) for s, t in re.findall(r"step:(\d+)/\d+ train_loss:\S+ train_time:(\d+)ms", run.out)}
+
+    def times(run: runs.Run) -> dict[int, int]:
+        found = re.findall(r"step:(\d+)/\d+ train_loss:\S+ train_time:(\d+)ms", run.out)
+        return {int(step): int(milliseconds) for step, milliseconds in found}
+
     before = times(first)
     second = runs.run(tmp_path, RESUME=1, **settings)
     start = int(re.search(r"resumed from .* at step (\d+)", second.out)[1])
@@ -171,48 +201,82 @@ def test_time_lost_since_the_checkpoint_is_not_counted(tmp_path):
 # ---- An interrupted evaluation
 
 
+def report_documents() -> None:
+    """Print which documents are adapted, but for the preflight's."""
+    adapt = train_gpt.DocumentBatch.adapt
+
+    def reported(batch):
+        if not batch.run.rehearsing:
+            print("adapting", *batch.documents, flush=True)
+        return adapt(batch)
+
+    train_gpt.DocumentBatch.adapt = reported
+
+
 def sigterm_in_the_second_batch() -> None:
     report_documents()
     adapt, calls = train_gpt.DocumentBatch.adapt, []
 
-    def counted(batch, *arguments):
-        calls.append(batch)
+    def counted(batch):
+        calls.extend([batch] * (not batch.run.rehearsing))
         if len(calls) == 2:
             os.kill(os.getpid(), signal.SIGTERM)
-        return adapt(batch, *arguments)
+        return adapt(batch)
 
     train_gpt.DocumentBatch.adapt = counted
 
 
-def report_documents() -> None:
-    adapt = train_gpt.DocumentBatch.adapt
-    train_gpt.DocumentBatch.adapt = lambda batch, *rest: print("adapting", *batch.documents, flush=True) or adapt(batch, *rest)
+def adapted(run: runs.Run) -> list[list[int]]:
+    return [[int(x) for x in line.split()[1:]] for line in run.lines if line.startswith("adapting")]
 
 
 def test_an_interrupted_evaluation_goes_on_with_the_finished_documents_and_does_not_redo_them(tmp_path, whole):
     settings = dict(EVAL_ONLY=whole.folder / "final_model.ptz", TTT_N_EPOCHS=4)
     stopped = runs.run(tmp_path, 143, before=sigterm_in_the_second_batch, **settings)
-    assert "RESUME=1" in stopped.err.splitlines()[-1]
-    adapted = lambda run: [line.split()[1:] for line in run.lines if line.startswith("adapting")]
+    assert "RESUME=1" in stopped.err.splitlines()[-1] and not (tmp_path / "result.json").exists()
     first = adapted(stopped)
     again = runs.run(tmp_path, RESUME=1, before=report_documents, **settings)
     second = adapted(again)
     assert len(first) == 2 and len(second) == 2  # of three batches, the one in work was begun again
-    assert sorted(map(int, sum(first[:1] + second, []))) == list(range(len(runs.LENGTHS)))
+    assert sorted(sum(first[:1] + second, [])) == list(range(len(runs.LENGTHS)))
     assert again.lines[-1] == whole.lines[-1] and again.figures("ttt_epoch") == whole.figures("ttt_epoch")
+    assert again.result["evaluation"]["seconds"] > again.result["evaluation"]["no_adaptation"]["seconds"] > 0
+    assert not list(tmp_path.glob("ttt_progress*"))
 
 
-def test_a_damaged_progress_file_only_costs_the_progress(tmp_path):
-    results = train_gpt.Results(1, 3, tmp_path / "progress.npz", "same")
-    results.done[:] = True
-    results.save(1.0)
-    good = results.path.read_bytes()
+def die_with_the_result_still_to_write() -> None:
+    def finish(result, tag, run, inner=train_gpt.finish):
+        if not run.rehearsing:
+            os._exit(9)
+        inner(result, tag, run)
+
+    train_gpt.finish = finish
+
+
+def test_progress_stays_until_the_result_is_on_the_disk(tmp_path, whole):
+    settings = dict(EVAL_ONLY=whole.folder / "final_model.ptz", TTT_N_EPOCHS=4)
+    runs.run(tmp_path, 9, before=die_with_the_result_still_to_write, **settings)
+    assert len(list(tmp_path.glob("ttt_progress*"))) == 1
+    again = runs.run(tmp_path, RESUME=1, before=report_documents, **settings)
+    assert not adapted(again) and again.lines[-1] == whole.lines[-1]
+
+
+def test_a_damaged_progress_file_only_costs_the_progress(alone):
+    run = alone.using(resume=True, ttt_n_epochs=1)
+    stream = train_gpt.synthetic_stream([3, 2, 1], run)
+    results = train_gpt.Results(stream, run, "tag", time.perf_counter())
+    results.add(np.arange(3), np.arange(6.0).reshape(2, 3))
+    results.save()
+    (path,) = train_gpt.progress_files("tag", run)
+    good = path.read_bytes()
     flipped = [good[:i] + bytes([good[i] ^ 0xFF]) + good[i + 1 :] for i in range(len(good))]
-    for damaged in [*flipped, *(good[:i] for i in range(0, len(good), 50))]:
-        results.path.write_bytes(damaged)
-        again = train_gpt.Results(1, 3, results.path, "same")
+    for damaged in [*flipped, *(good[:i] for i in range(0, len(good), 50)), good]:
+        path.write_bytes(damaged)
+        again = train_gpt.Results(stream, run, "tag", time.perf_counter())
         again.load()
-        assert again.nll.shape == (2, 3) and again.done.dtype == bool
+        assert again.nll.shape == (2, 3)
+        assert np.isnan(again.nll).all() or (again.nll == results.nll).all()
+    assert (again.nll == results.nll).all()
 
 
 @pytest.mark.parametrize("ttt", [0, 1])
@@ -228,18 +292,18 @@ def test_a_signal_ends_either_evaluation_before_its_end(tmp_path, whole, ttt):
 
 
 def save_weights_by_rank() -> None:
-    train = train_gpt.train
+    train = train_gpt.Trainer.train
 
-    def then_save(model, optimizer, *arguments):
-        account = train(model, optimizer, *arguments)
-        torch.save(optimizer.weights, f"{os.environ['OUTPUT_DIR']}/weights.{os.environ['RANK']}")
-        return account
+    def then_save(trainer, stream):
+        train(trainer, stream)
+        torch.save(trainer.optimizer.weights, f"{os.environ['OUTPUT_DIR']}/weights.{os.environ['RANK']}")
 
-    train_gpt.train = then_save
+    train_gpt.Trainer.train = then_save
 
 
 def test_under_a_wall_clock_cap_ranks_stop_in_time_and_with_equal_weights(tmp_path):
-    settings = dict(ITERATIONS=100_000, MAX_WALLCLOCK_SECONDS=0.7, WARMDOWN_ITERS=20, TRAIN_LOG_EVERY=1, VAL_LOSS_EVERY=0, TTT_N_EPOCHS=1)
+    settings = dict(ITERATIONS=100_000, MAX_WALLCLOCK_SECONDS=0.7, WARMDOWN_ITERS=20, TRAIN_LOG_EVERY=1)
+    settings |= dict(VAL_LOSS_EVERY=0, TTT_N_EPOCHS=1)
     processes = runs.ranks(tmp_path, before=save_weights_by_rank, **settings)
     assert [process.wait() for process in processes] == [0, 0], processes[0].err
     times = [int(t) for t in re.findall(r"train_loss:\S+ train_time:(\d+)ms", processes[0].out)]
@@ -249,14 +313,18 @@ def test_under_a_wall_clock_cap_ranks_stop_in_time_and_with_equal_weights(tmp_pa
     print(f"figure: training overran its budget by {times[-1] - 700} ms, a step took {times[-1] / len(times):.0f} ms")
 
 
-def test_an_evaluation_budget_of_a_second_still_scores_every_target_and_names_what_is_unfinished(tmp_path, whole):
-    done = runs.run(tmp_path, EVAL_ONLY=whole.folder / "final_model.ptz", EVAL_MAX_SECONDS=1, TTT_N_EPOCHS=200, TTT_BATCH_SIZE=2)
+def test_an_evaluation_budget_of_a_second_still_scores_every_target_and_counts_what_each_figure_lacks(tmp_path, whole):
+    settings = dict(EVAL_MAX_SECONDS=1, TTT_N_EPOCHS=200, TTT_BATCH_SIZE=2)
+    done = runs.run(tmp_path, EVAL_ONLY=whole.folder / "final_model.ptz", **settings)
     figures = done.result["evaluation"]
-    left = figures["unfinished_documents"]
-    assert left and all(str(document) in re.search(r"scored_without_adaptation:\d+ \[(.*?)\]", done.out)[1] for document in left)
-    assert len(figures["curve"]) == 200 and {row["targets"] for row in figures["curve"]} == {sum(runs.LENGTHS) - 1}
+    lacking = [row["lacking"] for row in figures["curve"]]
+    assert len(lacking) == 200 and lacking == sorted(lacking) and lacking[-1] > 0
+    assert f"first_lacks:{lacking[0]} last_lacks:{lacking[-1]}" in done.out
+    assert {row["targets"] for row in figures["curve"]} == {sum(runs.LENGTHS) - 1}
     kept = np.load(tmp_path / "ttt_documents.npz")
-    assert (kept["nll_per_epoch"][:, left] == kept["nll_no_adaptation"][left]).all()
+    for epoch, (nll, lacks) in enumerate(zip(kept["nll_per_epoch"], lacking, strict=True), 1):
+        left = kept["figures_finished"] < epoch
+        assert left.sum() == lacks and (nll[left] == kept["nll_no_adaptation"][left]).all()
     assert figures["within_budget"] is (figures["seconds"] <= 1)
     print(f"figure: evaluation took {figures['seconds']:.3f} s of 1 s")
 
@@ -264,27 +332,39 @@ def test_an_evaluation_budget_of_a_second_still_scores_every_target_and_names_wh
 def test_when_the_plain_pass_alone_exceeds_the_budget_it_completes(tmp_path, whole):
     done = runs.run(tmp_path, EVAL_ONLY=whole.folder / "final_model.ptz", EVAL_MAX_SECONDS=0.001)
     figures = done.result["evaluation"]
-    assert figures["within_budget"] is False and figures["unfinished_documents"] == list(range(len(runs.LENGTHS)))
-    assert figures["backward_looking"]["val_bpb"] == figures["last_epoch"]["val_bpb"] == figures["no_adaptation"]["val_bpb"]
+    assert figures["within_budget"] is False
+    assert [row["lacking"] for row in figures["curve"]] == [len(runs.LENGTHS)] * 3
+    assert {row["val_bpb"] for row in figures["curve"]} == {figures["no_adaptation"]["val_bpb"]}
 
 
-def test_too_small_a_cap_prunes_the_smallest_fraction_that_fits():
-    s, code = runs.micro(BIGRAM_VOCAB_SIZE=3000, BIGRAM_DIM=24), train_gpt.SOURCE.stat().st_size
+def test_too_small_a_cap_stretches_the_steps_no_more_than_it_must(alone):
+    run = alone.using(bigram_vocab_size=3000, bigram_dim=24)
     torch.manual_seed(0)
-    state = {name: torch.randn_like(weight) for name, weight in train_gpt.GPT(s).state_dict().items()}
-    size = lambda fraction: len(train_gpt.pack(state, train_gpt.model_config(s), fraction)[0])
-    sizes = {k / 200: size(k / 200) for k in (6, 13, 14, 15)}
-    assert sizes[0.03] > sizes[0.065] > sizes[0.07] > sizes[0.075]
-    _, account = train_gpt.export(state, replace(s, artifact_max_bytes=code + sizes[0.07]), quiet)
-    assert account["prune_fraction"] == 0.07 and account["fits"] and account["model_bytes"] == sizes[0.07]
-    _, account = train_gpt.export(state, replace(s, artifact_max_bytes=code + sizes[0.03]), quiet)
-    assert account["prune_fraction"] == 0.03 and account["fits"]
+    state = {name: torch.randn_like(weight) for name, weight in train_gpt.GPT(run.s).state_dict().items()}
+    code = len(train_gpt.SOURCE_BYTES)
+
+    def size(stretch: float) -> int:
+        return len(train_gpt.pack(train_gpt.quantize_model(state, run.s, stretch), run.s)[0])
+
+    def exported(cap: int) -> dict:
+        account = train_gpt.export(state, run.using(artifact_max_bytes=cap))
+        assert account["fits"] is True and account["total_bytes"] == code + account["model_bytes"] <= cap
+        assert account["model_bytes"] == (run.output / "final_model.ptz").stat().st_size == size(account["stretch"])
+        return account
+
+    sizes = [size(stretch) for stretch in (1, 1.5, 2, 4, 8)]
+    assert sizes == sorted(sizes, reverse=True) and sizes[0] > 1.5 * sizes[-1]
+    assert exported(code + sizes[0])["stretch"] == 1
+    for stretch, cap in ((1.5, code + sizes[1]), (4, code + sizes[3]), (8, code + sizes[4])):
+        found = exported(cap)["stretch"]
+        assert stretch - 0.5 < found <= stretch + 1 / 64 and size(found - 1 / 16) > cap - code
+    assert exported(code + sizes[0] - 1)["stretch"] > 1
 
 
 def test_an_impossible_cap_ends_with_code_3_everything_written_and_the_overshoot_in_bytes(tmp_path):
     done = runs.run(tmp_path, 3, ARTIFACT_MAX_BYTES=1000)
     account = done.result["artifact"]
-    assert account["fits"] is False and account["prune_fraction"] == 0.15
+    assert account["fits"] is False and account["stretch"] == train_gpt.LARGEST_STRETCH
     assert f"{account['total_bytes'] - 1000} bytes over" in done.out
     assert done.lines[-1].startswith("final_int8_zlib_roundtrip_exact")
     assert all((tmp_path / name).exists() for name in ("final_model.pt", "final_model.ptz", "ttt_documents.npz"))
@@ -310,39 +390,72 @@ def test_a_rank_that_raises_ends_the_others_within_seconds_with_the_cause(tmp_pa
     assert processes[1].err.splitlines()[-1] == "RuntimeError: the planted fault"
 
 
-@pytest.mark.parametrize("phase", ["step:5/24 train", "evaluating"])
-def test_a_rank_killed_ends_the_others_within_seconds(tmp_path, phase):
-    processes = runs.ranks(tmp_path, **LONG | dict(TTT_N_EPOCHS=60))
-    processes[0].until(phase)
+def test_a_rank_killed_in_training_ends_the_others_within_seconds(tmp_path):
+    processes = runs.ranks(tmp_path, **LONG | dict(ITERATIONS=100_000))
+    processes[0].until("step:5/100000 train")
     processes[1].kill()
     began = time.monotonic()
     assert processes[0].wait(20) not in (0, 2) and time.monotonic() - began < 15
-    assert re.search("gloo|closed|reset", processes[0].err.lower())
+    assert re.search("gloo|closed|reset|rank 1 is gone", processes[0].err.lower())
 
 
-def test_writing_to_a_full_disk_leaves_the_old_file_and_a_clear_line(tmp_path):
+def test_a_rank_killed_in_the_evaluation_ends_the_others_within_seconds_and_what_is_done_is_kept(tmp_path, whole):
+    """Minutes of work are left, in which the ranks say nothing to each other."""
+    settings = dict(EVAL_ONLY=whole.folder / "final_model.ptz", TTT_N_EPOCHS=5000, TTT_BATCH_SIZE=1)
+    processes = runs.ranks(tmp_path, before=report_documents, **settings)
+    for process in processes:
+        process.until("adapting")
+    processes[1].kill()
+    began = time.monotonic()
+    assert processes[0].wait(30) not in (0, 2) and time.monotonic() - began < 20
+    assert "rank 1 is gone" in processes[0].err
+    assert list(tmp_path.glob("ttt_progress*_0.npz"))
+
+
+def test_writing_to_a_full_disk_leaves_the_old_file_and_a_clear_line(tmp_path, alone):
+    alone.write("file", lambda f: f.write(b"old"))
     path = tmp_path / "file"
-    train_gpt.write_whole(path, lambda f: f.write(b"old"))
 
     def half(f):
         f.write(b"new" * 99999)
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    with pytest.raises(UserError, match="cannot write .*file: No space left on device — "):
-        train_gpt.write_whole(path, half)
+    with pytest.raises(OSError) as caught:
+        alone.write("file", half)
+    line = train_gpt.user_line(caught.value)
+    assert line == f"cannot use {path}: No space left on device — check the path, its permissions and the free space"
     assert path.read_bytes() == b"old" and list(tmp_path.iterdir()) == [path]
+    with pytest.raises(UserError, match="No space left on device — "):
+        alone.together(lambda: alone.write("file", half))
 
 
-FILES = "checkpoint.pt.tmp final_model.pt.tmp final_model.ptz.tmp ttt_documents.npz.tmp result.json.tmp train.log".split()
+def fill_the_disk_after_the_preflight() -> None:
+    def full(*arguments, inner=train_gpt.preflight):
+        seconds = inner(*arguments)
+        Path(os.environ["OUTPUT_DIR"], os.environ["FULL"]).symlink_to("/dev/full")
+        return seconds
+
+    train_gpt.preflight = full
 
 
-@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
-@pytest.mark.parametrize("name", FILES)
-def test_a_full_disk_under_any_file_of_a_run_is_one_line_and_code_2(tmp_path, name):
-    (tmp_path / name).symlink_to("/dev/full")
-    done = runs.run(tmp_path, 2, CHECKPOINT_EVERY=2, TTT_N_EPOCHS=1)
+needs_full = pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
+
+
+@needs_full
+@pytest.mark.parametrize("name", [name for name in train_gpt.FILES if name != "train.log"])
+def test_a_disk_that_fills_up_under_any_file_of_a_run_is_one_line_and_code_2(tmp_path, name):
+    before = fill_the_disk_after_the_preflight
+    done = runs.run(tmp_path, 2, before=before, FULL=f"{name}.tmp", CHECKPOINT_EVERY=2, TTT_N_EPOCHS=1)
     message = runs.user_error(done.err)
-    assert name.removesuffix(".tmp") in message and "No space left" in message and "Traceback" not in done.err
+    assert f"{tmp_path / name}: No space left" in message and "Traceback" not in done.err
+
+
+@needs_full
+def test_a_log_that_cannot_be_written_is_one_line_and_code_2(tmp_path):
+    (tmp_path / "train.log").symlink_to("/dev/full")
+    done = runs.run(tmp_path, 2)
+    message = runs.user_error(done.err)
+    assert f"{tmp_path / 'train.log'}: No space left" in message and "Traceback" not in done.err
 
 
 def nan_at_step_7() -> None:

@@ -1,4 +1,5 @@
 """Muon, AdamW, clipping and the schedule against plain loops and torch's own optimisers."""
+
 import os
 import re
 import socket
@@ -8,12 +9,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import run_of, small
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from plain import MUON, Loop
 
 import train_gpt
-from conftest import small
-from plain import MUON, Loop
 
 
 def random_gradients(model, step):
@@ -29,18 +30,38 @@ def moments(optimizer, parameter):
     return optimizer.m[start : start + parameter.numel()].view(parameter.shape)
 
 
-HOT = dict(weight_decay=0.3, muon_momentum_warmup_start=0.3, muon_momentum=0.9, muon_momentum_warmup_steps=3, scalar_lr=0.013,
-           tied_embed_lr=0.031, embed_lr=0.6, head_lr=0.008, matrix_lr=0.027, beta1=0.8, beta2=0.9)
+HOT = dict(
+    weight_decay=0.3,
+    muon_momentum_warmup_start=0.3,
+    muon_momentum=0.9,
+    muon_momentum_warmup_steps=3,
+    scalar_lr=0.013,
+    tied_embed_lr=0.031,
+    embed_lr=0.6,
+    head_lr=0.008,
+    matrix_lr=0.027,
+    beta1=0.8,
+    beta2=0.9,
+)
 
 
-@pytest.mark.parametrize("changes", (
-    dict(), dict(tie_embeddings=False), dict(bigram_dim=32, num_layers=2), dict(mlp_mult=0.5, num_layers=5), dict(grad_clip_norm=0),
-    dict(muon_backend_steps=3, num_kv_heads=4)), ids=str)
+@pytest.mark.parametrize(
+    "changes",
+    (
+        dict(),
+        dict(tie_embeddings=False),
+        dict(bigram_dim=32, num_layers=2),
+        dict(mlp_mult=0.5, num_layers=5),
+        dict(grad_clip_norm=0),
+        dict(muon_backend_steps=3, num_kv_heads=4),
+    ),
+    ids=str,
+)
 def test_five_steps_equal_a_loop_over_the_parameters(run, changes):
     s = small(**HOT | changes)
     torch.manual_seed(1)
     model = train_gpt.GPT(s)
-    loop, optimizer = Loop(model, s), train_gpt.Optimizer(model, s, run)
+    loop, optimizer = Loop(model, s), train_gpt.Optimizer(model, run_of(run, s))
     for step, multiplier in enumerate((1.0, 0.7, 1.0, 0.2, 0.5)):
         gradients = random_gradients(model, step)
         before = {name: w.detach().clone() for name, w in loop.weights.items()}
@@ -53,7 +74,8 @@ def test_five_steps_equal_a_loop_over_the_parameters(run, changes):
         for name, p in model.named_parameters():
             expected = loop.weights[name].detach()
             assert p.grad.eq(0).all() and not expected.equal(before[name])
-            errors[name in loop.muon].append(((p - expected).norm() / (expected - before[name]).norm()).item())
+            off = (p - expected).norm() - 2.0**-22 * expected.norm()  # each of the two may round a weight twice
+            errors[name in loop.muon].append((off / (expected - before[name]).norm()).clamp_min(0).item())
             if name in loop.muon:
                 assert (moments(optimizer, p) - loop.muon[name]).norm() < 1e-5 * loop.muon[name].norm()
         assert max(errors[False]) < 1e-4
@@ -67,24 +89,27 @@ def test_the_default_table_has_the_described_rates():
     """By the values of the specification, not by those of the settings."""
     for tied in (True, False):
         s = train_gpt.Settings.from_env({"TIE_EMBEDDINGS": str(int(tied))})
-        table = train_gpt.optimiser_table(s)
         with torch.device("meta"):
             names = [name for name, _ in train_gpt.GPT(s).named_parameters()]
         for name in names:
-            method, lr, decay = next(row for ends, row in table if name.endswith(ends))
-            tables = ("tok_emb.weight", "bigram.embed.weight")
-            expected = (("muon", 0.02, 0.04) if re.fullmatch(MUON, name) else ("adam", 0.03 if tied else 0.6, 0.04) if name in tables
-                        else ("adam", 0.008, 0.0) if name == "lm_head.weight" else ("adam", 0.02, 0.04))
-            assert (method, lr, decay) == expected, name
-    defaults = s.muon_momentum, s.muon_momentum_warmup_start, s.muon_momentum_warmup_steps, s.beta1, s.beta2, s.adam_eps, s.grad_clip_norm
-    assert defaults == (0.99, 0.92, 1500, 0.9, 0.95, 1e-8, 0.3)
+            if re.fullmatch(MUON, name):
+                expected = "muon", 0.02, 0.04
+            elif name in ("tok_emb.weight", "bigram.embed.weight"):
+                expected = "adam", 0.03 if tied else 0.6, 0.04
+            elif name == "lm_head.weight":
+                expected = "adam", 0.008, 0.0
+            else:
+                expected = "adam", 0.02, 0.04
+            assert train_gpt.recipe(name, s) == expected, name
+    assert (s.muon_momentum, s.muon_momentum_warmup_start, s.muon_momentum_warmup_steps) == (0.99, 0.92, 1500)
+    assert (s.beta1, s.beta2, s.adam_eps, s.grad_clip_norm) == (0.9, 0.95, 1e-8, 0.3)
 
 
 @pytest.mark.parametrize("size", (1e-3, 10.0), ids=("below_the_limit", "above_it"))
 def test_clipping_equals_torchs(run, size):
     s = small(grad_clip_norm=0.3, beta1=0.5)
     model = train_gpt.GPT(s)
-    optimizer = train_gpt.Optimizer(model, s, run)
+    optimizer = train_gpt.Optimizer(model, run_of(run, s))
     gradients = {name: size * torch.randn(p.shape) / 100 for name, p in model.named_parameters()}
     copies = []
     for name, p in model.named_parameters():
@@ -93,15 +118,16 @@ def test_clipping_equals_torchs(run, size):
         copies[-1].grad = gradients[name].clone()
     expected = torch.nn.utils.clip_grad_norm_(copies, 0.3)
     assert optimizer.step(0, 1.0).item() == pytest.approx(expected.item(), rel=1e-5)
-    for (name, p), copy in zip(model.named_parameters(), copies):  # first moments of the first step: g, or (1 - beta1) g
-        share = 1.0 if re.fullmatch(MUON, name) else 0.5
+    for (name, p), copy in zip(model.named_parameters(), copies, strict=True):
+        share = 1.0 if re.fullmatch(MUON, name) else 0.5  # first moments of the first step: g, or (1 - beta1) g
         torch.testing.assert_close(moments(optimizer, p), share * copy.grad, rtol=1e-4, atol=1e-9)
 
 
 def test_the_optimiser_owns_every_parameter_once(run):
-    model = train_gpt.GPT(small(tie_embeddings=False))
+    s = small(tie_embeddings=False)
+    model = train_gpt.GPT(s)
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
-    optimizer = train_gpt.Optimizer(model, small(tie_embeddings=False), run)
+    optimizer = train_gpt.Optimizer(model, run_of(run, s))
     assert all(p.equal(before[name]) for name, p in model.named_parameters())
     optimizer.weights.zero_()
     for i, p in enumerate(model.parameters()):
@@ -113,7 +139,7 @@ def test_the_optimiser_owns_every_parameter_once(run):
 def test_restore_undoes_steps_bit_for_bit(run):
     s = small()
     model = train_gpt.GPT(s)
-    optimizer = train_gpt.Optimizer(model, s, run)
+    optimizer = train_gpt.Optimizer(model, run_of(run, s))
 
     def advance(steps):
         for step in steps:
@@ -121,8 +147,9 @@ def test_restore_undoes_steps_bit_for_bit(run):
                 model.get_parameter(name).grad.copy_(g)
             optimizer.step(step, 1.0)
         return optimizer.weights.clone()
+
     advance(range(2))
-    saved = {name: getattr(optimizer, name).clone() for name in ("weights", "m", "v")}
+    saved = {name: tensor.clone() for name, tensor in optimizer.state.items()}
     first = advance(range(2, 4))
     optimizer.grads.fill_(7.0)
     optimizer.restore(saved)
@@ -130,7 +157,14 @@ def test_restore_undoes_steps_bit_for_bit(run):
 
 
 @settings(deadline=None, max_examples=40)
-@given(st.integers(4, 48), st.floats(2, 4), st.booleans(), st.integers(1, 5), st.integers(0, 99), st.sampled_from((1e-6, 1.0, 1e4)))
+@given(
+    st.integers(4, 48),
+    st.floats(2, 4),
+    st.booleans(),
+    st.integers(1, 5),
+    st.integers(0, 99),
+    st.sampled_from((1e-6, 1.0, 1e4)),
+)
 def test_newton_schulz_orthogonalises(short, ratio, tall, count, seed, size):
     shape = (count, int(short * ratio), short) if tall else (count, short, int(short * ratio))
     g = size * torch.randn(shape, generator=torch.Generator().manual_seed(seed))
@@ -151,51 +185,61 @@ def plan(**changes):
     return small(iterations=1000, warmdown_iters=100, max_wallclock_seconds=0, **changes)
 
 
-@pytest.mark.parametrize("step, expected", ((0, 1), (500, 1), (900, 1), (925, 0.75), (950, 0.5), (999, 0.01), (1000, 0)))
+@pytest.mark.parametrize(
+    "step, expected", ((0, 1), (500, 1), (900, 1), (925, 0.75), (950, 0.5), (999, 0.01), (1000, 0))
+)
 def test_the_iteration_rule(step, expected):
     for elapsed in (0.0, 1e6):
         assert train_gpt.lr_multiplier(step, elapsed, plan()) == pytest.approx(expected)
 
 
-@pytest.mark.parametrize("step, elapsed, expected", (
-    (1, 0.1, 1),  # 59.9 s left of a warmdown of 10 s
-    (500, 50.0, 1), (550, 55.0, 0.5), (599, 59.9, 0.01), (600, 60.0, 0), (610, 61.0, 0),  # 0.1 s per step
-    (10, 30.0, 0.1),  # 3 s per step: warmdown of 300 s, in it from the start
-    (960, 9.6, 0.4),  # 10 ms per step: iterations end first
-    (975, 59.0, min(0.25, 1 / (100 * 59 / 975)))))
+@pytest.mark.parametrize(
+    "step, elapsed, expected",
+    (
+        (1, 0.1, 1),  # 59.9 s left of a warmdown of 10 s
+        (500, 50.0, 1),
+        (550, 55.0, 0.5),
+        (599, 59.9, 0.01),
+        (600, 60.0, 0),
+        (610, 61.0, 0),  # 0.1 s per step
+        (10, 30.0, 0.1),  # 3 s per step: warmdown of 300 s, in it from the start
+        (960, 9.6, 0.4),  # 10 ms per step: iterations end first
+        (975, 59.0, min(0.25, 1 / (100 * 59 / 975))),
+    ),
+)
 def test_the_wall_clock_rule_and_the_smaller_of_both(step, elapsed, expected):
     s = small(iterations=1000, warmdown_iters=100, max_wallclock_seconds=60)
     assert train_gpt.lr_multiplier(step, elapsed, s) == pytest.approx(expected, abs=1e-9)
 
 
 @settings(deadline=None)
-@given(st.integers(0, 10_000), st.floats(0, 1e5), st.integers(0, 5000), st.integers(0, 5000), st.sampled_from((0, 1, 600)))
+@given(
+    st.integers(0, 10_000), st.floats(0, 1e5), st.integers(0, 5000), st.integers(0, 5000), st.sampled_from((0, 1, 600))
+)
 def test_the_multiplier_stays_between_0_and_1(step, elapsed, iterations, warmdown, seconds):
     s = small(iterations=iterations, warmdown_iters=warmdown, max_wallclock_seconds=seconds)
     assert 0 <= train_gpt.lr_multiplier(step, elapsed, s) <= 1
 
 
 RANK = """
-import os, sys
+import sys
 sys.path[:0] = {paths!r}
 import torch, train_gpt
 from conftest import small
-from plain import MUON, Loop
 from test_optimiser import HOT, random_gradients
 torch.set_num_threads(1)
 s = small(**HOT)
-run = train_gpt.Runtime(s)
-run.device = torch.device("cpu")
+run = train_gpt.Run(s)
 torch.manual_seed(1)
 model = train_gpt.GPT(s)
-optimizer = train_gpt.Optimizer(model, s, run)
+optimizer = train_gpt.Optimizer(model, run)
 for step in range(3):
     for name, g in random_gradients(model, step).items():
         mine = torch.arange(g.numel()).view(g.shape) % run.world == run.rank  # the ranks' gradients add up to g
         model.get_parameter(name).grad.copy_(torch.where(mine, g, 0.0))
     norm = optimizer.step(step, 0.8)
-torch.save(dict(norm=norm, weights=optimizer.weights, m=optimizer.m, v=optimizer.v), sys.argv[1] + str(run.rank))
-torch.distributed.destroy_process_group()
+torch.save(optimizer.state | dict(norm=norm), sys.argv[1] + str(run.rank))
+run.part()
 """
 
 
@@ -204,16 +248,26 @@ def test_ranks_that_share_the_work_end_where_one_alone_does(run, tmp_path, world
     s = small(**HOT)  # 3 layers: stacks of 6, 6, 3, 3 and 1 matrices
     torch.manual_seed(1)
     model = train_gpt.GPT(s)
-    optimizer = train_gpt.Optimizer(model, s, run)
+    optimizer = train_gpt.Optimizer(model, run_of(run, s))
     start = optimizer.weights.clone()
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     here = Path(__file__).resolve().parent
     script = RANK.format(paths=[str(here), str(here.parent)])
-    env = os.environ | dict(WORLD_SIZE=str(world), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), CUDA_VISIBLE_DEVICES="", OMP_NUM_THREADS="1")
-    ranks = [subprocess.Popen([sys.executable, "-c", script, str(tmp_path / "rank")],
-                              env=env | dict(RANK=str(rank), LOCAL_RANK=str(rank))) for rank in range(world)]
+    env = os.environ | dict(
+        WORLD_SIZE=str(world),
+        MASTER_ADDR="127.0.0.1",
+        MASTER_PORT=str(port),
+        CUDA_VISIBLE_DEVICES="",
+        OMP_NUM_THREADS="1",
+    )
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, "-c", script, str(tmp_path / "rank")], env=env | dict(RANK=str(rank), LOCAL_RANK=str(rank))
+        )
+        for rank in range(world)
+    ]
     for step in range(3):
         for name, g in random_gradients(model, step).items():
             model.get_parameter(name).grad.copy_(g)

@@ -1,53 +1,86 @@
-"""The training loop as a whole: what the final weights are made of."""
+"""Which weights training ends with: the average of the warmdown, and no trace of the warm-up."""
 
+import numpy as np
 import pytest
 import torch
-from runs import micro
+from conftest import random_tokens, run_of, small, stream_of
 
 import train_gpt
 
+STEPS = dict(iterations=24, warmdown_iters=20, max_wallclock_seconds=0, val_loss_every=0, warmup_steps=3)
 
-# ---- All contact with the names and signatures of train_gpt.py ------------------------------------------------------
-def trained(run, folder, monkeypatch, **changes):
-    """The weights after each step of a micro run, and the final ones."""
-    s = micro(OUTPUT_DIR=folder, WARMUP_STEPS=0, VAL_LOSS_EVERY=0, **changes)
-    torch.manual_seed(0)
-    model = train_gpt.GPT(s)
-    optimizer = train_gpt.Optimizer(model, s, run)
-    after, step = [], optimizer.step
 
-    def record(*arguments):
-        norm = step(*arguments)
-        after.append(optimizer.weights.clone())
-        return norm
+def trainer_of(run, folder=None, **changes):
+    s = small(**STEPS | changes)
+    return train_gpt.Trainer([random_tokens(s, 3000).astype(np.uint16)], run_of(run, s, folder))
 
-    monkeypatch.setattr(optimizer, "step", record)
-    stream = train_gpt.load_validation(s, run)
-    train_gpt.train(model, optimizer, stream, s, run, train_gpt.Log(), folder)
-    return after, optimizer.weights
+
+def flat(trainer):
+    return torch.cat([w.flatten() for w in trainer.state_dict().values()])
+
+
+@pytest.fixture(scope="module")
+def weights(run):
+    """The weights after each of the 24 steps, by the number of completed steps, of training that averages nothing."""
+    trainer = trainer_of(run, swa_enabled=False)
+    after = {}
+    for step in range(1, 25):
+        trainer.train_step()
+        after[step] = flat(trainer)
+    return after
+
+
+def trained(run, folder, **changes):
+    trainer = trainer_of(run, folder, **changes)
+    trainer.train(stream_of(trainer.run.s, [40, 20]))
+    return trainer
 
 
 @pytest.mark.parametrize(
-    "start, every, enabled, averaged",
-    (
-        # 20 steps; the multiplier of step k, counted from 0, is (20 - k) / 10 once that is below 1
-        (0.35, 1, 1, [18, 19, 20]),  # 0.3 of step 17 is the first below 0.35
-        (0.5, 1, 1, [17, 18, 19, 20]),  # 0.5 of step 15 is not below 0.5
-        (0.85, 3, 1, [15, 18]),  # not 12: its multiplier was 0.9
-        (0.95, 4, 1, [12, 16, 20]),
-        (0.35, 19, 1, [20]),  # one sample, of step 19, is too few: the last weights
-        (0.35, 15, 1, [20]),  # no sample
-        (0.95, 4, 0, [20]),
+    "start, every, sampled",
+    (  # after n steps the last multiplier was (25 - n) / 20
+        (0.5, 3, [18, 21, 24]),  # 0.5 after step 15 is not below 0.5
+        (0.5, 1, range(16, 25)),
+        (0.35, 4, [20, 24]),
+        (1.0, 5, [10, 15, 20]),  # 1 until step 5
     ),
 )
-def test_the_final_weights_are_the_mean_of_exactly_the_steps_that_swa_names(
-    run, tmp_path, monkeypatch, start, every, enabled, averaged
-):
-    """After a step whose multiplier was below SWA_START_FRAC, when the completed steps divide by SWA_EVERY."""
-    swa = {"SWA_START_FRAC": start, "SWA_EVERY": every, "SWA_ENABLED": enabled}
-    after, final = trained(run, tmp_path, monkeypatch, ITERATIONS=20, WARMDOWN_ITERS=10, **swa)
-    assert len(after) == 20
-    expected = torch.stack([after[completed - 1] for completed in averaged]).mean(0)
-    torch.testing.assert_close(final, expected, rtol=1e-6, atol=1e-8)
-    others = [weights for completed, weights in enumerate(after, 1) if completed not in averaged]
-    assert min((weights - expected).abs().max() for weights in others) > 1e-5  # each step moves the weights
+def test_the_final_model_is_the_mean_of_what_swa_samples(run, tmp_path, weights, start, every, sampled):
+    final = flat(trained(run, tmp_path, swa_start_frac=start, swa_every=every))
+    expected = torch.stack([weights[step] for step in sampled]).mean(0)
+    step_size = (weights[24] - weights[23]).norm()
+    assert (final - expected).norm() < 1e-2 * step_size
+    for other in range(1, 25):  # one checkpoint more or less would show
+        changed = set(sampled) ^ {other}
+        mean = torch.stack([weights[step] for step in changed]).mean(0)
+        assert (mean - expected).norm() > 0.1 * step_size, other
+
+
+@pytest.mark.parametrize(
+    "changes",
+    (dict(swa_every=25), dict(swa_every=23), dict(swa_enabled=False, swa_every=2)),
+    ids=("none", "one", "switched_off"),
+)
+def test_fewer_than_two_samples_leave_the_last_weights_and_a_line(run, tmp_path, monkeypatch, weights, changes):
+    lines = []
+    monkeypatch.setattr(train_gpt.Run, "log", lambda run, line, console=True: lines.append(line))
+    assert flat(trained(run, tmp_path, **changes)).equal(weights[24])
+    (line,) = (line for line in lines if line.startswith("swa:"))
+    assert "the last weights are final" in line
+
+
+def test_the_log_says_how_many_checkpoints_were_averaged(run, tmp_path, monkeypatch):
+    lines = []
+    monkeypatch.setattr(train_gpt.Run, "log", lambda run, line, console=True: lines.append(line))
+    trainer = trained(run, tmp_path, swa_start_frac=0.5, swa_every=3)
+    assert any(line.startswith("swa: 3 checkpoints") for line in lines) and trainer.account()["averaged"] == 3
+
+
+def test_warm_up_steps_train_nothing(run):
+    cold, warm = trainer_of(run), trainer_of(run)
+    before = flat(warm)
+    warm.warm_up()
+    assert flat(warm).equal(before) and warm.step == 0
+    for _ in range(3):
+        assert warm.train_step().equal(cold.train_step())
+    assert flat(warm).equal(flat(cold)) and not flat(warm).equal(before)

@@ -1,35 +1,63 @@
-"""Test-time training against a loop written with nn.Linear, autograd and torch.optim.Adam, and what it must not depend on."""
+"""Test-time training against a loop written with nn.Linear, autograd and torch.optim.Adam, and what it must not depend
+on."""
+
+import itertools
 import math
+import time
 from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from conftest import random_model, run_of, small, stream_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from test_model import reference
 
 import train_gpt
-from conftest import random_model, small, stream_of
-from test_model import reference
 
 MODES = [(protocol, context) for protocol in ("replay", "single_pass") for context in ("cached", "recompute")]
 every_mode = pytest.mark.parametrize("protocol, context", MODES, ids=["-".join(mode) for mode in MODES])
-quiet = lambda *_, **__: None
 
 
-def batch_of(model, stream, documents, s, run, adapters=None, plain=False, **more):
-    """The batch after its pass."""
-    batch = train_gpt.DocumentBatch(model, stream, np.array(documents), s, run, trace=True, **more)
-    if plain:
-        batch.plain(adapters_of(s, documents))
-    else:
-        batch.adapt(adapters or adapters_of(s, documents))
+class Traced(train_gpt.DocumentBatch):
+    """A batch that keeps the NLL of every target: `nll` (1 + figures, B, longest), NaN where there is none."""
+
+    def __init__(self, *args):
+        super().__init__(*args)
+        self.nll = torch.full((len(self.sums), len(self.lengths), int(self.lengths.max())), math.nan)
+
+    def record(self, figure, chunk, nll, sums):
+        super().record(figure, chunk, nll, sums)
+        s = self.run.s
+        for row in range(len(nll)):
+            begin = chunk * s.ttt_chunk_size
+            end = min(begin + s.ttt_chunk_size, int(self.lengths[row]))
+            afresh = figure > 0 and s.ttt_context == "recompute"
+            first = max(0, end - s.ttt_eval_seq_len) if afresh else begin
+            assert self.nll[figure, row, begin:end].isnan().all(), "scored twice"
+            self.nll[figure, row, begin:end] = nll[row, begin - first : end - first]
+            assert not nll[row, : begin - first].any() and not nll[row, end - first :].any()
+
+
+def batch_of(model, stream, documents, run, kind=Traced):
+    """The batch after both its passes."""
+    batch = kind(model, stream, np.array(documents), run)
+    batch.plain()
+    batch.adapt()
     return batch
 
 
-def adapters_of(s, documents, kind=train_gpt.Adapters):
-    return kind(np.stack([train_gpt.draw_lora_a(s, d) for d in documents]), s, torch.device("cpu"))
+def nll_of(batch):
+    """NLL of every figure and document, (1 + figures, B) float64; each must be complete."""
+    nll = torch.from_numpy(batch.complete())
+    assert nll.isfinite().all()
+    return nll
+
+
+def longest_first(lengths):
+    return sorted(range(len(lengths)), key=lambda d: -lengths[d])
 
 
 def chunks_of(tokens, s):
@@ -43,28 +71,39 @@ def within(s):
     return lambda i, j: j >= i // size * size - (s.ttt_eval_seq_len - size)
 
 
+# ---- The arithmetic
+
+
 class Alone:
-    """One document adapted in float64: layers of nn.Linear adapters, one torch.optim.Adam, keys and values kept by hand."""
+    """One document adapted in float64: layers of nn.Linear adapters, one torch.optim.Adam, keys and values by hand."""
+
     def __init__(self, model, s, tokens, document):
         self.state, self.s, self.tokens = model.state_dict(), s, tokens
         r, kv_dim = s.ttt_lora_rank, s.model_dim // s.num_heads * s.num_kv_heads
         a = torch.from_numpy(train_gpt.draw_lora_a(s, document)).double()
         self.lora = []
         for layer in range(s.num_layers):
-            linears = [torch.nn.Linear(*shape, bias=False, dtype=torch.float64)
-                       for shape in ((s.model_dim, r), (r, s.model_dim), (s.model_dim, r), (r, kv_dim))]
-            for linear, start in zip(linears, (a[layer, :r], 0.0, a[layer, r:], 0.0)):
+            shapes = ((s.model_dim, r), (r, s.model_dim), (s.model_dim, r), (r, kv_dim))
+            linears = [torch.nn.Linear(*shape, bias=False, dtype=torch.float64) for shape in shapes]
+            for linear, start in zip(linears, (a[layer, :r], 0.0, a[layer, r:], 0.0), strict=True):
                 linear.weight.data[:] = start
             self.lora.append([linear.weight for linear in linears])
+        self.start = self.flat()
         self.adam = torch.optim.Adam(sum(self.lora, []), betas=(0.9, 0.95), eps=1e-10)
-        self.figures = []
+        self.figures = [[]]
+        past = None
+        for begin, end in chunks_of(tokens, s):  # without adaptation, always after the cached context
+            nll, past = reference(self.state, s, tokens[begin:end], tokens[begin + 1 : end + 1], None, past, within(s))
+            self.figures[0] += nll.tolist()
 
     def forward(self, begin, end, past):
         s, tokens = self.s, self.tokens
         if s.ttt_context == "cached":
-            return reference(self.state, s, tokens[begin:end], tokens[begin + 1 : end + 1], self.lora, past, within(s))
+            window = tokens[begin:end], tokens[begin + 1 : end + 1]
+            return reference(self.state, s, *window, self.lora, past, within(s))
         first = max(0, end - s.ttt_eval_seq_len)
-        return reference(self.state, s, tokens[first:end], tokens[first + 1 : end + 1], self.lora)[0][begin - first :], None
+        nll, _ = reference(self.state, s, tokens[first:end], tokens[first + 1 : end + 1], self.lora)
+        return nll[begin - first :], None
 
     def append(self, past, present):
         """The whole history: what is too old is masked, not dropped."""
@@ -91,7 +130,7 @@ class Alone:
         past, chunks = None, chunks_of(self.tokens, self.s)
         self.figures.append([])
         for begin, end in chunks:
-            self.figures[0] += self.forward(begin, end, past)[0].tolist()
+            self.figures[1] += self.forward(begin, end, past)[0].tolist()
             if (begin, end) != chunks[-1]:
                 for epoch in range(self.s.ttt_n_epochs):
                     self.learn(self.forward(begin, end, past)[0], epoch)
@@ -99,38 +138,73 @@ class Alone:
 
     def flat(self):
         """The adapters laid out as A (Q's rows above V's), B of Q, B of V, each by layer."""
-        parts = [torch.cat((a_q, a_v)) for a_q, _, a_v, _ in self.lora], [b for _, b, _, _ in self.lora], [b for _, _, _, b in self.lora]
+        parts = (
+            [torch.cat((a_q, a_v)) for a_q, _, a_v, _ in self.lora],
+            [b for _, b, _, _ in self.lora],
+            [b for _, _, _, b in self.lora],
+        )
         return torch.cat([torch.stack(part).flatten() for part in parts]).detach()
+
+
+def moved_like(alone, adapters):
+    """How far the reference's adapters moved; the batch's must have gone the same way to 2%."""
+    moved = (alone.flat() - alone.start).norm()
+    assert (adapters.flat[0] - alone.flat()).norm() <= 0.02 * moved
+    return moved
 
 
 @every_mode
 @pytest.mark.parametrize("size, window, targets", ((16, 64, 41), (16, 27, 70), (8, 8, 27), (16, 64, 9)), ids=str)
 def test_adaptation_equals_a_loop_with_torchs_adam(run, protocol, context, size, window, targets):
-    s = small(num_layers=2, ttt_protocol=protocol, ttt_context=context, ttt_n_epochs=3, ttt_chunk_size=size, ttt_eval_seq_len=window)
+    changes = dict(ttt_protocol=protocol, ttt_context=context, ttt_chunk_size=size, ttt_eval_seq_len=window)
+    s = small(num_layers=2, ttt_n_epochs=3, **changes)
     model, stream = random_model(s), stream_of(s, [5, targets])
     alone = Alone(model, s, stream.tokens[5:].tolist(), 1)
     getattr(alone, protocol)()
-    adapters = adapters_of(s, [1])
-    batch = batch_of(model, stream, [1], s, run, adapters)
-    assert batch.nll.shape == (3 if protocol == "replay" else 1, 1, targets)
-    torch.testing.assert_close(batch.nll[:, 0].double(), torch.tensor(alone.figures, dtype=torch.float64), rtol=5e-4, atol=5e-4)
-    moved = (alone.flat() - adapters_of(s, [1]).flat[0]).norm()
-    assert (adapters.flat[0] - alone.flat()).norm() <= 0.02 * moved
-    assert (moved > 0.1) == (protocol == "replay" or targets > size)
+    batch = batch_of(model, stream, [1], run_of(run, s))
+    assert batch.nll.shape == (4 if protocol == "replay" else 2, 1, targets)
+    expected = torch.tensor(alone.figures, dtype=torch.float64)
+    torch.testing.assert_close(batch.nll[:, 0].double(), expected, rtol=5e-4, atol=5e-4)
+    assert (moved_like(alone, batch.adapters) > 0.1) == (protocol == "replay" or targets > size)
+
+
+@pytest.mark.parametrize("protocol", ("replay", "single_pass"))
+def test_gradients_as_small_as_1e_10_still_move_the_adapters_as_adams_epsilon_lets_them(run, protocol):
+    """An epsilon of 1e-8, torch's own, would hold them where they are."""
+    s = small(num_layers=2, ttt_protocol=protocol, ttt_n_epochs=3)
+    model, stream = random_model(s), stream_of(s, [41])
+    for block in model.blocks:
+        block.attn.proj.weight.mul_(1e-8)
+    alone = Alone(model, s, stream.tokens.tolist(), 0)
+    getattr(alone, protocol)()
+    sizes = torch.cat([p.grad.flatten().abs() for p in sum(alone.lora, [])])
+    assert 1e-11 < sizes.median() < 1e-9
+    assert moved_like(alone, batch_of(model, stream, [0], run_of(run, s)).adapters) > 0.1
 
 
 @every_mode
 def test_each_figure_scores_each_target_once(run, protocol, context):
     s, lengths = small(ttt_protocol=protocol, ttt_context=context), [1, 16, 17, 100, 48, 2, 33]
-    stream = stream_of(s, lengths)
-    order = sorted(range(len(lengths)), key=lambda d: -lengths[d])
-    for batch in (batch_of(random_model(s), stream, order, s, run), batch_of(random_model(s), stream, order, s, run, plain=True)):
-        for figure in range(len(batch.sums)):
-            assert batch.sums[figure, :, 1].tolist() == [lengths[d] for d in order]
-            assert batch.sums[figure, :, 2].tolist() == [stream.document_bytes[d] for d in order]
-            for row, d in enumerate(order):
-                assert batch.nll[figure, row, : lengths[d]].isfinite().all() and batch.nll[figure, row, lengths[d] :].isnan().all()
-                assert batch.nll[figure, row, : lengths[d]].sum().item() == pytest.approx(batch.sums[figure, row, 0].item(), rel=1e-5)
+    stream, order = stream_of(s, lengths), longest_first(lengths)
+    batch = batch_of(random_model(s), stream, order, run_of(run, s))
+    assert len(batch.sums) == 1 + s.ttt_figures == (3 if protocol == "replay" else 2)
+    nll = nll_of(batch)
+    for figure in range(len(batch.sums)):
+        assert batch.sums[figure, :, 1].tolist() == [lengths[d] for d in order]
+        assert batch.sums[figure, :, 2].tolist() == [stream.document_bytes[d] for d in order]
+        for row, d in enumerate(order):
+            each = batch.nll[figure, row]
+            assert each[: lengths[d]].isfinite().all() and each[lengths[d] :].isnan().all()
+            assert each[: lengths[d]].double().sum().item() == pytest.approx(nll[figure, row].item(), rel=1e-5)
+
+
+def test_a_target_or_a_byte_too_many_is_no_figure(run):
+    s = small()
+    for column in (1, 2):
+        batch = batch_of(random_model(s), stream_of(s, [20, 9]), [0, 1], run_of(run, s))
+        batch.sums[1, 1, column] += 1
+        with pytest.raises(RuntimeError, match="once"):
+            batch.complete()
 
 
 @settings(deadline=None, max_examples=20)
@@ -139,8 +213,9 @@ def test_the_ring_holds_exactly_the_last_tokens_of_the_window(run, size, window,
     """Whether the window is no multiple of the chunk, shorter than it, or nothing."""
     s = small(num_layers=3, ttt_chunk_size=size, ttt_eval_seq_len=max(2, size + window))
     model, stream = random_model(s, seed), stream_of(s, [targets, max(1, targets // 2)], seed)
-    batch = batch_of(model, stream, [0, 1], s, run, plain=True)
-    for d, count in enumerate(stream.targets):
+    batch = Traced(model, stream, np.array([0, 1]), run_of(run, s))
+    batch.plain()
+    for d, count in enumerate(stream.lengths):
         tokens = stream.tokens[stream.starts[d] : stream.starts[d] + count + 1].tolist()
         expected, _ = reference(model.state_dict(), s, tokens[:-1], tokens[1:], visible=within(s))
         torch.testing.assert_close(batch.nll[0, d, :count].double(), expected, rtol=1e-4, atol=1e-4)
@@ -150,23 +225,23 @@ def test_the_ring_holds_exactly_the_last_tokens_of_the_window(run, size, window,
 def test_at_rate_zero_every_way_of_scoring_a_document_that_fits_agrees(run, protocol):
     s = small(ttt_lora_lr=0, ttt_protocol=protocol)
     model, stream = random_model(s), stream_of(s, [64, 49, 16, 3])
-    plain = batch_of(model, stream, [0, 1, 2, 3], s, run, plain=True).sums[0, :, 0]
-    whole = torch.stack([reference(model.state_dict(), s, ids[:-1], ids[1:])[0].sum() for ids in (
-        stream.tokens[a : a + n + 1].tolist() for a, n in zip(stream.starts, stream.targets))])
-    torch.testing.assert_close(plain, whole, rtol=1e-5, atol=0)
+    documents = [stream.tokens[a : a + n + 1].tolist() for a, n in zip(stream.starts, stream.lengths, strict=True)]
+    whole = torch.stack([reference(model.state_dict(), s, ids[:-1], ids[1:])[0].sum() for ids in documents])
     for context in ("cached", "recompute"):
-        for figure in batch_of(model, stream, [0, 1, 2, 3], replace(s, ttt_context=context), run).sums[:, :, 0]:
-            torch.testing.assert_close(figure, plain, rtol=1e-5, atol=0)
+        for figure in nll_of(batch_of(model, stream, [0, 1, 2, 3], run_of(run, replace(s, ttt_context=context)))):
+            torch.testing.assert_close(figure, whole, rtol=1e-5, atol=0)
 
 
 def test_at_rate_zero_longer_documents_score_as_without_adaptation(run):
     s = small(ttt_lora_lr=0)
     model, stream = random_model(s), stream_of(s, [200, 150])
-    plain = batch_of(model, stream, [0, 1], s, run, plain=True).sums[0, :, 0]
     for protocol in ("replay", "single_pass"):
-        for figure in batch_of(model, stream, [0, 1], replace(s, ttt_protocol=protocol), run).sums[:, :, 0]:
+        plain, *adapted = nll_of(batch_of(model, stream, [0, 1], run_of(run, replace(s, ttt_protocol=protocol))))
+        for figure in adapted:
             torch.testing.assert_close(figure, plain, rtol=1e-5, atol=0)
 
+
+# ---- What a score does not depend on
 
 LENGTHS = [40, 130, 16, 1, 90, 33, 17, 64, 88]
 
@@ -174,39 +249,46 @@ LENGTHS = [40, 130, 16, 1, 90, 33, 17, 64, 88]
 @every_mode
 def test_a_documents_score_is_the_same_alone_and_in_any_batch(run, protocol, context):
     s = small(ttt_protocol=protocol, ttt_context=context, ttt_n_epochs=3)
-    model, stream = random_model(s), stream_of(s, LENGTHS)
-    order = sorted(range(9), key=lambda d: -LENGTHS[d])
-    together = batch_of(model, stream, order[:8], s, run).sums
-    for row, d in enumerate(order[:8]):
-        alone = batch_of(model, stream, [d], s, run).sums[:, 0]
-        torch.testing.assert_close(together[:, row], alone, rtol=1e-5, atol=0)
+    model, stream, order = random_model(s), stream_of(s, LENGTHS), longest_first(LENGTHS)[:8]
+    together = nll_of(batch_of(model, stream, order, run_of(run, s)))
+    for row, d in enumerate(order):
+        alone = nll_of(batch_of(model, stream, [d], run_of(run, s)))
+        torch.testing.assert_close(together[:, row], alone[:, 0], rtol=1e-5, atol=0)
+
+
+def test_documents_that_do_not_come_longest_first_are_refused(run):
+    s = small()
+    with pytest.raises(ValueError, match="longest first"):
+        train_gpt.DocumentBatch(random_model(s), stream_of(s, [20, 40]), np.array([0, 1]), run_of(run, s))
 
 
 class Watched(train_gpt.Adapters):
     """Adapters that remember their rows, and each document's step counts, after every step."""
+
     def __init__(self, *args):
         super().__init__(*args)
-        self.history, self.counts = [self.flat.clone()], [[] for _ in range(len(self.flat))]
+        self.history = [self.flat.clone()]
+        self.counts = [[] for _ in range(len(self.flat))]
 
-    def step(self, gradient, count, lr, adam):
-        super().step(gradient, count, lr, adam)
+    def step(self, gradient, lr):
+        super().step(gradient, lr)
         self.history.append(self.flat.clone())
-        for document, n in enumerate(count.tolist()):
-            self.counts[document].append(n)
+        for document in range(len(gradient)):
+            self.counts[document].append(int(self.steps[document]))
 
 
 @every_mode
-def test_nothing_of_a_finished_document_moves_while_longer_ones_go_on(run, protocol, context):
+def test_nothing_of_a_finished_document_moves_while_longer_ones_go_on(run, monkeypatch, protocol, context):
     """Adam's momentum would move it without any gradient."""
     lengths, epochs = [90, 41, 16, 5], 2
     s = small(ttt_protocol=protocol, ttt_context=context, ttt_n_epochs=epochs)
-    adapters = adapters_of(s, range(4), Watched)
-    batch_of(random_model(s), stream_of(s, lengths), [0, 1, 2, 3], s, run, adapters)
+    monkeypatch.setattr(train_gpt, "Adapters", Watched)
+    adapters = batch_of(random_model(s), stream_of(s, lengths), [0, 1, 2, 3], run_of(run, s)).adapters
     for row, length in enumerate(lengths):
         chunks = -(-length // 16)
         steps = epochs * (chunks if protocol == "replay" else chunks - 1)
-        assert adapters.counts[row] == list(range(1, steps + 1))
-        moves = [not before[row].equal(after[row]) for before, after in zip(adapters.history, adapters.history[1:])]
+        assert adapters.counts[row] == list(range(1, steps + 1)) and adapters.steps[row] == steps
+        moves = [not before[row].equal(after[row]) for before, after in itertools.pairwise(adapters.history)]
         if protocol == "replay":
             expected = [chunk < chunks for _ in range(epochs) for chunk in range(6)]
         else:
@@ -221,23 +303,27 @@ def test_totals_do_not_depend_on_batch_size_or_order(run, tmp_path, protocol, co
 
     def evaluate(name, batch_size, reverse=False):
         (tmp_path / name).mkdir()
+        other = run_of(run, replace(s, ttt_batch_size=batch_size), tmp_path / name)
         with pytest.MonkeyPatch.context() as patch:
             if reverse:
                 plan = train_gpt.plan_batches
                 patch.setattr(train_gpt, "plan_batches", lambda *args: [rank[::-1] for rank in plan(*args)])
-            report, score = train_gpt.evaluate_ttt(model, stream, replace(s, ttt_batch_size=batch_size), run, quiet, tmp_path / name, name, 0.0)
+            report, score = train_gpt.evaluate_ttt(model, stream, other, name, time.perf_counter())
             assert score.bpb == report["backward_looking"]["val_bpb"]
         with np.load(tmp_path / name / "ttt_documents.npz") as kept:
             return report, {key: kept[key] for key in kept}
+
     report, kept = evaluate("one", 1)
     assert kept["index"].tolist() == list(range(9)) and kept["targets"].tolist() == LENGTHS
     assert kept["bytes"].tolist() == stream.document_bytes.tolist()
+    assert (kept["figures_finished"] == s.ttt_figures).all()
     for figure in (report["no_adaptation"], report["backward_looking"], report["last_epoch"]):
-        assert (figure["targets"], figure["bytes"]) == (sum(LENGTHS), stream.byte_count)
-        assert figure["val_bpb"] == pytest.approx(figure["val_loss"] * figure["targets"] / figure["bytes"] / math.log(2))
-    assert report["no_adaptation"]["val_loss"] * sum(LENGTHS) == pytest.approx(kept["nll_no_adaptation"].sum())
-    assert report["backward_looking"]["val_loss"] * sum(LENGTHS) == pytest.approx(kept["nll_per_epoch"][0].sum())
-    assert report["last_epoch"]["val_loss"] * sum(LENGTHS) == pytest.approx(kept["nll_per_epoch"][-1].sum())
+        assert (figure["targets"], figure["bytes"], figure["lacking"]) == (sum(LENGTHS), stream.byte_count, 0)
+        bits = figure["val_loss"] * figure["targets"] / math.log(2)
+        assert figure["val_bpb"] == pytest.approx(bits / figure["bytes"])
+    losses = [report[name]["val_loss"] * sum(LENGTHS) for name in ("no_adaptation", "backward_looking", "last_epoch")]
+    rows = kept["nll_no_adaptation"], kept["nll_per_epoch"][0], kept["nll_per_epoch"][-1]
+    assert losses == pytest.approx([row.sum() for row in rows])
     for other in (evaluate("three", 3), evaluate("all", 20), evaluate("backwards", 2, reverse=True)):
         for name in ("nll_no_adaptation", "nll_per_epoch"):
             np.testing.assert_allclose(other[1][name], kept[name], rtol=1e-5)
@@ -255,64 +341,190 @@ def test_adapters_are_drawn_by_seed_and_document_alone():
     assert a.std() == pytest.approx(bound / 3**0.5, rel=0.05)
 
 
+# ---- No later token reaches an earlier score
+
+
+def changes_before(model, lengths, run):
+    """For documents of these lengths, each changed after a random token t: the largest change of any NLL of a target up
+    to t, by figure, (1 + figures, documents)."""
+    rng = np.random.default_rng(run.s.seed)
+    one = stream_of(run.s, lengths)
+    spans = zip(one.starts, one.lengths, strict=True)
+    tokens = np.concatenate([one.tokens[start : start + count + 1].numpy() for start, count in spans])
+    starts = one.starts + np.arange(len(lengths))  # a document's last target is not the next one's first token here
+    at = rng.integers(1, lengths)
+    other = rng.integers(train_gpt.BOS + 1, run.s.vocab_size - 1, len(tokens))
+    other += other >= tokens  # never what stood there, never BOS
+    index = np.arange(len(tokens)) - np.repeat(starts, one.lengths + 1)
+    changed = np.where(index > np.repeat(at, one.lengths + 1), other, tokens)
+    streams = (
+        train_gpt.Stream(each, np.zeros(len(each) - 1, np.int16), torch.device("cpu"), (starts, one.lengths))
+        for each in (tokens, changed)
+    )
+    before, after = (batch_of(model, each, np.arange(len(lengths)), run).nll for each in streams)
+    assert len(before) == 1 + run.s.ttt_figures
+    return torch.stack([(after - before)[:, row, :t].abs().amax(1) for row, t in enumerate(at)], 1)
+
+
 @every_mode
-def test_the_audit_finds_no_leak_but_in_replays_last_epoch(run, protocol, context):
-    s = small(ttt_protocol=protocol, ttt_context=context, ttt_n_epochs=3, ttt_audit=3)
-    stream = stream_of(s, [70, 33, 16, 100, 5, 48])
-    rows = train_gpt.audit(random_model(s), stream, s, run, quiet)
-    figures = {"no_adaptation", "epoch_1", "last_epoch_3"} if protocol == "replay" else {"no_adaptation", "single_pass"}
-    assert {row["figure"] for row in rows} == figures and len({row["document"] for row in rows}) == 3
-    for row in rows:
-        assert row["targets"] == stream.targets[row["document"]] > 16 and 0 < row["t"] < row["targets"]
-        leaks = row["figure"] == "last_epoch_3"
-        assert row["backward_looking"] != leaks and row["repeat"] == 0
-        assert row["change"] > 0 if leaks else row["change"] == 0, row
+def test_no_later_token_reaches_an_earlier_score_but_in_replays_later_epochs(run, protocol, context):
+    s = small(ttt_protocol=protocol, ttt_context=context, ttt_n_epochs=3)
+    for seed in range(2):
+        changes = changes_before(random_model(s), [100, 70, 48, 33], run_of(run, replace(s, seed=seed)))
+        assert not changes[:2].any()  # without adaptation, and what is backward-looking: not by a last bit
+        assert (changes[2:] > 0).all()
 
 
-def test_the_audit_catches_a_model_that_looks_ahead(run, monkeypatch):
+def test_a_model_that_looks_ahead_would_be_caught(run, monkeypatch):
     attend = torch.nn.functional.scaled_dot_product_attention
-    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", lambda q, k, v, *_, **__: attend(q, k, v, enable_gqa=True))
-    s = small(ttt_protocol="single_pass", ttt_audit=3)
-    rows = train_gpt.audit(random_model(s), stream_of(s, [70, 60, 50]), s, run, quiet)
-    assert all(any(row["change"] > 0 for row in rows if row["figure"] == figure) for figure in ("no_adaptation", "single_pass"))
+
+    def ahead(q, k, v, *_, **__):
+        return attend(q, k, v, enable_gqa=True)
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", ahead)
+    s = small(ttt_protocol="single_pass")
+    assert (changes_before(random_model(s), [70, 60, 50], run_of(run, s)).amax(1) > 0).all()
+
+
+# ---- The deadline
+
+
+def stopped_after(count):
+    """A kind of batch that has expired once it was asked so many times."""
+
+    class Stopped(train_gpt.DocumentBatch):
+        asked = 0
+
+        def expired(self):
+            self.asked += 1
+            return self.asked > count
+
+    return Stopped
 
 
 @every_mode
-def test_documents_unfinished_at_the_deadline_count_without_adaptation(run, tmp_path, protocol, context):
-    s = small(ttt_protocol=protocol, ttt_context=context)
+def test_a_document_cut_off_keeps_the_figures_that_it_has_finished(run, protocol, context):
+    s, order = small(ttt_protocol=protocol, ttt_context=context, ttt_n_epochs=3), [0, 1, 2]  # of 7, 3 and 2 chunks
     model, stream = random_model(s), stream_of(s, [100, 40, 20])
-    order, calls = [0, 1, 2], iter(range(10**6))
-    stop_after = {"replay": 12, "single_pass": 5}[protocol]  # in the last epoch after 5 chunks; in the third chunk's second step
-    complete = batch_of(model, stream, order, s, run)
-    batch = train_gpt.DocumentBatch(model, stream, np.array(order), s, run)
-    finished = batch.adapt(adapters_of(s, order), lambda: next(calls) >= stop_after)
-    assert finished.tolist() == [False, True, True]
-    torch.testing.assert_close(batch.sums[:, 1:], complete.sums[:, 1:], rtol=1e-6, atol=0)
-    report, _ = train_gpt.evaluate_ttt(model, stream, replace(s, eval_max_seconds=1e-9), run, quiet, tmp_path, "x", 0.0)
-    assert report["unfinished_documents"] == order and report["within_budget"] is False
-    for figure in (report["backward_looking"], report["last_epoch"]):
-        assert (figure["targets"], figure["bytes"]) == (160, stream.byte_count)
+    whole = nll_of(batch_of(model, stream, order, run_of(run, s)))
+    if protocol == "replay":  # two epochs of 7 steps, and of the last two, three or six
+        cuts = {16: ([2], [0, 1]), 17: ([2, 1], [0]), 20: ([2, 1], [0]), 7: ([], [0, 1, 2]), 0: ([], [0, 1, 2])}
+        sums = {count: min(count // 7, 3) for count in cuts}  # whole epochs of all documents
+    else:  # 3 steps a chunk
+        cuts = {5: ([2], [0, 1]), 3: ([2], [0, 1]), 6: ([2, 1], [0]), 17: ([2, 1], [0]), 0: ([], [0, 1, 2])}
+        sums = dict.fromkeys(cuts, 0)
+    for count, (done, cut) in cuts.items():
+        batch = batch_of(model, stream, order, run_of(run, s), stopped_after(count))
+        nll = torch.from_numpy(batch.complete())
+        assert nll[: 1 + sums[count]].equal(whole[: 1 + sums[count]])  # bit by bit
+        at = 1 + sums[count]
+        assert nll[at, done].equal(whole[at, done]) and nll[at, cut].isnan().all(), count
+        assert nll[at + 1 :].isnan().all()
+
+
+class Clock:
+    """Stands for the module `time`: a second passes with every Adam step and at no other time."""
+
+    def __init__(self, monkeypatch, tick=1.0):
+        self.now = 1000.0
+        step = train_gpt.Adapters.step
+
+        def ticking(adapters, *args):
+            self.now += tick
+            return step(adapters, *args)
+
+        monkeypatch.setattr(train_gpt.Adapters, "step", ticking)
+        monkeypatch.setattr(train_gpt, "time", SimpleNamespace(perf_counter=lambda: self.now, sleep=time.sleep))
+
+
+@pytest.mark.parametrize("budget, margin", [(5, 0.5), (10, 1), (20, 2), (40, 2)])
+@pytest.mark.parametrize("protocol", ("replay", "single_pass"))
+def test_the_evaluation_stops_a_tenth_of_its_budget_or_two_seconds_before_its_end(
+    run, tmp_path, monkeypatch, protocol, budget, margin
+):
+    s = small(num_layers=2, ttt_protocol=protocol, ttt_n_epochs=99, eval_max_seconds=budget, ttt_batch_size=2)
+    model, stream = random_model(s), stream_of(s, [40, 40])
+    clock = Clock(monkeypatch, 0.25)
+    report, _ = train_gpt.evaluate_ttt(model, stream, run_of(run, s, tmp_path), "x", clock.now)
+    assert report["seconds"] == budget - margin  # the first step that would begin later does not
+    assert report["within_budget"] is True and report["last_epoch"]["lacking"] == 2
+
+
+def test_each_figure_says_how_many_documents_it_lacks_and_takes_their_plain_score(run, tmp_path, monkeypatch):
+    s = small(
+        ttt_n_epochs=4, eval_max_seconds=20, ttt_batch_size=2
+    )  # 18 steps: the first batch has 4 * 3, the second 2
+    lengths = [40, 30, 20, 10]
+    model, stream = random_model(s), stream_of(s, lengths)
+    for name in ("cut", "whole"):
+        (tmp_path / name).mkdir()
+    whole, _ = train_gpt.evaluate_ttt(
+        model, stream, run_of(run, replace(s, eval_max_seconds=0), tmp_path / "whole"), "x", time.perf_counter()
+    )
+    lines = []
+    other = run_of(run, s, tmp_path / "cut")
+    other.log = lines.append
+    clock = Clock(monkeypatch)
+    cut, score = train_gpt.evaluate_ttt(model, stream, other, "x", clock.now)
+    # 12 steps for the documents of 40 and 30, 6 left: three epochs of those of 20 and 10
+    assert [figure["lacking"] for figure in cut["curve"]] == [0, 0, 0, 2]
+    assert [figure["lacking"] for figure in whole["curve"]] == [0, 0, 0, 0] and whole["within_budget"] is True
+    assert cut["backward_looking"] == cut["curve"][0] and cut["last_epoch"] == cut["curve"][-1]
+    assert any("first_lacks:0" in line and "last_lacks:2" in line for line in lines)
+    one, other = (np.load(tmp_path / name / "ttt_documents.npz") for name in ("cut", "whole"))
+    assert one["figures_finished"].tolist() == [4, 4, 3, 3]
+    for row, epoch in zip(one["nll_per_epoch"], other["nll_per_epoch"], strict=True):
+        assert row[:2].tolist() == epoch[:2].tolist()
+    assert (one["nll_per_epoch"][:3] == other["nll_per_epoch"][:3]).all()
+    assert (one["nll_per_epoch"][3, 2:] == one["nll_no_adaptation"][2:]).all()
+    assert score.nll == one["nll_per_epoch"][0].sum() and score.targets == sum(lengths)
+
+
+def test_if_the_plain_pass_alone_exceeds_the_budget_every_figure_is_the_plain_one(run, tmp_path):
+    s = small(eval_max_seconds=1e-9)
+    model, stream = random_model(s), stream_of(s, [100, 40, 20])
+    report, _ = train_gpt.evaluate_ttt(model, stream, run_of(run, s, tmp_path), "x", time.perf_counter())
+    assert report["within_budget"] is False
+    for figure in report["curve"]:
+        assert (figure["targets"], figure["bytes"], figure["lacking"]) == (160, stream.byte_count, 3)
         assert figure["val_loss"] == report["no_adaptation"]["val_loss"]
+
+
+# ---- The plan
 
 
 def cost_by_hand(targets, size, floor):
     """Tokens of a batch's chunk steps one after another, none cheaper than the floor."""
-    return sum(max(floor, sum(min(size, max(0, t - c * size)) for t in targets)) for c in range(-(-max(targets) // size)))
+    chunks = range(-(-max(targets) // size))
+    return sum(max(floor, sum(min(size, max(0, t - c * size)) for t in targets)) for c in chunks)
+
+
+def ranks_of(s, world, device):
+    return SimpleNamespace(s=s, world=world, rank=0, device=torch.device(device))
 
 
 @settings(deadline=None, max_examples=60)
-@given(st.lists(st.integers(1, 3000), min_size=1, max_size=200), st.integers(1, 8), st.integers(0, 9), st.sampled_from(("cpu", "cuda")))
+@given(
+    st.lists(st.integers(1, 3000), min_size=1, max_size=200),
+    st.integers(1, 8),
+    st.integers(0, 9),
+    st.sampled_from(("cpu", "cuda")),
+)
 def test_every_document_is_planned_once_and_long_ones_first(lengths, world, batch_size, device):
-    ranks = SimpleNamespace(world=world, rank=0, device=torch.device(device))
     s = small(ttt_batch_size=batch_size)
-    plan = train_gpt.plan_batches(np.array(lengths), s, ranks)
+    ranks = ranks_of(s, world, device)
+    batches = train_gpt.batch_documents(np.array(lengths), ranks)
+    alone = train_gpt.batch_documents(np.array(lengths), ranks_of(s, 1, device))
+    assert [batch.tolist() for batch in batches] == [batch.tolist() for batch in alone]  # of any number of ranks
+    plan = train_gpt.plan_batches(batches, np.array(lengths), ranks)
     assert len(plan) == world
     assert sorted(d for rank in plan for batch in rank for d in batch.tolist()) == list(range(len(lengths)))
     for rank in plan:
         for batch in rank:
             inside = [lengths[d] for d in batch]
             assert inside == sorted(inside, reverse=True) and len(inside) <= (batch_size or 10**9)
-        costs = [train_gpt.batch_cost(np.array([lengths[d] for d in batch]), s, train_gpt.STEP_FLOOR[device]) for batch in rank]
+        floor = train_gpt.STEP_FLOOR[device]
+        costs = [train_gpt.batch_cost(np.array([lengths[d] for d in batch]), s, floor) for batch in rank]
         assert costs == sorted(costs, reverse=True)
 
 
@@ -322,11 +534,14 @@ def test_eight_ranks_share_the_real_lengths_evenly(shared):
     jitter = np.random.default_rng(0).uniform(0.8, 1.25, (20, len(targets)))
     targets = np.maximum(1, targets * jitter).astype(np.int64).ravel()
     targets[777] = 18_743  # the longest document of the whole split
-    s = train_gpt.Settings.from_env({})
-    plan = train_gpt.plan_batches(targets, s, SimpleNamespace(world=8, rank=0, device=torch.device("cuda")))
+    ranks = ranks_of(train_gpt.Settings.from_env({}), 8, "cuda")
+    plan = train_gpt.plan_batches(train_gpt.batch_documents(targets, ranks), targets, ranks)
     floor = train_gpt.STEP_FLOOR["cuda"]
-    predicted, plain = (np.array([sum(map(cost, rank)) for rank in plan]) for cost in (
-        lambda batch: train_gpt.batch_cost(targets[batch], s, floor), lambda batch: cost_by_hand(targets[batch].tolist(), 256, floor)))
+    predicted, plain = np.zeros((2, 8))
+    for rank, batches in enumerate(plan):
+        for batch in batches:
+            predicted[rank] += train_gpt.batch_cost(targets[batch], ranks.s, floor)
+            plain[rank] += cost_by_hand(targets[batch].tolist(), 256, floor)
     assert predicted.max() < 1.03 * predicted.mean()
     assert plain.max() < 1.05 * plain.mean()  # without the weight of attention, which the plan counts as well
     assert any(777 in rank[0] for rank in plan)

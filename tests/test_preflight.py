@@ -1,0 +1,237 @@
+"""The preflight: what would fail late fails before training step 0, outside both budgets, and leaves nothing behind."""
+
+from __future__ import annotations
+
+import functools
+import os
+import re
+import signal
+import time
+
+import pytest
+import runs
+import torch
+from runs import train_gpt
+
+FILES = [name for name in train_gpt.FILES if name != "train.log"]  # those that a run writes whole
+needs_full = pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
+
+
+@pytest.fixture(scope="module")
+def reference(tmp_path_factory) -> runs.Run:
+    """A whole run; its process notes what is in its folder when training begins."""
+    return runs.run(tmp_path_factory.mktemp("reference"), before=list_the_folder_before_training)
+
+
+def list_the_folder_before_training() -> None:
+    def train(trainer, stream, inner=train_gpt.Trainer.train):
+        print("folder:", *sorted(path.name for path in trainer.run.output.iterdir()), flush=True)
+        inner(trainer, stream)
+
+    train_gpt.Trainer.train = train
+
+
+# ---- A fault in a later stage
+
+
+def plant(place: str) -> None:
+    """Make a function or a method of the script raise."""
+
+    def fault(*_, **__):
+        raise RuntimeError("the planted fault")
+
+    owner, _, name = place.rpartition(".")
+    assert callable(getattr(owner := getattr(train_gpt, owner) if owner else train_gpt, name))
+    setattr(owner, name, fault)
+
+
+LATE = (
+    ("evaluate_standard", {}), ("Trainer.save", {}), ("quantize", {}), ("pack", {}), ("unpack", {}),
+    ("load_weights", {}), ("DocumentBatch.plain", {}), ("Adapters.step", {}), ("ContextCache.push", {}),
+    ("DocumentBatch.adapt", dict(TTT_PROTOCOL="single_pass")), ("Results.merge", {}), ("time_spent", {}),
+    ("evaluate_sliding", dict(TTT_ENABLED=0)), ("finish", {}),
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("place, settings", LATE, ids=[place for place, _ in LATE])
+def test_a_fault_in_any_later_stage_ends_the_run_before_step_0(tmp_path, place, settings):
+    done = runs.run(tmp_path, 1, before=functools.partial(plant, place), **settings)
+    assert done.err.splitlines()[-1] == "RuntimeError: the planted fault"
+    assert "model parameters" in done.out and "\nstep:" not in done.out and "preflight " not in done.out
+    assert not any((tmp_path / name).exists() for name in FILES)
+
+
+EVALUATION = [place for place in LATE if place[0] in ("Adapters.step", "evaluate_sliding", "finish")]
+
+
+@pytest.mark.parametrize("place, settings", EVALUATION, ids=[place for place, _ in EVALUATION])
+def test_a_fault_in_an_evaluation_alone_ends_it_before_the_load(tmp_path, reference, place, settings):
+    artifact = reference.folder / "final_model.ptz"
+    done = runs.run(tmp_path, 1, before=functools.partial(plant, place), EVAL_ONLY=artifact, **settings)
+    assert done.err.splitlines()[-1] == "RuntimeError: the planted fault"
+    assert "validation documents" in done.out and "evaluating" not in done.out
+
+
+# ---- A fault of the folder
+
+
+@needs_full
+@pytest.mark.parametrize("name", FILES)
+def test_a_disk_too_full_for_any_file_of_the_run_ends_it_before_step_0(tmp_path, name):
+    (tmp_path / f"{name}.tmp").symlink_to("/dev/full")
+    done = runs.run(tmp_path, 2)
+    message = runs.user_error(done.err)
+    assert f"{name}: No space left" in message and "Traceback" not in done.err
+    assert "\nstep:" not in done.out
+
+
+def test_a_folder_that_cannot_be_made_is_one_line_that_names_it(tmp_path):
+    (tmp_path / "file").write_text("")
+    for path in (tmp_path / "file", tmp_path / "file" / "inside"):
+        done = runs.run(tmp_path / "consoles", 2, OUTPUT_DIR=path)
+        message = runs.user_error(done.err)
+        assert f"cannot use {path}: " in message and "Traceback" not in done.err
+
+
+def fill_the_disk(name: str) -> None:
+    """The disk is full for one file of rank 0."""
+
+    def write(run, file, work, inner=train_gpt.Run.write):
+        if file == name and run.rank == 0:
+            raise OSError(28, os.strerror(28), str(run.path(file)))
+        inner(run, file, work)
+
+    train_gpt.Run.write = write
+
+
+@pytest.mark.parametrize("name", ["final_model.ptz", "result.json"])
+def test_a_full_disk_ends_every_rank_with_the_same_line(tmp_path, name):
+    processes = runs.ranks(tmp_path, before=functools.partial(fill_the_disk, name))
+    assert [process.wait() for process in processes] == [2, 2]
+    assert runs.user_error(processes[0].err) == runs.user_error(processes[1].err)
+    assert name in processes[0].err and "\nstep:" not in processes[0].out
+
+
+# ---- What it costs and leaves
+
+
+def test_seconds_per_stage_are_in_the_log_and_in_result_json(reference):
+    stages = ["training", "validation", "export", "evaluation"]
+    seconds = reference.result["preflight"]
+    assert list(seconds) == stages and all(isinstance(value, float) and 0 < value < 60 for value in seconds.values())
+    (line,) = (line for line in reference.lines if line.startswith("preflight "))
+    assert line == "preflight " + " ".join(f"{stage}:{seconds[stage]:.1f}s" for stage in stages)
+    assert line in reference.log.splitlines()
+    order = [reference.out.index(text) for text in ("model parameters", "warmup_step:1/1", line, "step:0/12 val_loss")]
+    assert order == sorted(order)
+
+
+def test_nothing_is_left_of_it_when_training_begins(reference):
+    (line,) = (line for line in reference.lines if line.startswith("folder:"))
+    assert [name for name in line.split()[1:] if not name.startswith("console.")] == ["train.log"]
+    names = {path.name for path in reference.folder.iterdir() if not path.name.startswith("console.")}
+    assert names == set(train_gpt.FILES)
+
+
+def test_two_ranks_leave_nothing_either(tmp_path):
+    processes = runs.ranks(tmp_path, before=list_the_folder_before_training, ITERATIONS=1, TTT_N_EPOCHS=1)
+    assert [process.wait() for process in processes] == [0, 0], processes[0].err
+    for process in processes:
+        (line,) = (line for line in process.lines if line.startswith("folder:"))
+        assert [name for name in line.split()[1:] if not name.startswith("console.")] == ["train.log"]
+
+
+def test_it_trains_nothing_and_shows_none_of_its_own_figures(tmp_path, reference):
+    """Whatever the number of its steps; and the log has every figure of the run once."""
+    done = runs.run(tmp_path, WARMUP_STEPS=4)
+    assert done.artifact == reference.artifact and done.lines[-1] == reference.lines[-1]
+    for figure in ("no_adaptation", "ttt_epoch:1/3", "ttt_epoch:2/3", "final_ttt_exact", "export model_bytes"):
+        assert reference.log.count(f"\n{figure}") == 1
+
+
+def slow_preflight() -> None:
+    """Every adaptation of the preflight takes half a second more."""
+
+    def adapt(batch, inner=train_gpt.DocumentBatch.adapt):
+        time.sleep(0.5 * batch.run.rehearsing)
+        inner(batch)
+
+    train_gpt.DocumentBatch.adapt = adapt
+
+
+def test_of_an_evaluation_alone_it_comes_before_the_load_and_outside_the_budget(tmp_path, reference):
+    settings = dict(EVAL_ONLY=reference.folder / "final_model.ptz", EVAL_MAX_SECONDS=20)
+    done = runs.run(tmp_path, before=slow_preflight, **settings)
+    seconds = done.result["preflight"]
+    assert list(seconds) == ["evaluation"] and seconds["evaluation"] >= 0.5
+    assert 0 <= done.out.index("preflight evaluation:") < done.out.index("evaluating ")
+    report = done.result["evaluation"]
+    assert report["seconds"] >= report["no_adaptation"]["seconds"] + report["backward_looking"]["seconds"] > 0
+    assert report["within_budget"] is True and done.lines[-1] == reference.lines[-1]
+    quick = runs.run(tmp_path / "quick", before=slow_preflight, **settings | dict(EVAL_MAX_SECONDS=0.4))
+    assert quick.result["evaluation"]["seconds"] < quick.result["preflight"]["evaluation"]
+
+
+def test_after_training_has_finished_a_resumed_run_rehearses_only_what_is_left(tmp_path, reference):
+    for name in ("checkpoint.pt", "train.log"):
+        (tmp_path / name).write_bytes((reference.folder / name).read_bytes())
+    done = runs.run(tmp_path, RESUME=1)
+    assert list(done.result["preflight"]) == ["export", "evaluation"] and done.lines[-1] == reference.lines[-1]
+
+
+def sigterm_in_the_preflight() -> None:
+    def plain(batch, inner=train_gpt.DocumentBatch.plain):
+        assert batch.run.rehearsing
+        os.kill(os.getpid(), signal.SIGTERM)
+        inner(batch)
+
+    train_gpt.DocumentBatch.plain = plain
+
+
+def test_a_signal_in_the_preflight_ends_the_run_and_the_same_command_with_resume_starts_it(tmp_path, reference):
+    stopped = runs.run(tmp_path, 143, before=sigterm_in_the_preflight)
+    assert "SIGTERM" in stopped.err and "Traceback" not in stopped.err and "\nstep:" not in stopped.out
+    again = runs.run(tmp_path, RESUME=1)
+    assert again.artifact == reference.artifact and again.lines[-1] == reference.lines[-1]
+    names = {path.name for path in tmp_path.iterdir() if not path.name.startswith("console.")}
+    assert names == set(train_gpt.FILES)
+
+
+# ---- DEVICE
+
+
+def too_old_a_driver() -> None:
+    def init():
+        raise RuntimeError("The NVIDIA driver on your system is too old (found version 11040).\nPlease update it.")
+
+    torch.cuda.init = init
+
+
+def test_device_cuda_without_a_gpu_is_one_line_with_the_reason_and_code_2(tmp_path):
+    done = runs.run(tmp_path, 2, before=too_old_a_driver, DEVICE="cuda")
+    (line,) = done.err.splitlines()
+    assert line == runs.user_error(done.err) and f"DEVICE=cuda, torch {torch.__version__}: " in line
+    assert "driver on your system is too old (found version 11040). Please update it." in line
+    assert not done.out and not (tmp_path / "train.log").exists()
+
+
+def test_it_is_so_by_default_and_whatever_torchs_own_reason_is(tmp_path):
+    done = runs.run(tmp_path, 2, DEVICE=None, CUDA_VISIBLE_DEVICES="")
+    (line,) = done.err.splitlines()
+    assert line == runs.user_error(done.err) and re.search(r"DEVICE=cuda, torch \S+: \w.{10,} — ", line)
+
+
+def test_device_auto_goes_on_without_a_gpu_and_logs_why(tmp_path):
+    done = runs.run(tmp_path, before=too_old_a_driver, DEVICE="auto", ITERATIONS=1, TTT_ENABLED=0)
+    assert "on the CPU: The NVIDIA driver on your system is too old" in done.log
+    assert done.result["environment"]["device_type"] == "cpu" and done.result["settings"]["device"] == "auto"
+
+
+def test_a_rank_without_a_gpu_of_its_own_says_so(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "init", lambda: None)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert train_gpt.choose_device("cuda", 1) == (torch.device("cuda", 1), "")
+    assert train_gpt.choose_device("cpu", 1) == (torch.device("cpu"), "DEVICE=cpu")
+    with pytest.raises(train_gpt.UserError, match=r"DEVICE=cuda.* LOCAL_RANK=2 but there are 2 GPUs — "):
+        train_gpt.choose_device("cuda", 2)
+    assert train_gpt.choose_device("auto", 2) == (torch.device("cpu"), "LOCAL_RANK=2 but there are 2 GPUs")
