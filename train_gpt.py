@@ -1366,24 +1366,26 @@ def pack(tensors: dict[str, Stored], s: Settings) -> tuple[bytes, dict]:
     After the header comes one zstd-22 frame: the length of the configuration (4 bytes), the configuration as JSON, the
     streams as byte planes. Also returns what became of each stream; the entropy of codes is in bits."""
     config = json.dumps(artifact_config(s)).encode()
-    parts = {"config": np.frombuffer(len(config).to_bytes(4, "little") + config, np.uint8)}
+    parts = {"config": np.frombuffer(len(config).to_bytes(4, "little") + config, np.uint8)[None]}
     for stream, pieces in streams_of(tensors).items():
         if pieces:
             array = torch.cat([piece.flatten() for piece in pieces]).numpy().astype(STREAMS[stream])
             parts[stream] = array.view(np.uint8).reshape(-1, array.itemsize).T
-    expanded = sum(part.size for part in parts.values())
+    expanded = sum(planes.size for planes in parts.values())
     # codes hold no real repeats: long matches only is smaller and four times faster than level 22's own least of 3
     level22 = zstandard.ZstdCompressionParameters.from_level(22, source_size=expanded, min_match=7)
     compressor = zstandard.ZstdCompressor(compression_params=level22).compressobj(size=expanded)
     frame = b""
     report = {}
-    for stream, part in parts.items():  # a flush after each keeps their statistics apart
-        packed = compressor.compress(part.tobytes()) + compressor.flush(zstandard.COMPRESSOBJ_FLUSH_BLOCK)
+    for stream, planes in parts.items():
+        packed = b""
+        for plane in planes:  # a flush after each keeps their statistics apart
+            packed += compressor.compress(plane.tobytes()) + compressor.flush(zstandard.COMPRESSOBJ_FLUSH_BLOCK)
         frame += packed
-        n = part.shape[-1]
+        n = planes.shape[-1]
         report[stream] = dict(weights=n, bytes=len(packed), bits_per_weight=8 * len(packed) / n)
         if stream in LIMITS:
-            p = np.unique(part, return_counts=True)[1] / n
+            p = np.unique(planes, return_counts=True)[1] / n
             report[stream]["entropy"] = float(-(p * np.log2(p)).sum())
     frame += compressor.flush()
     del report["config"]
