@@ -31,6 +31,7 @@ Map. A section calls only what stands above it; main(), at the end, calls them a
 import contextlib
 import copy
 import difflib
+import functools
 import hashlib
 import io
 import json
@@ -285,9 +286,9 @@ def choose_device(wanted: str, local: int) -> tuple[torch.device, str]:
         return torch.device("cpu"), "DEVICE=cpu"
     try:
         torch.cuda.init()  # says why not, where is_available() only says no
-        if local < torch.cuda.device_count():
+        if max(local + 1, int(os.environ.get("LOCAL_WORLD_SIZE", 0))) <= torch.cuda.device_count():
             return torch.device("cuda", local), ""
-        reason = f"LOCAL_RANK={local} but there are {torch.cuda.device_count()} GPUs"
+        reason = f"there are {torch.cuda.device_count()} GPUs, too few for the ranks here (LOCAL_RANK={local})"
     except (RuntimeError, AssertionError) as e:
         reason = " ".join(str(e).split())[:200]
     if wanted == "cuda":
@@ -299,7 +300,7 @@ class Run:
     """A run as one of its processes sees it, under torchrun or alone."""
 
     signal = 0  # the first SIGINT or SIGTERM that any rank received
-    warned = False  # whether this process has received one itself
+    warned = math.inf  # when this process has received one itself
     lost = None  # a rank that has died
 
     def __init__(self, s: Settings):
@@ -330,10 +331,13 @@ class Run:
     # ---- Signals and the other ranks
 
     def on_signal(self, number: int, frame):
-        """The first signal lets the work in progress finish; a second one ends the process at once."""
-        if Run.warned:
+        """The first signal lets the work in progress finish; one seconds later ends the process at once.
+
+        A launcher may pass on a signal that its ranks have received as well: one right after the first is the first."""
+        now = time.monotonic()
+        if now - Run.warned > 2:
             os._exit(128 + number)
-        Run.warned = True
+        Run.warned = min(Run.warned, now)
         Run.signal = Run.signal or number
 
     @property
@@ -388,7 +392,7 @@ class Run:
         Polls, so that signals get through and no collective times out. The first to leave settles it for all."""
         number = Run.signal
         if self.world > 1:
-            key = f"{place} {self.rehearsing}"
+            key = f"{place} {self.rehearsing}"  # a place is met once: the store's counters are never reset
             if number:
                 self.store.set("signal", str(number))  # before arriving: the last to arrive must know of it
             self.count(f"{key} reached")
@@ -396,7 +400,7 @@ class Run:
             number = int(self.store.compare_set(f"{key} settled", "", str(told)))
             self.count(f"{key} left", wait=self.rank == 0)  # its process may hold the store
         if number:
-            raise Interrupted(number, f"in the {place}; what is finished is kept")
+            raise Interrupted(number, f"in the {place}")
 
     def count(self, key: str, wait: bool = True):
         """Add this rank to those under `key`; wait for the others. Raises RuntimeError if one has died."""
@@ -513,8 +517,10 @@ def open_output(run: Run) -> Run:
     run.output = Path(run.s.output_dir)
 
     def prepare():
-        taken = [name for name in FILES if (run.output / name).is_file() or (run.output / name).is_dir()]
-        goes_on = run.s.resume and not (run.s.eval_only and {*FILES[1:4], "result.json"} & {*taken})
+        found = [run.output / name for name in FILES if (run.output / name).is_file() or (run.output / name).is_dir()]
+        taken = [path.name for path in found if path.stat().st_size]
+        begun = {*taken} <= {"train.log", "ttt_documents.npz"}  # an interrupted evaluation, or training before it saved
+        goes_on = run.s.resume and (begun or (not run.s.eval_only and "checkpoint.pt" in taken))
         if taken and not goes_on and not own_artifact(run.s, run.output):
             raise UserError(f"OUTPUT_DIR={run.output} holds a run's {taken[0]} — choose another, or set RESUME=1")
         run.output.mkdir(parents=True, exist_ok=True)
@@ -1202,6 +1208,8 @@ class Trainer:
         rows = f"rows per rank:{self.loader.rows} rows per micro-step:{self.loader.micro_rows}"
         run.log(f"training tokens:{self.loader.ends[-1]} {rows}")
         run.synchronize()
+        if run.cuda:
+            torch.cuda.reset_peak_memory_stats()
         began = time.perf_counter() - self.elapsed  # moved on by whatever is not training
         while True:
             if self.over() or (s.val_loss_every and self.step % s.val_loss_every == 0):
@@ -1589,7 +1597,7 @@ def evaluate_windows(
             if run.stopping:
                 break
     if progress:
-        run.meet(progress.label)
+        run.meet(f"{progress.label}, of which nothing is kept")
     nll, targets, bytes_ = run.sum(total).tolist()
     return Score(nll, int(targets), int(bytes_)).checked(stream)
 
@@ -1680,7 +1688,7 @@ class ContextCache:
         n, tokens = len(present.kv), present.kv.size(4)
         self.last = present
         self.position += tokens
-        keep = min(tokens, self.window)
+        keep = min(tokens, self.window)  # only a document's last chunk is short: padding never becomes context
         slots = torch.arange(self.position - keep, self.position, device=self.kv.device) % max(self.window, 1)
         self.kv[:n, ..., slots, :] = present.kv[..., tokens - keep :, :]
 
@@ -1730,6 +1738,7 @@ class DocumentBatch:
         end = self.end[:n].clamp_max(last)
         if not self.run.compile:  # compiled, a short chunk is padded: one shape for all
             last = min(last, int(self.lengths[0]))
+        # the input starts at `begin`, targets [first, end) count; cached, begin is first and the cache holds the rest
         begin = torch.full_like(end, first) if cached else (end - window).clamp_min(0)
         width = last - first if cached else min(last, window)
         past = self.cache.past(n) if cached else None
@@ -1826,8 +1835,7 @@ def batch_cost(lengths: np.ndarray, s: Settings, floor: int) -> float:
 class Results:
     """What is scored: `nll` (1 + figures, D) float64 by figure and document, NaN where nothing is yet.
 
-    Every rank keeps a file of what it knows; RESUME reads all with its `tag`, whoever wrote them. np.fmin merges: a
-    number wins over NaN."""
+    Every rank keeps a file of what it knows; RESUME reads all with its `tag`, whoever wrote them."""
 
     def __init__(self, stream: Stream, run: Run, tag: str, began: float):
         self.run, self.tag = run, tag
@@ -1842,7 +1850,7 @@ class Results:
             nll, seconds = self.nll, 0.0
             for path in progress_files(self.tag, self.run):
                 with contextlib.suppress(Exception), np.load(path) as kept:  # damaged in one of zip's ways: score again
-                    nll, seconds = np.fmin(nll, kept["nll"]), max(seconds, float(kept["seconds"]))
+                    nll, seconds = first_known(nll, kept["nll"]), max(seconds, float(kept["seconds"]))
             return nll, seconds
 
         if self.run.s.resume:
@@ -1853,7 +1861,7 @@ class Results:
 
     def add(self, documents: np.ndarray, nll: np.ndarray):
         """Take over a batch's complete figures; save now and then."""
-        self.nll[:, documents] = np.fmin(self.nll[:, documents], nll)
+        self.nll[:, documents] = first_known(self.nll[:, documents], nll)
         if time.perf_counter() - self.saved > SAVE_EVERY:
             self.save()
 
@@ -1865,10 +1873,15 @@ class Results:
     def merge(self):
         """Every rank's numbers on all. Raises Interrupted."""
         self.save()
-        self.run.meet("evaluation")
-        self.nll = np.fmin.reduce(self.run.gather(self.nll))
+        self.run.meet("evaluation; what is finished is kept")
+        self.nll = functools.reduce(first_known, self.run.gather(self.nll))
         if np.isnan(self.nll[0]).any():
             raise RuntimeError(f"{np.isnan(self.nll[0]).sum()} documents were not scored")
+
+
+def first_known(nll: np.ndarray, other: np.ndarray) -> np.ndarray:
+    """What is known, and what only the other knows: a number is never replaced, least of all by a better one."""
+    return np.where(np.isnan(nll), other, nll)
 
 
 def progress_files(tag: str, run: Run) -> list[Path]:
@@ -1880,7 +1893,7 @@ def score_documents(model: GPT, stream: Stream, results: Results, deadline: floa
     run, size, ends = results.run, results.run.s.ttt_chunk_size, []
     plain = "no_adaptation", results.nll[:1], DocumentBatch.plain, math.inf
     adapted = f"ttt {run.s.ttt_protocol}", results.nll[1:], DocumentBatch.adapt, deadline
-    for first, (label, figures, work, until) in enumerate((plain, adapted)):
+    for first, (label, figures, work, until) in enumerate((plain, adapted)):  # `first`: the figure that progress shows
         missing = [batch for batch in batch_documents(stream.lengths, run) if np.isnan(figures[:, batch]).any()]
         todo = plan_batches(missing, stream.lengths, run)[run.rank]
         chunks = sum(int((-(-stream.lengths[documents] // size)).sum()) for documents in todo)
@@ -1970,7 +1983,7 @@ def scoring_model(run: Run) -> GPT:
     with torch.device("meta"):
         model = GPT(run.s, run.dtype)
     model.to_empty(device=run.device).requires_grad_(False)
-    for module in model.modules():
+    for module in (model.bigram.proj, *model.blocks.modules()):
         if isinstance(module, Linear):
             module.to(run.dtype)  # cast once what every step would cast
     if run.compile and run.s.ttt_enabled:
@@ -2001,7 +2014,7 @@ def evaluation_tag(weights: str, stream: Stream, run: Run) -> str:
     """A short hash of all that the figures depend on, so not of ranks."""
     s = run.s
     scoring = [pair for pair in asdict(s).items() if pair[0].startswith(("ttt_", "eval_stride", "beta", "seed"))]
-    machine = str(run.dtype), run.compile, torch.__version__
+    machine = str(run.dtype), run.compile, torch.__version__, 0 if s.ttt_enabled else s.train_seq_len
     inputs = scoring, s.of(ModelSettings), machine, SOURCE_SHA256, weights, stream.fingerprint
     return hashlib.sha256(repr(inputs).encode()).hexdigest()[:12]
 
@@ -2012,7 +2025,8 @@ def result_name(name: str, tag: str, run: Run) -> str:
 
 
 def preflight(trainer: Trainer | None, model: GPT, run: Run) -> dict[str, float]:
-    """Run every stage to come in small, on synthetic tokens, outside both budgets. Returns the seconds of each."""
+    """Run every stage to come once, before it counts: training steps that are undone, an export of the untrained model,
+    an evaluation of synthetic tokens. Outside both budgets. Returns the seconds of each."""
     try:
         seconds = rehearse(trainer, model, run)
     finally:
@@ -2036,7 +2050,7 @@ def rehearse(trainer: Trainer | None, model: GPT, run: Run) -> dict[str, float]:
         trainer.warm_up()
         trainer.save(small)
         done("training")
-        evaluate_standard(trainer.forward, synthetic_stream([s.train_seq_len + 1], run), small)
+        evaluate_standard(trainer.forward, synthetic_stream([s.train_seq_len * run.world + 1], run), small)
         done("validation")
     state = trainer.state_dict() if trainer else GPT(s).state_dict()
     if trainer:
@@ -2051,7 +2065,8 @@ def rehearse(trainer: Trainer | None, model: GPT, run: Run) -> dict[str, float]:
             batch = DocumentBatch(model, rehearsal, np.arange(size), small)
             batch.plain()
             batch.adapt()
-    stream = synthetic_stream([longest, s.ttt_chunk_size + 1], run)
+    sliding = [s.train_seq_len + s.eval_stride * run.world]  # a window for every rank
+    stream = synthetic_stream([longest, s.ttt_chunk_size + 1] if s.ttt_enabled else sliding, run)
     tag = evaluation_tag("untrained", stream, small)
     figures, _ = evaluate(model, stream, small, tag, time.perf_counter())
     result = figures | asdict(s) | environment(run) | (trainer.account() if trainer else {})

@@ -9,8 +9,9 @@ import signal
 import time
 
 import pytest
-import runs
 import torch
+
+import runs
 from runs import train_gpt
 
 FILES = [name for name in train_gpt.FILES if name != "train.log"]  # those that a run writes whole
@@ -232,6 +233,12 @@ def test_a_rank_without_a_gpu_of_its_own_says_so(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     assert train_gpt.choose_device("cuda", 1) == (torch.device("cuda", 1), "")
     assert train_gpt.choose_device("cpu", 1) == (torch.device("cpu"), "DEVICE=cpu")
-    with pytest.raises(train_gpt.UserError, match=r"DEVICE=cuda.* LOCAL_RANK=2 but there are 2 GPUs — "):
+    with pytest.raises(
+        train_gpt.UserError, match=r"DEVICE=cuda.* there are 2 GPUs, too few for the ranks here \(LOCAL_RANK=2\) — "
+    ):
         train_gpt.choose_device("cuda", 2)
-    assert train_gpt.choose_device("auto", 2) == (torch.device("cpu"), "LOCAL_RANK=2 but there are 2 GPUs")
+    too_few = (torch.device("cpu"), "there are 2 GPUs, too few for the ranks here (LOCAL_RANK=2)")
+    assert train_gpt.choose_device("auto", 2) == too_few
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "3")
+    device, _ = train_gpt.choose_device("auto", 0)
+    assert device == torch.device("cpu")  # no rank takes a GPU where there are too few for all
