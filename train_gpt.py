@@ -331,7 +331,7 @@ class Run:
     # ---- Signals and the other ranks
 
     def on_signal(self, number: int, frame):
-        """The first signal lets the work in progress finish; one seconds later ends the process at once.
+        """The first signal lets the work in progress finish; another one, over 2 s later, ends the process at once.
 
         A launcher may pass on a signal that its ranks have received as well: one right after the first is the first."""
         now = time.monotonic()
