@@ -1359,6 +1359,7 @@ def streams_of(tensors: dict[str, Stored]) -> dict[str, list[Tensor]]:
 
 
 def artifact_config(s: Settings) -> dict:
+    """What an artifact says of its model: with it a reader knows every name, shape and kind."""
     return s.of(ModelSettings) | dict(fp16_keep_name_patterns=s.fp16_keep_name_patterns)
 
 
@@ -1885,6 +1886,7 @@ def first_known(nll: np.ndarray, other: np.ndarray) -> np.ndarray:
 
 
 def progress_files(tag: str, run: Run) -> list[Path]:
+    """What the ranks of this evaluation's sessions have left."""
     return list(run.output.glob(f"ttt_progress_{tag}_*.npz"))
 
 

@@ -12,8 +12,9 @@ import math
 import sys
 from pathlib import Path
 
-import common
 import numpy as np
+
+import common
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import train_gpt

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+
 from common import Parser, Run, UserError, number, read_documents, read_run
 from common import run as run_tool
 

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
+
 from common import Parser, UserError, read_documents, read_run
 from common import run as run_tool
 

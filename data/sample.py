@@ -17,6 +17,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
+
 import text
 from common import Parser, UserError, new_directory, run
 

@@ -33,6 +33,7 @@ from typing import BinaryIO, NamedTuple
 
 import numpy as np
 import sentencepiece as spm
+
 from common import HEADER_BYTES, HEADER_INTS, MAGIC, TOKEN, VERSION, Parser, UserError, new_directory, number, run
 
 PAD, BOS, EOS, UNK = range(4)

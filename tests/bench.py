@@ -22,6 +22,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import zstandard
+
 from plain import Loop
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))

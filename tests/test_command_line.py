@@ -15,10 +15,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import runs
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+
+import runs
 from runs import train_gpt
 
 UserError, Settings = train_gpt.UserError, train_gpt.Settings

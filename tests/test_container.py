@@ -12,11 +12,11 @@ import numpy as np
 import pytest
 import torch
 import zstandard
-from conftest import random_model, run_of, small
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import train_gpt
+from conftest import random_model, run_of, small
 
 KINDS = ("fp16", "fp32", "int5", "int6", "int8")
 

@@ -22,6 +22,7 @@ import pytest
 import sentencepiece as spm
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+
 from tools import DATA, Result, call, common, fineweb, is_one_line_error, sample, text
 
 FAST = settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])

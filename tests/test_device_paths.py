@@ -10,14 +10,14 @@ from collections.abc import Callable, Iterator
 import numpy as np
 import pytest
 import torch
-from conftest import random_model, run_of, small, stream_of
-from strict import strict, strictly
 from torch import Tensor
 from torch._dynamo.utils import counters
 from torch._inductor.utils import fresh_cache
 from torch.fx.experimental import _config as shape_config
 
 import train_gpt
+from conftest import random_model, run_of, small, stream_of
+from strict import strict, strictly
 
 CHUNK, WINDOW = 16, 64  # of the small settings: a context is full after three chunks
 LENGTHS = [100, 90, 70, 40, 33, 16, 5]  # targets: up to seven chunks; the longest goes on alone, one has a single chunk

@@ -7,12 +7,12 @@ import math
 import numpy as np
 import pytest
 import torch
-from conftest import random_model, random_tokens, run_of, small
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_model import reference
 
 import train_gpt
+from conftest import random_model, random_tokens, run_of, small
+from test_model import reference
 
 BOS = 1
 

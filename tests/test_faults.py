@@ -14,8 +14,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import runs
 import torch
+
+import runs
 from runs import train_gpt
 
 UserError = train_gpt.UserError
@@ -307,7 +308,7 @@ def test_under_a_wall_clock_cap_ranks_stop_in_time_and_with_equal_weights(tmp_pa
     processes = runs.ranks(tmp_path, before=save_weights_by_rank, **settings)
     assert [process.wait() for process in processes] == [0, 0], processes[0].err
     times = [int(t) for t in re.findall(r"train_loss:\S+ train_time:(\d+)ms", processes[0].out)]
-    assert times[-2] < 700 <= times[-1] + 1  # the step during which the time ran out was the last
+    assert times[-2] <= 700 <= times[-1] + 1  # the step during which the time ran out was the last; times are rounded
     one, two = (torch.load(tmp_path / f"weights.{rank}") for rank in (0, 1))
     assert torch.equal(one, two) and one.norm() > 0
     print(f"figure: training overran its budget by {times[-1] - 700} ms, a step took {times[-1] / len(times):.0f} ms")

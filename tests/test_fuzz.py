@@ -13,9 +13,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import runs
 import torch
 import zstandard
+
+import runs
 from runs import train_gpt
 
 UserError = train_gpt.UserError

@@ -9,9 +9,9 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from conftest import run_of, small
 
 import train_gpt
+from conftest import run_of, small
 
 STORED = {"passthrough": "fp16", "passthrough_fp16": "fp16"}  # the figures' words for a kind, and ours
 

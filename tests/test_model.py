@@ -6,11 +6,11 @@ import re
 import numpy as np
 import pytest
 import torch
-from conftest import random_model, random_tokens, run_of, small
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import train_gpt
+from conftest import random_model, random_tokens, run_of, small
 
 
 def rms(x):

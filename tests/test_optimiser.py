@@ -9,12 +9,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import run_of, small
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from plain import MUON, Loop
 
 import train_gpt
+from conftest import run_of, small
+from plain import MUON, Loop
 
 
 def random_gradients(model, step):

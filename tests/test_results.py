@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+
 from tools import ROOT, call, compare, is_one_line_error, plot, record
 
 TARGETS, BYTES, DOCUMENTS = 62_021_845, 151_000_000, 50_000

@@ -19,8 +19,9 @@ from functools import partial
 from pathlib import Path
 
 import pytest
-import runs
 import torch
+
+import runs
 from conftest import small, stream_of
 from runs import train_gpt
 

@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 import torch
-from conftest import random_tokens, run_of, small, stream_of
 
 import train_gpt
+from conftest import random_tokens, run_of, small, stream_of
 
 STEPS = dict(iterations=24, warmdown_iters=20, max_wallclock_seconds=0, val_loss_every=0, warmup_steps=3)
 

@@ -10,12 +10,12 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import random_model, run_of, small, stream_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_model import reference
 
 import train_gpt
+from conftest import random_model, run_of, small, stream_of
+from test_model import reference
 
 MODES = [(protocol, context) for protocol in ("replay", "single_pass") for context in ("cached", "recompute")]
 every_mode = pytest.mark.parametrize("protocol, context", MODES, ids=["-".join(mode) for mode in MODES])
