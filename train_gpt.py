@@ -9,7 +9,7 @@ An entry to OpenAI's Parameter Golf, after thwu1's 1.1428-bpb record and PR #467
 - model: GQA, RoPE, per-head QK norm, relu^2 MLP, U-Net skips, hashed bigram embedding, SmearGate, tied embeddings
 - optimiser: Muon (same-shape matrices as one batch, divided over the ranks) and AdamW, on flat buffers
 - schedule: warmdown against the wall clock or the iteration count, stochastic weight averaging (SWA)
-- export: 3% magnitude pruning, int5 MLPs, int6 attention, steps stretched until it fits, one zstd-22 frame, no pickle
+- export: int5 MLPs and int6 attention by GPTQ, steps stretched until it fits, one zstd-22 frame, no pickle
 - evaluation: standard, sliding window, or 50 cosine epochs of rank-8 LoRA on Q and V per document. Every figure is
   labelled: it is *backward-looking* only if each token was scored before any update had seen it.
 
@@ -21,8 +21,8 @@ Map. A section calls only what stands above it; main(), at the end, calls them a
     Data                open_shards -> BatchLoader (training), load_validation -> Stream     faults, fuzz, evaluation
     Model               GPT.forward(ids, targets, lora, past) -> NLL of every target         model, golden
     Optimiser           Optimizer.step: clip, Muon (newton_schulz), AdamW (adam_)            optimiser
-    Training            Trainer.train: BatchLoader -> GPT -> Optimizer, SWA, checkpoints     training, faults
-    Export              prune -> quantize -> pack -> artifact -> unpack                      container, fuzz, golden
+    Training            Trainer.train: BatchLoader -> GPT -> Optimizer, SWA; calibrate       training, faults
+    Export              quantize_model (gptq, nearest) -> pack -> artifact -> unpack         container, gptq, golden
     Evaluation          score_windows <- evaluate_standard, evaluate_sliding                 evaluation, golden
     Test-time training  DocumentBatch: score_windows under Adapters, after a ContextCache    ttt, golden, device_paths
     Main                preflight: all of it in small; then the run itself                   preflight, command_line
@@ -45,8 +45,7 @@ import sys
 import threading
 import time
 import uuid
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator
 from dataclasses import Field, asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import NamedTuple, Self
@@ -74,9 +73,12 @@ class UserError(Exception):
     """Something the user can mend: `what is wrong — what to do`. The process ends with code 2."""
 
 
-def setting(default, doc: str, low=-math.inf, high=math.inf, choices=None, tiny=None):
-    """A field with its documentation, allowed range, and value under PRESET=tiny where that differs."""
-    return field(default=default, metadata=dict(doc=doc, low=low, high=high, choices=choices, tiny=tiny))
+TEXT = ".*", "printable text"
+
+
+def setting(default, doc: str, low=-math.inf, high=math.inf, choices=None, form=TEXT, tiny=None):
+    """A field with its documentation, range or choices or form (a pattern, in words), and value under PRESET=tiny."""
+    return field(default=default, metadata=dict(doc=doc, low=low, high=high, choices=choices, form=form, tiny=tiny))
 
 
 @dataclass(frozen=True)
@@ -150,6 +152,13 @@ class Settings(TrainSettings):
     train_log_every: int = setting(100, "steps between log lines", 1, tiny=20)
     fp16_keep_name_patterns: str = setting("tok_emb,blocks.8.attn.c_k", "tensors kept in fp16, comma separated")
     prune_fraction: float = setting(0.03, "smallest weights that become zero", 0.0, 0.15)
+    quantizer: str = setting("gptq", "rounding of int5 and int6", choices=("gptq", "nearest"))
+    quant_sigmas: str = setting(
+        "0",
+        "steps of int5,int6: k * rms(row) / 15,31; 0: max|row| / 15,31",
+        form=(r"0|[1-9]\d?(\.\d+)?,[1-9]\d?(\.\d+)?", "0 or two numbers k5,k6 from 1 to 99"),
+    )
+    calibration_tokens: int = setting(65_536, "training tokens that GPTQ sees", 1, tiny=16_384)
     artifact_max_bytes: int = setting(16_000_000, "artifact and this file together", 1)
     val_docs: int = setting(0, "validation documents scored; 0: all", 0)
     eval_stride: int = setting(64, "stride of the sliding window", 1)
@@ -168,12 +177,11 @@ class Settings(TrainSettings):
     @classmethod
     def from_env(cls, env: dict[str, str]) -> Self:
         """Parse and check every variable. Raises UserError naming the variable, its value and what is allowed."""
-        tiny = env.get("PRESET") == "tiny"
         values = {}
         for f in fields(cls):
             if f.name.upper() in env:
                 values[f.name] = parse_setting(f, env[f.name.upper()])
-            elif tiny and f.metadata["tiny"] is not None:
+            elif env.get("PRESET") == "tiny" and f.metadata["tiny"] is not None:
                 values[f.name] = f.metadata["tiny"]
         return cls(**values).checked()
 
@@ -207,34 +215,26 @@ class Settings(TrainSettings):
 def parse_setting(f: Field, raw):
     """A field's value from an environment string or a header's JSON value. Raises UserError."""
     kind, rule = type(f.default), f.metadata
+    choices = (0, 1) if kind is bool else rule["choices"]
+    allowed = f"{kind.__name__} from {rule['low']} to {rule['high']}"
+    if choices:
+        allowed = f"one of {', '.join(map(str, choices))}"
+    elif kind is str:
+        allowed = rule["form"][1]
     try:
-        value = {0: False, 1: True}[int(raw)] if kind is bool else kind(raw)
-        if rule["choices"]:
-            good = value in rule["choices"]
+        value = int(raw) if kind is bool else kind(raw)
+        if choices:
+            good = value in choices
         elif kind is str:
-            good = value.isprintable()
+            good = value.isprintable() and re.fullmatch(rule["form"][0], value)
         else:
             good = abs(value) < 3e38 and rule["low"] <= value <= rule["high"]  # float32 holds it
-    except (ValueError, KeyError, TypeError, OverflowError):
+    except (ValueError, TypeError, OverflowError):
         good = False
     if not good:
         shown = "".join(c if c.isprintable() else "?" for c in str(raw)[:80])
-        raise UserError(f"{f.name.upper()}={shown} — set {f.name.upper()} to {allowed_values(f)} ({rule['doc']})")
-    return value
-
-
-def allowed_values(f: Field) -> str:
-    """What a setting may be, in words."""
-    kind, rule = type(f.default), f.metadata
-    if kind is bool:
-        return "0 or 1"
-    if rule["choices"]:
-        return f"one of {', '.join(map(str, rule['choices']))}"
-    if math.isfinite(rule["high"]):
-        return f"{kind.__name__} from {rule['low']} to {rule['high']}"
-    if math.isfinite(rule["low"]):
-        return f"{kind.__name__} from {rule['low']} up"
-    return kind.__name__
+        raise UserError(f"{f.name.upper()}={shown} — set {f.name.upper()} to {allowed} ({rule['doc']})")
+    return kind(value)
 
 
 def misspelt(env: dict[str, str]) -> list[str]:
@@ -310,6 +310,7 @@ class Run:
         self.cuda = self.device.type == "cuda"
         self.dtype = torch.bfloat16 if self.cuda else torch.float32
         self.compile = self.cuda if s.compile < 0 else bool(s.compile)
+        self.graphs = False  # CUDA graphs, once the preflight has seen that they compute the same
         self.output = Path(s.output_dir)
         self.log_file = None  # rank 0's; the others are silent
         self.rehearsing = False  # in the preflight: silent, and files are set aside
@@ -360,16 +361,14 @@ class Run:
 
     def watch(self):
         """(A thread.) Show every second that this rank lives; notice another's signal, or its death."""
-        beats, missed = [0] * self.world, [0] * self.world
+        beats, missed = [0] * self.world, [0] * self.world  # counted, not timed: the whole job may have stood still
         while not self.parted.wait(1):
             try:
                 if Run.signal:
                     self.store.set("signal", str(Run.signal))
                 elif self.store.check(["signal"]):
                     Run.signal = int(self.store.get("signal"))
-                for rank, last in enumerate(
-                    beats
-                ):  # counted, not timed: the whole job may have been stopped for a while
+                for rank, last in enumerate(beats):
                     beats[rank] = self.store.add(f"beats of {rank}", int(rank == self.rank))
                     missed[rank] = missed[rank] + 1 if beats[rank] == last else 0
                     if missed[rank] > SILENCE:
@@ -386,30 +385,29 @@ class Run:
             self.parted.set()
             dist.destroy_process_group()
 
+    def shared(self, work: list, name: str) -> Iterator:
+        """The items of a list that all ranks have, in order; each goes to the one rank that is free for it first."""
+        mine = -1
+        for i, item in enumerate(work):
+            if mine < i:
+                mine = self.store.add(f"{name} {self.rehearsing}", 1) - 1 if self.world > 1 else i
+            if mine == i:
+                yield item
+
     def meet(self, place: str):
-        """Wait until every rank is at `place`; then all go on, or all raise Interrupted. RuntimeError if one has died.
+        """Wait until every rank is at `place`, once; all go on, or all raise Interrupted. RuntimeError if one has died.
 
-        Polls, so that signals get through and no collective times out. The first to leave settles it for all."""
-        number = Run.signal
-        if self.world > 1:
-            key = f"{place} {self.rehearsing}"  # a place is met once: the store's counters are never reset
-            if number:
-                self.store.set("signal", str(number))  # before arriving: the last to arrive must know of it
-            self.count(f"{key} reached")
-            told = int(self.store.get("signal")) if self.store.check(["signal"]) else Run.signal
-            number = int(self.store.compare_set(f"{key} settled", "", str(told)))
-            self.count(f"{key} left", wait=self.rank == 0)  # its process may hold the store
-        if number:
-            raise Interrupted(number, f"in the {place}")
-
-    def count(self, key: str, wait: bool = True):
-        """Add this rank to those under `key`; wait for the others. Raises RuntimeError if one has died."""
-        there = self.store.add(key, 1)
-        while wait and there < self.world:
+        Polls, so that signals get through and no collective times out."""
+        key = f"{place} {self.rehearsing}"
+        there = self.store.add(key, 1) if self.world > 1 else 1
+        while there < self.world:
             if Run.lost is not None:
                 raise RuntimeError(f"rank {Run.lost} is gone (gloo and nccl would wait for it)")
             time.sleep(0.02)
             there = self.store.add(key, 0)
+        number = max(self.gather(Run.signal))
+        if number:
+            raise Interrupted(number, f"in the {place}")
 
     def sum(self, tensor: Tensor) -> Tensor:
         """Sum over the ranks, in place."""
@@ -480,17 +478,16 @@ class Run:
 
     def write(self, name: str, write: Callable):
         """Write a file that is always whole: the old content until the new is on the disk. Raises OSError."""
-        path = self.path(name)
         temporary = self.output / f"{name}.tmp"
         try:
             with open(temporary, "wb") as f:
                 write(f)
                 f.flush()
                 os.fsync(f.fileno())
-            os.replace(temporary, path)
+            os.replace(temporary, self.path(name))
         except OSError as e:
             temporary.unlink(missing_ok=True)
-            raise OSError(e.errno, e.strerror, str(path)) from e
+            raise OSError(e.errno, e.strerror, str(self.path(name))) from e
 
 
 def environment(run: Run) -> dict:
@@ -502,7 +499,7 @@ def environment(run: Run) -> dict:
     return found | dict(dtype=str(run.dtype).split(".")[1])
 
 
-def own_artifact(s: Settings, output: Path) -> bool:
+def scores_its_own(s: Settings, output: Path) -> bool:
     """Whether EVAL_ONLY's file lies in the folder of the output."""
     return bool(s.eval_only) and Path(s.eval_only).resolve().parent == output.resolve()
 
@@ -521,7 +518,7 @@ def open_output(run: Run) -> Run:
         taken = [path.name for path in found if path.stat().st_size]
         begun = {*taken} <= {"train.log", "ttt_documents.npz"}  # an interrupted evaluation, or training before it saved
         goes_on = run.s.resume and (begun or (not run.s.eval_only and "checkpoint.pt" in taken))
-        if taken and not goes_on and not own_artifact(run.s, run.output):
+        if taken and not goes_on and not scores_its_own(run.s, run.output):
             raise UserError(f"OUTPUT_DIR={run.output} holds a run's {taken[0]} — choose another, or set RESUME=1")
         run.output.mkdir(parents=True, exist_ok=True)
         run.log_file = open(run.path("train.log"), "a", encoding="utf-8")  # noqa: SIM115 - open to the end
@@ -593,7 +590,7 @@ def fingerprint(shards: list[np.ndarray]) -> str:
 
 
 class BatchLoader:
-    """Batches of consecutive tokens, cut equally by rank and micro-step, read ahead on a thread.
+    """Batches of consecutive tokens, cut equally by rank and micro-step.
 
     Batch k starts at token k * TRAIN_BATCH_TOKENS of the endless stream. Raises UserError if its rows do not divide."""
 
@@ -609,35 +606,27 @@ class BatchLoader:
         self.micro_rows = max(n for n in range(1, most + 1) if self.rows % n == 0)
         self.shards = shards
         self.ends = np.cumsum([len(shard) for shard in shards])
-        self.pool = ThreadPoolExecutor(1)
-        self.ahead = {}  # step: its block on the way
 
-    def read(self, start: int, count: int) -> np.ndarray:
-        """`count` tokens of the endless stream from position `start`, (count,) uint16."""
-        pieces = []
-        while count:
+    def read(self, start: int, rows: int) -> tuple[Tensor, Tensor]:
+        """Inputs and targets, (rows, TRAIN_SEQ_LEN) int64 each, from position `start` of the endless stream."""
+        pieces, missing = [], rows * self.run.s.train_seq_len + 1
+        while missing:
             start %= int(self.ends[-1])
             i = int(np.searchsorted(self.ends, start, side="right"))
-            piece = self.shards[i][start - int(self.ends[i]) :][:count]  # a negative index: from the shard's end
-            pieces.append(piece)
-            start += len(piece)
-            count -= len(piece)
-        return np.concatenate(pieces)
-
-    def load(self, step: int) -> Tensor:
-        """This rank's tokens of a step and the one after them, (rows * TRAIN_SEQ_LEN + 1,) int32."""
-        tokens = self.rows * self.run.s.train_seq_len
-        start = step * self.run.s.train_batch_tokens + self.run.rank * tokens
-        block = torch.from_numpy(self.read(start, tokens + 1).astype(np.int32))
-        return block.pin_memory() if self.run.cuda else block
+            pieces.append(self.shards[i][start - int(self.ends[i]) :][:missing])  # a negative index: from the end
+            start += len(pieces[-1])
+            missing -= len(pieces[-1])
+        block = torch.from_numpy(np.concatenate(pieces).astype(np.int32))
+        if self.run.cuda:
+            block = block.pin_memory()
+        block = block.to(self.run.device, non_blocking=True).long()
+        return block[:-1].view(rows, -1), block[1:].view(rows, -1)
 
     def batch(self, step: int) -> list[tuple[Tensor, Tensor]]:
-        """This rank's micro-batches of a step: inputs and targets, each (micro_rows, TRAIN_SEQ_LEN) int64."""
-        coming = self.ahead.get(step) or self.pool.submit(self.load, step)
-        self.ahead = {step + 1: self.pool.submit(self.load, step + 1)}
-        block = coming.result().to(self.run.device, non_blocking=True).long()
-        shape = (-1, self.micro_rows, self.run.s.train_seq_len)
-        return list(zip(block[:-1].view(shape), block[1:].view(shape), strict=True))
+        """This rank's micro-batches of a step: inputs and targets, (micro_rows, TRAIN_SEQ_LEN) int64 each."""
+        s = self.run.s
+        start = step * s.train_batch_tokens + self.run.rank * self.rows * s.train_seq_len
+        return list(zip(*(x.split(self.micro_rows) for x in self.read(start, self.rows)), strict=True))
 
 
 def load_tokenizer(path: str, vocab_size: int):
@@ -732,12 +721,10 @@ RMS_EPS = torch.finfo(torch.float32).eps  # F.rms_norm's default; bf16's own wou
 
 
 class Past(NamedTuple):
-    """What the chunks before this one leave to it, for B documents."""
+    """Where B chunks begin and what they attend to besides themselves."""
 
-    position: int | Tensor = 0  # tokens before the chunk
-    last_id: Tensor | None = None  # (B, 1) the token before it
-    last_x: Tensor | None = None  # (B, 1, d) that token's normalised embedding, before SmearGate
-    kv: Tensor | None = None  # (B, layers, 2, kv heads, context, head dim) rotated keys, and values
+    position: int | Tensor  # tokens before the chunk
+    kv: Tensor  # (B, layers, 2, kv heads, context + T, head_dim) rotated keys, and values; the chunk's own come last
 
 
 class Lora(NamedTuple):
@@ -766,16 +753,47 @@ def apply_rotary(x, cos, sin):
     return torch.cat((x1 * cos + x2 * sin, x2 * cos - x1 * sin), dim=-1)
 
 
+class CachedAttention(torch.autograd.Function):
+    """Causal attention of q (B, heads, T, head_dim) to k and v (B, kv heads, T, head_dim) after a frozen context.
+
+    keys and values (B, kv heads, context + T, head_dim) are the cache itself: k and v become its last T entries instead
+    of being concatenated with the rest, and only q, k and v have gradients. Both kernels save out and log-sum-exp."""
+
+    @staticmethod
+    def forward(ctx, q, k, v, keys, values):
+        keys[:, :, -k.size(2) :] = k
+        values[:, :, -k.size(2) :] = v
+        if q.is_cuda:  # causality is aligned with the last key
+            y, lse, *rest, seed, offset, _ = torch.ops.aten._scaled_dot_product_flash_attention(
+                q, keys, values, 0.0, True
+            )
+            ctx.rest = *rest, 0.0, True, seed, offset
+            saved = ()
+        else:
+            hidden = torch.ones(q.size(2), keys.size(2), dtype=torch.bool).triu(1 + keys.size(2) - q.size(2))
+            saved = (torch.zeros(hidden.shape, dtype=q.dtype).masked_fill_(hidden, -math.inf),)
+            y, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, keys, values, attn_mask=saved[0])
+        ctx.save_for_backward(q, y, lse, *saved)
+        ctx.cache = keys, values  # autograd would take another layer's write to the same tensor for one to these
+        return y
+
+    @staticmethod
+    def backward(ctx, gradient):
+        q, y, lse, *mask = ctx.saved_tensors
+        if q.is_cuda:
+            backward = torch.ops.aten._scaled_dot_product_flash_attention_backward
+            grads = backward(gradient, q, *ctx.cache, y, lse, *ctx.rest)
+        else:
+            backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+            grads = backward(gradient, q, *ctx.cache, y, lse, 0.0, False, attn_mask=mask[0])
+        return grads[0], *(x[:, :, -q.size(2) :] for x in grads[1:]), None, None
+
+
 def attend(q, k, v, kv):
-    """Causal attention of q (B, heads, T, head_dim) to k and v (B, kv heads, T, head_dim), and to all of a context."""
+    """Causal attention, as CachedAttention has it; kv (B, 2, kv heads, context + T, head_dim) or None."""
     if kv is None:
         return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
-    keys = torch.cat((kv[:, 0], k), dim=2)
-    values = torch.cat((kv[:, 1], v), dim=2)
-    if q.is_cuda:  # this kernel aligns causality with the last key, F.scaled_dot_product_attention with the first
-        return torch.ops.aten._scaled_dot_product_flash_attention(q, keys, values, 0.0, True)[0]
-    seen = torch.ones(q.size(2), keys.size(2), dtype=torch.bool).tril(keys.size(2) - q.size(2))
-    return F.scaled_dot_product_attention(q, keys, values, seen, enable_gqa=True)
+    return CachedAttention.apply(q, k, v, kv[:, 0], kv[:, 1])
 
 
 class Linear(nn.Linear):
@@ -789,7 +807,7 @@ class Linear(nn.Linear):
 
 
 class Attention(nn.Module):
-    """Causal grouped-query attention with per-head norm and RoPE on queries and keys."""
+    """The projections around causal grouped-query attention, with per-head norm and RoPE on queries and keys."""
 
     def __init__(self, s: Settings):
         super().__init__()
@@ -801,18 +819,16 @@ class Attention(nn.Module):
         self.proj = Linear(s.model_dim, s.model_dim)
         self.q_gain = nn.Parameter(torch.full((s.num_heads,), s.qk_gain_init))
 
-    def forward(self, x, rope, lora, kv):
-        """x (B, T, d) -> its update (B, T, d), and the keys and values to cache, (B, kv heads, T, head_dim) each."""
+    def forward(self, x, rope, lora):
+        """x (B, T, d) -> queries (B, heads, T, head_dim), keys and values (B, kv heads, T, head_dim)."""
         q, k, v = self.c_q(x), self.c_k(x), self.c_v(x)
         if lora is not None:
             low_q, low_v = (x @ lora.a.to(x.dtype).mT).chunk(2, dim=-1)  # (B, T, r) each
             q = q + low_q @ lora.b_q.to(x.dtype).mT
             v = v + low_v @ lora.b_v.to(x.dtype).mT
-        q, k, v = (y.unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for y in (q, k, v))  # (B, heads, T, head_dim)
+        q, k, v = (y.unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for y in (q, k, v))
         q = apply_rotary(norm(q), *rope) * self.q_gain.to(q.dtype)[:, None, None]
-        k = apply_rotary(norm(k), *rope)
-        y = attend(q, k, v, kv)
-        return self.proj(y.transpose(1, 2).flatten(2)), k.detach(), v.detach()
+        return q, apply_rotary(norm(k), *rope), v
 
 
 class MLP(nn.Module):
@@ -829,7 +845,9 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """A learned mix of x with the first layer's input x0, then attention and MLP, with per-channel scales."""
+    """A learned mix of x with the first layer's input x0, then attention and MLP, with per-channel scales.
+
+    What stands before attention and what stands after it are two functions, so that each can be compiled."""
 
     def __init__(self, s: Settings):
         super().__init__()
@@ -839,13 +857,20 @@ class Block(nn.Module):
         self.mlp_scale = nn.Parameter(torch.ones(s.model_dim))
         self.resid_mix = nn.Parameter(torch.tensor([[1.0], [0.0]]).repeat(1, s.model_dim))
 
-    def forward(self, x, x0, rope, lora, kv):
-        """x and x0 (B, T, d) -> x (B, T, d), keys and values."""
-        mix, attn_scale, mlp_scale = (p.to(x.dtype) for p in (self.resid_mix, self.attn_scale, self.mlp_scale))
+    def before(self, x, x0, rope, lora):
+        """x and x0 (B, T, d) -> the mixed x; queries, keys and values."""
+        mix = self.resid_mix.to(x.dtype)
         x = mix[0] * x + mix[1] * x0
-        y, k, v = self.attn(norm(x), rope, lora, kv)
-        x = x + attn_scale * y
-        return x + mlp_scale * self.mlp(norm(x)), k, v
+        return x, self.attn(norm(x), rope, lora)
+
+    def after(self, x, y):
+        """The mixed x (B, T, d) and what the heads have seen, (B, heads, T, head_dim) -> x (B, T, d)."""
+        x = x + self.attn_scale.to(x.dtype) * self.attn.proj(y.transpose(1, 2).flatten(2))
+        return x + self.mlp_scale.to(x.dtype) * self.mlp(norm(x))
+
+    def forward(self, x, x0, rope, lora, kv):
+        x, qkv = self.before(x, x0, rope, lora)
+        return self.after(x, attend(*qkv, kv))
 
 
 class BigramHash(nn.Module):
@@ -857,16 +882,12 @@ class BigramHash(nn.Module):
         self.proj = Linear(s.bigram_dim, s.model_dim) if s.bigram_dim != s.model_dim else nn.Identity()
         self.scale = nn.Parameter(torch.tensor(0.05))
 
-    def forward(self, ids, last_id, dtype):
-        """ids (B, T), last_id (B, 1) the tokens before them -> (B, T, d) of `dtype`."""
+    def forward(self, ids, at, dtype):
+        """ids (B, T) at positions `at` (T,) -> (B, T, d) of `dtype`. Position 0 has the last row for itself."""
         last_row = self.embed.num_embeddings - 1
         ids = ids.to(torch.int32)
-        if last_id is None:  # a first token has no predecessor: the table's last row is its own
-            hashed = F.pad((36313 * ids[:, 1:] ^ 27191 * ids[:, :-1]) % last_row, (1, 0), value=last_row)
-        else:
-            before = torch.cat((last_id.to(torch.int32), ids[:, :-1]), dim=1)
-            hashed = (36313 * ids ^ 27191 * before) % last_row
-        return self.scale * self.proj(self.embed(hashed.long()).to(dtype))
+        hashed = (36313 * ids ^ 27191 * F.pad(ids[:, :-1], (1, 0))) % last_row
+        return self.scale * self.proj(self.embed(torch.where(at > 0, hashed, last_row).long()).to(dtype))
 
 
 class SmearGate(nn.Module):
@@ -876,14 +897,15 @@ class SmearGate(nn.Module):
         super().__init__()
         self.gate = nn.Parameter(torch.zeros(s.model_dim))
 
-    def forward(self, x, last_x):
-        before = torch.zeros_like(x[:, :1]) if last_x is None else last_x
+    def forward(self, x):
         g = self.gate.sigmoid().to(x.dtype)
-        return (1 - g) * x + g * torch.cat((before, x[:, :-1]), dim=1)
+        return (1 - g) * x + g * F.pad(x[:, :-1], (0, 0, 1, 0))
 
 
 class GPT(nn.Module):
     """The model, with float32 weights; its stream is of `dtype`."""
+
+    LEAD = 2  # tokens before a chunk that its first one depends on: SmearGate's predecessor, and that one's bigram
 
     def __init__(self, s: Settings, dtype: torch.dtype = torch.float32):
         super().__init__()
@@ -910,10 +932,11 @@ class GPT(nn.Module):
         self.tok_emb.weight.normal_(0.0, s.tied_embed_init_std if s.tie_embeddings else 1.0)
         self.bigram.embed.weight.zero_()
 
-    def embed(self, ids, last_id, last_x):
-        """Token and bigram embedding, normalised, before and after SmearGate: (B, T, d) each."""
-        x = norm((self.tok_emb(ids) + self.bigram(ids, last_id, self.dtype)).to(self.dtype))
-        return x, self.smear(x, last_x)
+    def embed(self, ids, lead: int, position):
+        """ids (B, lead + T), the first of the T at `position` -> their embedding (B, T, d), and RoPE's cos and sin."""
+        at = torch.arange(-lead, ids.size(1) - lead, device=ids.device) + position
+        x = self.smear(norm((self.tok_emb(ids) + self.bigram(ids, at, self.dtype)).to(self.dtype)))
+        return x[:, lead:], rotary(at[lead:], self.blocks[0].attn.head_dim, self.rope_base, self.dtype)
 
     def head(self, x, targets):
         """NLL of each target in nats under the capped logits, (B, T) float32."""
@@ -922,41 +945,35 @@ class GPT(nn.Module):
         nll = F.cross_entropy(self.softcap * capped.flatten(0, 1), targets.flatten(), reduction="none")
         return nll.view(targets.shape)
 
-    def forward(self, ids, targets, lora=None, past: Past | None = None, keep: bool = False):
-        """NLL of each target in nats, (B, T) float32, from ids and targets (B, T) int64; and, with `keep`, their Past.
+    def forward(self, ids, targets, lora=None, past: Past | None = None):
+        """NLL of each target in nats, (B, T) float32, from targets (B, T) and ids, int64.
 
-        `lora` holds a Lora for every layer; `past` is the context before `ids`."""
-        past = past or Past()
-        embedded, x = self.embed(ids, past.last_id, past.last_x)
+        `lora` holds a Lora for every layer. ids are (B, T); after a `past`, to whose kv the chunk's own are written,
+        (B, LEAD + T): those before the chunk come first."""
+        position, kv = past or (0, None)
+        x, rope = self.embed(ids, ids.size(1) - targets.size(1), position)
         x0 = x.view_as(x)
         if lora:
             x = x.requires_grad_()  # so that block 0 compiles like the others
-        position = torch.arange(ids.size(1), device=ids.device) + past.position
-        rope = rotary(position, self.blocks[0].attn.head_dim, self.rope_base, self.dtype)
-        skips, kept = [], []
+        skips = []
         for i, block in enumerate(self.blocks):
             if i >= self.encoders and skips:
                 x = x + self.skip_weights[i - self.encoders].to(x.dtype) * skips.pop()
-            kv = None if past.kv is None else past.kv[:, i]
-            x, k, v = block(x, x0, rope, lora and lora[i], kv)
+            x = block(x, x0, rope, lora and lora[i], None if kv is None else kv[:, i])
             if i < self.encoders:
                 skips.append(x)
-            if keep:
-                kept += k, v
-        nll = self.head(x, targets)
-        if not keep:
-            return nll, None
-        kept = torch.stack(kept, 1).unflatten(1, (-1, 2))
-        return nll, Past(position[-1] + 1, ids[:, -1:], embedded[:, -1:].detach(), kept)
+        return self.head(x, targets)
 
     def compile_regions(self):
-        """Compile repeated parts once instead of unrolling all layers: test-time training has many shapes."""
+        """Compile repeated parts once instead of unrolling all layers: test-time training has many shapes.
+
+        Attention stays outside: it writes to its input, and its kernels need no compiler."""
         torch._dynamo.config.recompile_limit = 64  # beyond it a function would silently run uncompiled
         torch.fx.experimental._config.use_duck_shape = False  # sizes that are equal today need not be tomorrow
-        for block in self.blocks:
-            block.compile(dynamic=True)
-        self.embed = torch.compile(self.embed, dynamic=True)
-        self.head = torch.compile(self.head, dynamic=True)
+        for part in (self, *self.blocks):
+            for name in ("embed", "head", "before", "after"):
+                if hasattr(part, name):
+                    setattr(part, name, torch.compile(getattr(part, name), dynamic=True))
 
 
 # ======== Optimiser ===================================================================================================
@@ -1003,6 +1020,11 @@ def adam_(p, g, m, v, step, lr, betas: tuple, eps: float, decay=0.0):
     step = step.unsqueeze(-1)
     direction = m / (1 - betas[0] ** step) / ((v / (1 - betas[1] ** step)).sqrt() + eps)
     p.mul_(1 - lr * decay).sub_(lr * direction)
+
+
+def aligned(n: int) -> int:
+    """`n` rounded up to 64 numbers, for wide loads."""
+    return -(-n // 64) * 64
 
 
 class Optimizer:
@@ -1086,14 +1108,9 @@ class Optimizer:
         self.grads.zero_()
 
 
-def aligned(n: int) -> int:
-    """`n` rounded up to 64 numbers, for wide loads."""
-    return -(-n // 64) * 64
-
-
 # ======== Training ====================================================================================================
 # Learning rate, averaging and the end follow from the elapsed seconds that rank 0 announces, so ranks never diverge.
-# Its clock excludes warm-up, validation and export.
+# Its clock excludes warm-up, validation and export; the last training data, which GPTQ sees, are read within it.
 
 
 def lr_multiplier(step: int, elapsed: float, s: Settings) -> float:
@@ -1110,10 +1127,33 @@ def forward_backward(forward: Callable, micro_batches: list, share: float) -> Te
     """Accumulate the gradients of `share` times each mean NLL. Returns the sum of those terms, ()."""
     total = 0.0
     for x, y in micro_batches:
-        loss = forward(x, y)[0].mean() * share
+        loss = forward(x, y).mean() * share
         loss.backward()
         total = total + loss.detach()
     return total
+
+
+@torch.no_grad()
+def calibrate(model: GPT, loader: BatchLoader, start: int, rows: int, run: Run) -> dict[str, Tensor]:
+    """H = E[x x'] of the inputs x of every linear layer, by its weight's name: (cols, cols) float64.
+
+    Over `rows` rows from position `start` of the training stream, each on one rank; so any number of ranks agrees."""
+    layers = {f"{name}.weight": m for name, m in model.named_modules() if isinstance(m, Linear) and name != "lm_head"}
+    sums = {
+        name: torch.zeros(m.in_features, m.in_features, dtype=torch.float64, device=run.device)
+        for name, m in layers.items()
+    }
+
+    def add(total, module, inputs):
+        x = inputs[0].flatten(0, -2).float()
+        total.add_(x.mT @ x)
+
+    hooks = [m.register_forward_pre_hook(functools.partial(add, sums[name])) for name, m in layers.items()]
+    for row in range(run.rank, rows, run.world):
+        model(*loader.read(start + row * run.s.train_seq_len, 1))
+    for hook in hooks:
+        hook.remove()
+    return {name: run.sum(total) / (rows * run.s.train_seq_len) for name, total in sums.items()}
 
 
 class Trainer:
@@ -1134,6 +1174,7 @@ class Trainer:
         self.step = 0  # completed
         self.elapsed = 0.0  # seconds
         self.finished = False
+        self.schedule = run.s  # its seconds are less what calibration will take
         self.norms: list[tuple[int, float, Tensor]] = []  # of gradients, with step and lr multiplier
         path = run.path("checkpoint.pt")
         self.resumed = run.s.resume and path.exists()
@@ -1196,14 +1237,39 @@ class Trainer:
         self.restore(before)
         self.run.log(f"warmup_step:{steps}/{steps}")
 
-    def over(self) -> bool:
-        s = self.run.s
-        return self.step >= s.iterations or self.elapsed >= (s.max_wallclock_seconds or math.inf)
+    def calibrate(self, start: int, tokens: int) -> dict[str, Tensor]:
+        """calibrate() over training tokens from position `start`; nothing for a QUANTIZER that needs none."""
+        rows = -(-tokens // self.run.s.train_seq_len)
+        return calibrate(self.model, self.loader, start, rows, self.run) if self.run.s.quantizer == "gptq" else {}
 
-    def train(self, stream: Stream):
-        """Train until it is over, then average. Raises Interrupted once a checkpoint is written, UserError on NaN."""
-        if self.finished:
-            return
+    def reserve(self) -> dict[str, Tensor]:
+        """Keep free what calibration will take of MAX_WALLCLOCK_SECONDS, by the time that a row on each rank takes.
+
+        Raises UserError if nothing is left. Returns the Hessians of these rows."""
+        s, tokens = self.run.s, self.run.s.train_seq_len * self.run.world
+        for _ in range(2):  # the first may load kernels
+            self.run.synchronize()
+            began = time.perf_counter()
+            hessians = self.calibrate(0, tokens)
+            self.run.synchronize()
+        seconds, _ = self.run.agree((time.perf_counter() - began) * max(1, s.calibration_tokens / tokens))
+        if s.max_wallclock_seconds:
+            left = s.max_wallclock_seconds - 1.5 * seconds
+            if left <= 0:
+                what = f"calibration takes {seconds:.1f} s of MAX_WALLCLOCK_SECONDS={s.max_wallclock_seconds}"
+                raise UserError(f"{what} — raise it, lower CALIBRATION_TOKENS, or set QUANTIZER=nearest")
+            self.schedule = replace(s, max_wallclock_seconds=left)
+        return hessians
+
+    def over(self) -> bool:
+        """Whether another step of mean length would pass a limit."""
+        s, seconds = self.schedule, self.elapsed * (1 + 1 / max(self.step, 1))
+        return self.step >= s.iterations or seconds >= (s.max_wallclock_seconds or math.inf)
+
+    def train(self, stream: Stream) -> dict[str, Tensor]:
+        """Train until it is over, average and calibrate. Returns calibrate()'s Hessians.
+
+        Raises Interrupted once a checkpoint is written, UserError on NaN."""
         run, s = self.run, self.run.s
         rows = f"rows per rank:{self.loader.rows} rows per micro-step:{self.loader.micro_rows}"
         run.log(f"training tokens:{self.loader.ends[-1]} {rows}")
@@ -1211,7 +1277,7 @@ class Trainer:
         if run.cuda:
             torch.cuda.reset_peak_memory_stats()
         began = time.perf_counter() - self.elapsed  # moved on by whatever is not training
-        while True:
+        while not self.finished:
             if self.over() or (s.val_loss_every and self.step % s.val_loss_every == 0):
                 run.synchronize()
                 paused = time.perf_counter()
@@ -1227,7 +1293,7 @@ class Trainer:
                 self.save(run)
             if signalled:
                 raise Interrupted(signalled, f"after step {self.step}; checkpoint in {run.path('checkpoint.pt')}")
-        self.finish()
+        return self.finish(began)
 
     def report(self, what: object):
         """Log in the form that tools of the field parse."""
@@ -1238,7 +1304,7 @@ class Trainer:
     def train_step(self) -> Tensor:
         """One step and, late in the warmdown, a sample of the average. Returns this rank's part of the loss, ()."""
         s = self.run.s
-        multiplier = lr_multiplier(self.step, self.elapsed, s)
+        multiplier = lr_multiplier(self.step, self.elapsed, self.schedule)
         batch = self.loader.batch(self.step)
         loss = forward_backward(self.forward, batch, 1 / (len(batch) * self.run.world))
         gradient_norm = self.optimizer.step(self.step, multiplier)
@@ -1260,16 +1326,25 @@ class Trainer:
                 where = f"lr multiplier {multiplier:.4f}, batch from token {step * self.run.s.train_batch_tokens}"
                 raise UserError(f"{what} ({where}) — lower the learning rates, or RESUME=1 from the last checkpoint")
 
-    def finish(self):
-        """Average the samples and write the last checkpoint."""
+    def finish(self, began: float) -> dict[str, Tensor]:
+        """Average the samples, calibrate, and write the last checkpoint: what a finished one needs is calibration."""
+        run, unfinished = self.run, not self.finished
+        self.finished = True
         outcome = "too few, the last weights are final"
         if self.averaged >= 2:
-            self.optimizer.weights.copy_(self.average / self.averaged)
             outcome = "their mean is the final model"
-        self.run.log(f"swa: {self.averaged} checkpoints: {outcome}")
-        self.finished = True
-        self.save(self.run)
-        self.run.log(f"training {pairs(self.account())}")
+            if unfinished:
+                self.optimizer.weights.copy_(self.average / self.averaged)
+        hessians = self.calibrate(
+            self.step * run.s.train_batch_tokens, run.s.calibration_tokens
+        )  # after the last batch
+        run.synchronize()
+        self.calibration = time.perf_counter() - began - self.elapsed
+        run.log(f"swa: {self.averaged} checkpoints: {outcome}")
+        if unfinished:
+            self.save(run)
+        run.log(f"training {pairs(self.account())}")
+        return hessians
 
 
 def pairs(account: dict) -> str:
@@ -1278,8 +1353,8 @@ def pairs(account: dict) -> str:
 
 
 # ======== Export ======================================================================================================
-# Prune, quantise, pack. The artifact holds the model's configuration and its numbers, sorted by kind; names, shapes and
-# kinds follow from the configuration, so the reader knows every length beforehand.
+# Prune, quantise, pack, as coarsely as the cap asks for. The artifact holds the model's configuration and its numbers,
+# sorted by kind; names, shapes and kinds follow from the configuration, so the reader knows every length beforehand.
 
 CONTROL = ("attn_scale", "mlp_scale", "resid_mix", "q_gain", "skip_weights", "smear", "bigram.scale")
 LIMITS = {"int5": 15, "int6": 31, "int8": 127}  # largest code; int5 and int6 have one more below zero
@@ -1290,6 +1365,8 @@ HEADER_BYTES = 60
 MOST_EXPANDED = 1 << 29  # bytes that a hostile artifact can claim
 MOST_CONFIG = 1 << 16  # bytes: parsed JSON takes up to forty times its text
 LARGEST_STRETCH = 8.0  # beyond it hardly a weight is not zero
+SLACK = 0.004  # of the cap, that a stretched artifact may leave free
+GPTQ_BLOCK = 128  # columns whose errors reach the others in one product
 
 
 def prune(weight: Tensor, fraction: float) -> Tensor:
@@ -1325,31 +1402,83 @@ class Stored(NamedTuple):
         return values if self.scale is None else values * self.scale.float()[:, None]
 
 
-def quantize(weight: Tensor, kind: str, stretch: float = 1.0) -> Stored:
-    """A float32 tensor as it is stored.
+def row_steps(weight: Tensor, kind: str, s: Settings, stretch: float = 1.0) -> Tensor:
+    """The quantisation step of each row of a float32 matrix, (rows, 1) float32 that fp16 holds.
 
-    int5/int6: symmetric, step = stretch * max|row| / 15 or 31 in fp16 (thwu1's record: stretch 1).
-    int8: rows are clipped at their 99.99984% magnitude (the challenge's baseline)."""
-    if kind == "fp16":
-        return Stored(kind, weight.half())
-    if kind == "fp32":
-        return Stored(kind, weight)
+    int8: rows are clipped at their 99.99984% magnitude (the challenge's baseline). int5/int6: max|row| / 15 or 31
+    (thwu1's record) or, by QUANT_SIGMAS, k * rms(row) / 15 or 31, which follows the row's bulk; times `stretch`."""
     limit = LIMITS[kind]
     if kind == "int8":
-        top = torch.quantile(weight.abs(), 0.9999984, dim=1, keepdim=True)
-        weight = weight.clamp(-top, top)
-        scale = (top / limit).clamp_min(1 / limit)
-    else:
-        scale = (weight.abs().amax(dim=1, keepdim=True) / limit * stretch).half()
-        scale = scale.clamp_min(torch.finfo(torch.float16).tiny).float()
-    codes = (weight / scale).round().clamp(-limit - 1, limit)
-    return Stored(kind, codes.to(torch.int8), scale.half().flatten())
+        return (
+            torch.quantile(weight.abs(), 0.9999984, dim=1, keepdim=True).div(limit).clamp_min(1 / limit).half().float()
+        )
+    sizes = weight.abs().amax(dim=1, keepdim=True)
+    if s.quant_sigmas != "0":
+        k = float(s.quant_sigmas.split(",")[kind == "int6"])
+        sizes = k * weight.square().mean(dim=1, keepdim=True).sqrt()
+    return (sizes / limit * stretch).half().clamp_min(torch.finfo(torch.float16).tiny).float()
 
 
-def quantize_model(state: dict[str, Tensor], s: Settings, stretch: float = 1.0) -> dict[str, Stored]:
-    """Prune and quantise every tensor of a float32 state dict, in its order."""
-    kinds = {name: kind_of(name, weight.numel(), s.fp16_keep_name_patterns) for name, weight in state.items()}
-    return {name: quantize(prune(state[name], s.prune_fraction), kinds[name], stretch) for name in state}
+def nearest(weight: Tensor, step: Tensor, limit: int) -> Tensor:
+    """Codes of weights (…, cols) under steps (…, 1), each rounded by itself."""
+    return (weight / step).round().clamp(-limit - (limit < 127), limit)
+
+
+def gptq(weight: Tensor, step: Tensor, hessian: Tensor, limit: int) -> Tensor:
+    """Codes of n matrices (n, rows, cols) under steps (n, rows, 1), that keep W x rather than W (Frantar et al. 2022).
+
+    Rounding a column changes the layer's output by its error times an input. The columns still to come can undo most of
+    that, as far as their inputs are correlated with this one: row j of the Cholesky factor U of H^-1 = U'U says how the
+    best correction is spread over columns j, j + 1, … once all before j are fixed. So columns are rounded one by one,
+    those of the largest inputs first, while most others can still make up for them. `hessian` (n, cols, cols)."""
+    h = hessian.float()
+    order = h.diagonal(dim1=1, dim2=2).argsort(descending=True, stable=True)  # (n, cols)
+    h = h.gather(1, order[:, :, None].expand_as(h)).gather(2, order[:, None].expand_as(h))
+    order = order[:, None].expand_as(weight)
+    w = weight.gather(2, order)
+    diagonal = h.diagonal(dim1=1, dim2=2)
+    diagonal += (0.01 * diagonal.mean(1, keepdim=True)).clamp_min(1e-8)  # an input may always be zero
+    u = torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(h)), upper=True)
+    codes = torch.empty_like(w)
+    for start in range(0, w.size(2), GPTQ_BLOCK):
+        block = w[:, :, start : start + GPTQ_BLOCK]
+        span = slice(start, start + block.size(2))
+        spread = u[:, span, span]
+        errors = torch.empty_like(block)
+        for j in range(block.size(2)):
+            column = block[:, :, j : j + 1]
+            code = nearest(column, step, limit)
+            codes[:, :, start + j] = code[:, :, 0]
+            errors[:, :, j] = ((column - code * step) / spread[:, j, None, j : j + 1])[:, :, 0]
+            block[:, :, j + 1 :] -= errors[:, :, j : j + 1] * spread[:, j, None, j + 1 :]
+        w[:, :, span.stop :] -= errors @ u[:, span, span.stop :]
+    return torch.empty_like(codes).scatter_(2, order, codes)
+
+
+def quantize_model(
+    state: dict[str, Tensor], s: Settings, hessians: dict[str, Tensor] | None = None, stretch: float = 1.0
+) -> dict[str, Stored]:
+    """Prune and quantise every tensor of a float32 state dict, in its order; those with a Hessian by GPTQ.
+
+    Matrices of one shape are rounded as one batch, on their Hessians' device."""
+    tensors, batches = {}, {}
+    for name, weight in state.items():
+        kind = kind_of(name, weight.numel(), s.fp16_keep_name_patterns)
+        weight = prune(weight, s.prune_fraction)
+        if kind not in LIMITS:
+            tensors[name] = Stored(kind, weight.half() if kind == "fp16" else weight)
+            continue
+        step = row_steps(weight, kind, s, stretch)
+        tensors[name] = Stored(kind, nearest(weight, step, LIMITS[kind]).to(torch.int8), step.half().flatten())
+        if name in (hessians or {}):
+            batches.setdefault((kind, weight.shape), []).append((name, weight, step, hessians[name]))
+    for (kind, _), batch in batches.items():
+        names, *parts = zip(*batch, strict=True)
+        device = parts[2][0].device
+        codes = gptq(*(torch.stack(part).to(device) for part in parts), LIMITS[kind])
+        for name, values in zip(names, codes.to("cpu", torch.int8), strict=True):
+            tensors[name] = tensors[name]._replace(values=values)
+    return tensors
 
 
 def streams_of(tensors: dict[str, Stored]) -> dict[str, list[Tensor]]:
@@ -1358,9 +1487,22 @@ def streams_of(tensors: dict[str, Stored]) -> dict[str, list[Tensor]]:
     return streams | dict(scale=[tensor.scale for tensor in tensors.values() if tensor.scale is not None])
 
 
+def entropy(codes: np.ndarray) -> float:
+    """Bits per code, of codes that are drawn one by one."""
+    p = np.bincount(codes.view(np.uint8).ravel()) / codes.size
+    p = p[p > 0]
+    return float(-(p * np.log2(p)).sum())
+
+
 def artifact_config(s: Settings) -> dict:
     """What an artifact says of its model: with it a reader knows every name, shape and kind."""
     return s.of(ModelSettings) | dict(fp16_keep_name_patterns=s.fp16_keep_name_patterns)
+
+
+def layout(s: Settings) -> dict[str, Stored]:
+    """A model's tensors as its artifact holds them, without the numbers."""
+    with torch.device("meta"):
+        return quantize_model(GPT(s).state_dict(), replace(s, prune_fraction=0.0))
 
 
 def artifact_header(frame: bytes, expanded: int) -> bytes:
@@ -1370,13 +1512,13 @@ def artifact_header(frame: bytes, expanded: int) -> bytes:
 
 
 def pack(tensors: dict[str, Stored], s: Settings) -> tuple[bytes, dict]:
-    """Quantised tensors, in the state dict's order -> artifact; the same input gives the same bytes.
+    """Quantised tensors -> artifact; the same input gives the same bytes.
 
     After the header comes one zstd-22 frame: the length of the configuration (4 bytes), the configuration as JSON, the
     streams as byte planes. Also returns what became of each stream; the entropy of codes is in bits."""
     config = json.dumps(artifact_config(s)).encode()
     parts = {"config": np.frombuffer(len(config).to_bytes(4, "little") + config, np.uint8)[None]}
-    for stream, pieces in streams_of(tensors).items():
+    for stream, pieces in streams_of({name: tensors[name] for name in layout(s)}).items():
         if pieces:
             array = torch.cat([piece.flatten() for piece in pieces]).numpy().astype(STREAMS[stream])
             parts[stream] = array.view(np.uint8).reshape(-1, array.itemsize).T
@@ -1385,20 +1527,19 @@ def pack(tensors: dict[str, Stored], s: Settings) -> tuple[bytes, dict]:
     level22 = zstandard.ZstdCompressionParameters.from_level(22, source_size=expanded, min_match=7)
     compressor = zstandard.ZstdCompressor(compression_params=level22).compressobj(size=expanded)
     frame = b""
-    report = {}
+    kinds = {}
     for stream, planes in parts.items():
         packed = b""
         for plane in planes:  # a flush after each keeps their statistics apart
             packed += compressor.compress(plane.tobytes()) + compressor.flush(zstandard.COMPRESSOBJ_FLUSH_BLOCK)
         frame += packed
         n = planes.shape[-1]
-        report[stream] = dict(weights=n, bytes=len(packed), bits_per_weight=8 * len(packed) / n)
+        kinds[stream] = dict(weights=n, bytes=len(packed), bits_per_weight=8 * len(packed) / n)
         if stream in LIMITS:
-            p = np.unique(planes, return_counts=True)[1] / n
-            report[stream]["entropy"] = float(-(p * np.log2(p)).sum())
+            kinds[stream]["entropy"] = entropy(planes)
     frame += compressor.flush()
-    del report["config"]
-    return artifact_header(frame, expanded) + frame, report
+    del kinds["config"]
+    return artifact_header(frame, expanded) + frame, kinds
 
 
 def unpack(blob: bytes, origin: str = "artifact") -> tuple[Settings, dict[str, Tensor]]:
@@ -1437,9 +1578,7 @@ def settings_of(config: dict) -> Settings:
 
 def restored(raw: bytes, s: Settings) -> dict[str, Tensor]:
     """The float32 state dict from an artifact's streams. Raises ValueError if they are not as long as its model's."""
-    with torch.device("meta"):  # what pack() was given, without the numbers
-        tensors = quantize_model(GPT(s).state_dict(), replace(s, prune_fraction=0.0))
-    read = {}
+    tensors, read = layout(s), {}
     for stream, pieces in streams_of(tensors).items():
         sizes = [piece.numel() for piece in pieces]
         width = np.dtype(STREAMS[stream]).itemsize
@@ -1455,46 +1594,53 @@ def restored(raw: bytes, s: Settings) -> dict[str, Tensor]:
     return state
 
 
-def export(state: dict[str, Tensor], run: Run) -> dict:
+def fit(state: dict[str, Tensor], hessians: dict[str, Tensor], run: Run) -> tuple[float, bytes, dict]:
+    """The least stretch of the steps whose artifact fits the cap, or the largest; with what pack() returns for it.
+
+    Packing judges. What to try next follows from the entropy of codes rounded to nearest, which takes no time."""
+    cap = run.s.artifact_max_bytes
+    state = {name: prune(weight, run.s.prune_fraction) for name, weight in state.items()}
+    s = replace(run.s, prune_fraction=0.0)
+
+    @functools.cache
+    def predicted(stretch: float) -> float:
+        streams = streams_of(quantize_model(state, s, None, stretch))
+        codes = [torch.cat([x.flatten() for x in streams[kind]]).numpy() for kind in LIMITS if streams[kind]]
+        return sum(entropy(x) * x.size / 8 for x in codes)
+
+    best, stretch, too_small, fits = None, 1.0, 1.0, LARGEST_STRETCH
+    for _ in range(8):
+        blob, kinds = pack(quantize_model(state, s, hessians, stretch), s)
+        free = cap - len(SOURCE_BYTES) - len(blob)
+        run.log(f"export: steps stretched by {stretch:.4f}: {free} bytes free of ARTIFACT_MAX_BYTES={cap}")
+        if free >= 0:
+            best, fits = (stretch, blob, kinds), stretch
+        else:
+            too_small = stretch
+        if too_small == LARGEST_STRETCH or fits == 1.0 or 0 <= free <= SLACK * cap:
+            break
+        most = predicted(stretch) + free - SLACK / 2 * cap
+        stretch, below = fits, too_small
+        while stretch - below > 1e-3:
+            middle = (stretch + below) / 2
+            stretch, below = (middle, below) if predicted(middle) <= most else (stretch, middle)
+    return best or (stretch, blob, kinds)
+
+
+def export(state: dict[str, Tensor], hessians: dict[str, Tensor], run: Run) -> dict:
     """Write final_model.pt and the artifact. Returns the account."""
     began = time.perf_counter()
     run.write("final_model.pt", lambda f: torch.save(state, f))
-    stretch, blob, report = fit(state, run)
+    stretch, blob, kinds = fit(state, hessians, run)
     run.write("final_model.ptz", lambda f: f.write(blob))
     total, cap = len(blob) + len(SOURCE_BYTES), run.s.artifact_max_bytes
     account = dict(model_bytes=len(blob), code_bytes=len(SOURCE_BYTES), total_bytes=total, max_bytes=cap)
     account |= dict(fits=total <= cap, stretch=stretch, seconds=time.perf_counter() - began)
     account |= dict(sha256=hashlib.sha256(blob).hexdigest())
-    for kind, row in report.items():
+    for kind, row in kinds.items():
         run.log(f"export kind:{kind} {pairs(row)}")
     run.log(f"export {pairs(account)}")
-    return account | dict(kinds=report)
-
-
-def fit(state: dict[str, Tensor], run: Run) -> tuple[float, bytes, dict]:
-    """The smallest stretch, to 1/64, that fits the cap, or the largest; with what pack() returns for it."""
-    tried = {}
-
-    def fits(stretch: float) -> bool:
-        tried[stretch] = pack(quantize_model(state, run.s, stretch), run.s)
-        free = run.s.artifact_max_bytes - len(SOURCE_BYTES) - len(tried[stretch][0])
-        verdict = f"{free} bytes free"
-        if free < 0:
-            verdict = f"{-free} bytes over ARTIFACT_MAX_BYTES={run.s.artifact_max_bytes}"
-        run.log(f"export: steps stretched by {stretch:.4f}: {verdict}")
-        return free >= 0
-
-    too_small, best = 1.0, LARGEST_STRETCH
-    if fits(too_small):
-        best = too_small
-    elif fits(best):
-        while best - too_small > 1 / 64:
-            middle = (too_small + best) / 2
-            if fits(middle):
-                best = middle
-            else:
-                too_small = middle
-    return best, *tried[best]
+    return account | dict(kinds=kinds)
 
 
 # ======== Evaluation ==================================================================================================
@@ -1534,28 +1680,29 @@ class Score(NamedTuple):
         return reading | dict(targets=self.targets, bytes=self.bytes, seconds=seconds, lacking=0) | more
 
 
-def score_windows(forward: Callable, stream: Stream, windows: tuple, width: int, lora=None, past=None, keep=False):
+def score_windows(forward: Callable, stream: Stream, windows: tuple, width: int, lora=None, past: Past | None = None):
     """Score targets [skip, length) of B windows, each (B,) int64 with its start; padded on the right to `width`.
 
-    Returns the NLL (B, width) float32, 0 where not scored; sums of NLL, targets and bytes (B, 3) float64, detached; and
-    what `keep` asks of the forward pass."""
+    Returns the NLL (B, width) float32, 0 where not scored, and sums of NLL, targets and bytes (B, 3) float64,
+    detached."""
     start, length, skip = windows
-    column = torch.arange(width, device=start.device)
-    at = (start[:, None] + column).clamp_max(stream.target_count - 1)
-    nll, present = forward(stream.tokens[at].long(), stream.tokens[at + 1].long(), lora, past, keep)
+    column = torch.arange(-GPT.LEAD if past else 0, width, device=start.device)
+    at = (start[:, None] + column).clamp(0, stream.target_count - 1)
+    column, within = column[-width:], at[:, -width:]
+    nll = forward(stream.tokens[at].long(), stream.tokens[within + 1].long(), lora, past)
     scored = (column >= skip[:, None]) & (column < length[:, None])
     nll = torch.where(scored, nll, 0.0)
-    sums = nll.detach().sum(1, dtype=torch.float64), scored.sum(1), (stream.bytes[at] * scored).sum(1)
-    return nll, torch.stack(sums, 1), present
+    sums = nll.detach().sum(1, dtype=torch.float64), scored.sum(1), (stream.bytes[within] * scored).sum(1)
+    return nll, torch.stack(sums, 1)
 
 
 class Progress:
-    """A line every few seconds on this rank's work: share done, bpb so far, tokens/s, time left."""
+    """A line every few seconds on this rank's work: share done, bpb so far, time left."""
 
     def __init__(self, run: Run, label: str, total: int):
         self.run = run
         self.label = label
-        self.total = max(total, 1)
+        self.total = max(total, 1)  # tokens
         self.done = 0
         self.sums = np.zeros(3)  # NLL, targets, bytes
         self.began = self.printed = time.perf_counter()
@@ -1567,10 +1714,9 @@ class Progress:
             self.sums += sums.sum(0).cpu().numpy()
         if time.perf_counter() - self.printed > 5:
             self.printed = time.perf_counter()
-            rate = max(self.done, 1) / (self.printed - self.began)
+            left = (self.printed - self.began) * (self.total / max(self.done, 1) - 1)
             bpb = f" val_bpb:{Score(*self.sums).bpb:.4f}" if self.sums[2] else ""
-            left = f"tokens/s:{rate:.0f} left:{(self.total - self.done) / rate:.0f}s"
-            self.run.log(f"{self.label}: {100 * self.done / self.total:.1f}%{bpb} {left}")
+            self.run.log(f"{self.label}: {100 * self.done / self.total:.1f}%{bpb} left:{left:.0f}s")
 
 
 def overlapping(stream: Stream, size: int, stride: int) -> np.ndarray:
@@ -1591,7 +1737,7 @@ def evaluate_windows(
         mine = np.pad(mine, ((0, -len(mine) % batch), (0, 0)))
     for i in range(0, len(mine), batch):
         part = torch.from_numpy(mine[i : i + batch]).to(run.device)
-        _, sums, _ = score_windows(forward, stream, part.unbind(1), int(windows[0, 1]))
+        _, sums = score_windows(forward, stream, part.unbind(1), int(windows[0, 1]))
         total += sums.sum(0)
         if progress:
             progress(int(mine[i : i + batch, 1].sum()), sums)
@@ -1622,7 +1768,7 @@ def evaluate_sliding(forward: Callable, stream: Stream, run: Run) -> Score:
 # signal or other ranks decide when a document's number is made, never which one it is.
 
 TTT_BATCH = {"cpu": 4, "cuda": 64}  # documents side by side, where TTT_BATCH_SIZE=0
-STEP_FLOOR = {"cpu": 0, "cuda": 4096}  # tokens below which a step costs no less: launches, not arithmetic
+STEP_FLOOR = {"cpu": 0, "cuda": 2048}  # tokens below which a step costs no less: its kernels one after another
 LORA_EPS = 1e-10  # Adam's, for the adapters
 SAVE_EVERY = 20.0  # seconds
 
@@ -1637,17 +1783,22 @@ def draw_lora_a(s: Settings, document: int) -> np.ndarray:
 class Adapters:
     """LoRA of B documents and its Adam state, a float32 row each: `flat`, `m`, `v` (B, n); `steps` (B,) taken."""
 
-    def __init__(self, a: np.ndarray, run: Run):
-        """a: (B, layers, 2r, d). B starts at zero, and so adaptation at the model itself."""
+    def __init__(self, batch: int, run: Run):
         s, r = run.s, run.s.ttt_lora_rank
         shapes = (2 * r, s.model_dim), (s.model_dim, r), (s.model_dim // s.num_heads * s.num_kv_heads, r)
         self.shapes = [(s.num_layers, *shape) for shape in shapes]
         self.sizes = [math.prod(shape) for shape in self.shapes]
-        self.flat, self.m, self.v = (torch.zeros(len(a), sum(self.sizes), device=run.device) for _ in range(3))
-        self.flat[:, : self.sizes[0]] = torch.from_numpy(a.reshape(len(a), -1))
-        self.steps = torch.zeros(len(a), dtype=torch.int64, device=run.device)
+        self.flat, self.m, self.v = (torch.zeros(batch, sum(self.sizes), device=run.device) for _ in range(3))
+        self.steps = torch.zeros(batch, dtype=torch.int64, device=run.device)
         self.betas = s.beta1, s.beta2
         self.adam_ = run.compiled(adam_, dynamic=True)
+
+    def begin(self, a: np.ndarray | None):
+        """Start from a, (B, layers, 2r, d), and B = 0: at the model itself."""
+        for x in (self.flat, self.m, self.v, self.steps):
+            x.zero_()
+        if a is not None:
+            self.flat[: len(a), : self.sizes[0]] = torch.from_numpy(a.reshape(len(a), -1))
 
     def layers(self, n: int) -> tuple[Tensor, list[Lora]]:
         """The first n documents' rows as a leaf, and its views by layer."""
@@ -1656,42 +1807,48 @@ class Adapters:
         stacks = (part.unflatten(1, shape).unbind(1) for part, shape in parts)  # an unbind's backward is one copy
         return leaf, list(map(Lora, *stacks))
 
-    def step(self, gradient: Tensor, lr: float):
+    def step(self, gradient: Tensor, lr: Tensor):
         """One Adam step of the first len(gradient) documents."""
         n = len(gradient)
         self.steps[:n] += 1
-        rate = torch.full((), lr, device=gradient.device)
-        self.adam_(self.flat[:n], gradient, self.m[:n], self.v[:n], self.steps[:n], rate, self.betas, LORA_EPS)
+        self.adam_(self.flat[:n], gradient, self.m[:n], self.v[:n], self.steps[:n], lr, self.betas, LORA_EPS)
 
 
 class ContextCache:
-    """Rotated keys and values of each document's last `window` tokens, in a ring: softmax ignores the order of keys."""
+    """Rotated keys and values of B documents: `kv` (B, layers, 2, kv heads, window + chunk, head_dim).
 
-    def __init__(self, model: GPT, batch: int, window: int, device: torch.device):
-        attn = model.blocks[0].attn
-        heads = attn.c_k.out_features // attn.head_dim
-        # a slot more than the window, so that a full context has strides like any
-        shape = batch, len(model.blocks), 2, heads, window + 1, attn.head_dim
-        self.kv = torch.zeros(shape, dtype=model.dtype, device=device)
-        self.window = window
-        self.position = 0  # tokens so far
-        self.last = None  # the newest chunk's Past
+    The chunk in progress owns the last slots. Before them lie the last `window` tokens: token t in slot
+    window - 1 - t % window, so that what there is always borders on the chunk, and a new token takes the oldest one's
+    slot. Softmax does not ask for their order."""
 
-    def past(self, n: int) -> Past | None:
-        """The context of the first n documents, None at their start."""
-        if not self.position:
-            return None
-        kv = self.kv[:n, ..., : min(self.position, self.window), :]
-        return Past(self.last.position, self.last.last_id[:n], self.last.last_x[:n], kv)
+    def __init__(self, model: GPT, batch: int, run: Run):
+        s, attn = run.s, model.blocks[0].attn
+        self.window = s.ttt_eval_seq_len - s.ttt_chunk_size
+        shape = batch, s.num_layers, 2, s.num_kv_heads, s.ttt_eval_seq_len, attn.head_dim
+        self.kv = torch.zeros(shape, dtype=model.dtype, device=run.device)
 
-    def push(self, present: Past):
-        """Append a chunk of the first len(present.kv) documents."""
-        n, tokens = len(present.kv), present.kv.size(4)
-        self.last = present
-        self.position += tokens
-        keep = min(tokens, self.window)  # only a document's last chunk is short: padding never becomes context
-        slots = torch.arange(self.position - keep, self.position, device=self.kv.device) % max(self.window, 1)
-        self.kv[:n, ..., slots, :] = present.kv[..., tokens - keep :, :]
+    def slots(self, n: int, context: int, tokens: int) -> Tensor:
+        """What a chunk of so many tokens after so much context sees, of the first n documents."""
+        return self.kv[:n, ..., self.window - context : self.window + tokens, :]
+
+    def push(self, n: int, position: Tensor, tokens: int):
+        """Append a chunk of the first n documents, the first of its tokens at `position`, to their context."""
+        keep = min(tokens, self.window)
+        if keep:
+            at = position + torch.arange(tokens - keep, tokens, device=self.kv.device)
+            new = self.kv[:n, ..., self.window + tokens - keep : self.window + tokens, :]
+            self.kv[:n].index_copy_(4, self.window - 1 - at % self.window, new)
+
+
+class Visit(NamedTuple):
+    """A step of test-time training but for what differs from chunk to chunk, which is on the device."""
+
+    n: int  # documents, the first of the batch
+    width: int  # tokens of a window
+    context: int | None  # cached tokens before the chunk; None: a window of its own
+    score: bool  # count it
+    train: bool  # take an Adam step on each document's mean NLL
+    keep: bool  # append it to the context
 
 
 class DocumentBatch:
@@ -1701,129 +1858,147 @@ class DocumentBatch:
     replay, or one for single_pass. A document's figure is complete with all its targets."""
 
     def __init__(self, model: GPT, stream: Stream, documents: np.ndarray, run: Run, deadline: float = math.inf):
-        size = run.s.ttt_chunk_size
-        self.model, self.stream, self.documents = model, stream, documents
+        self.model, self.stream = model, stream
         self.run, self.deadline = run, deadline
         self.progress = lambda tokens: None
-        self.lengths = stream.lengths[documents]
-        chunks = -(-self.lengths // size)
+        self.capacity = batch = len(documents)
+        self.start, self.end = (torch.zeros(batch, dtype=torch.int64, device=run.device) for _ in range(2))
+        self.sums = torch.zeros(1 + run.s.ttt_figures, batch, 3, dtype=torch.float64, device=run.device)
+        self.adapters = Adapters(batch, run)
+        self.cache = ContextCache(model, batch, run)
+        self.figure = torch.zeros(1, dtype=torch.int64, device=run.device)  # that scores count for
+        self.position = torch.zeros((), dtype=torch.int64, device=run.device)  # of the chunk's first target
+        self.lr = torch.zeros((), device=run.device)
+        self.graphs = {}  # by Visit
+        self.pool = torch.cuda.graph_pool_handle() if run.cuda else None
+        self.load(documents)
+
+    def load(self, documents: np.ndarray):
+        """Take up other documents, no more than before. Raises ValueError if they do not come longest first."""
+        self.documents = documents
+        self.lengths = self.stream.lengths[documents]
+        chunks = -(-self.lengths // self.run.s.ttt_chunk_size)
         if (np.diff(chunks) > 0).any():
             raise ValueError("documents must come longest first")
         self.active = [int((chunks > chunk).sum()) for chunk in range(chunks[0] + 1)]
-        self.start = torch.tensor(stream.starts[documents], device=run.device)
-        self.end = torch.tensor(self.lengths, device=run.device)
-        self.sums = torch.zeros(1 + run.s.ttt_figures, len(documents), 3, dtype=torch.float64, device=run.device)
-        self.adapters = None  # drawn by adapt(), unless they are given
-        window = min(run.s.ttt_eval_seq_len - size, (len(self.active) - 2) * size)
-        self.cache = ContextCache(model, len(documents), window, run.device)
+        for buffer, values in ((self.start, self.stream.starts[documents]), (self.end, self.lengths)):
+            buffer[: len(documents)] = torch.from_numpy(values)
+        self.sums.zero_()
 
     def expired(self) -> bool:
         return self.run.stopping or time.perf_counter() >= self.deadline
 
-    def record(self, figure: int, chunk: int, nll: Tensor, sums: Tensor):
-        """Count a scored chunk: nll (n, width) of its window, 0 where not scored; sums (n, 3)."""
-        self.sums[figure, : len(sums)] += sums
-
     def complete(self) -> np.ndarray:
         """NLL of every figure and document, (1 + figures, B) float64, NaN where not all targets are counted."""
-        nll, targets, bytes_ = self.sums.cpu().numpy().transpose(2, 0, 1)
+        nll, targets, bytes_ = self.sums[:, : len(self.lengths)].cpu().numpy().transpose(2, 0, 1)
         whole = targets == self.lengths
         if (targets > self.lengths).any() or (bytes_ != self.stream.document_bytes[self.documents])[whole].any():
             raise RuntimeError("a figure does not count each of a document's targets once")
         return np.where(whole, np.nan_to_num(nll, nan=math.inf, posinf=math.inf), math.nan)  # a score of NaN is there
 
-    def score(self, chunk: int, lora: list[Lora], keep: bool, cached: bool) -> tuple[Tensor, Tensor, Past | None]:
-        """score_windows() of a chunk of `lora`'s documents, after the cached context or in windows of their own."""
-        n, size, window = len(lora[0].a), self.run.s.ttt_chunk_size, self.run.s.ttt_eval_seq_len
-        first, last = chunk * size, (chunk + 1) * size
-        end = self.end[:n].clamp_max(last)
-        if not self.run.compile:  # compiled, a short chunk is padded: one shape for all
-            last = min(last, int(self.lengths[0]))
-        # the input starts at `begin`, targets [first, end) count; cached, begin is first and the cache holds the rest
-        begin = torch.full_like(end, first) if cached else (end - window).clamp_min(0)
-        width = last - first if cached else min(last, window)
-        past = self.cache.past(n) if cached else None
-        windows = self.start[:n] + begin, end - begin, first - begin
-        return score_windows(self.model, self.stream, windows, width, lora, past, keep)
+    def step(self, visit: Visit) -> Tensor:
+        """Visit the chunk at `position`. Returns the NLL of its windows, as score_windows() has it.
 
-    def visit(self, chunk: int, n: int, figure: int | None = None, epoch: int | None = None, keep: bool = False):
-        """Score a chunk of the first n documents, for `figure` if given; then take an Adam step on its mean NLL, if an
-        `epoch` is given, at its rate. `keep`: append the chunk to the cache."""
-        s = self.run.s
+        Nothing here but the shapes comes from the host: recorded once, it serves all chunks of one shape."""
+        n, width, context, score, train, keep = visit
         leaf, lora = self.adapters.layers(n)
-        cached = figure == 0 or s.ttt_context == "cached"
-        nll, sums, present = self.score(chunk, lora, keep and cached, cached)
-        if figure is not None:
-            self.record(figure, chunk, nll.detach(), sums)
-            self.progress(n * s.ttt_chunk_size)
-        if epoch is not None:
+        end = self.end[:n].minimum(self.position + self.run.s.ttt_chunk_size)
+        begin, past = self.position.expand(n), None
+        if context is None:
+            begin = (end - self.run.s.ttt_eval_seq_len).clamp_min(0)
+        else:
+            past = Past(self.position, self.cache.slots(n, context, width))
+        windows = self.start[:n] + begin, end - begin, self.position - begin
+        nll, sums = score_windows(self.model, self.stream, windows, width, lora, past)
+        if score:
+            self.sums[:, :n].index_add_(0, self.figure, sums[None])
+        if train:
             loss = (nll.sum(1) / sums[:, 1].float()).sum()  # documents are independent: each gets its own gradient
-            (gradient,) = torch.autograd.grad(loss, leaf)
-            self.adapters.step(gradient, s.ttt_lora_lr * 0.5 * (1 + math.cos(math.pi * epoch / s.ttt_n_epochs)))
-            self.run.synchronize(lag=True)
-        if present:
-            self.cache.push(present)
+            self.adapters.step(torch.autograd.grad(loss, leaf)[0], self.lr)
+        if keep:
+            self.cache.push(n, self.position, width)
+        return nll.detach()
 
-    def read(self, figure: int, epoch: int | None):
+    def launch(self, visit: Visit):
+        """step(visit); of a shape that has come before, by a CUDA graph: one launch instead of hundreds."""
+        if not self.run.graphs or visit not in self.graphs:
+            self.graphs[visit] = None
+            self.step(visit)
+            return
+        if not self.graphs[visit]:
+            self.graphs[visit] = graph = torch.cuda.CUDAGraph()
+            stream = torch.cuda.Stream()
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):
+                graph.capture_begin(self.pool, capture_error_mode="thread_local")
+                self.step(visit)
+                graph.capture_end()
+        self.graphs[visit].replay()
+
+    def visit(self, chunk: int, n: int, cached: bool, score: bool = False, train: bool = False, keep: bool = False):
+        """Score a chunk of the first n documents, train on it, append it to the context: what is asked for."""
+        s, size = self.run.s, self.run.s.ttt_chunk_size
+        first = chunk * size
+        width = size if self.run.compile else min(size, int(self.lengths[0]) - first)  # compiled: one width for all
+        context = min(first, self.cache.window)
+        if not cached:
+            width, context = min(first + width, s.ttt_eval_seq_len), None
+        self.position.fill_(first)
+        self.launch(Visit(n, width, context, score, train, keep and cached))
+        self.progress(n * size * score)
+        self.run.synchronize(lag=True)
+
+    def read(self, figure: int, cached: bool, train: bool):
         """Visit every chunk from left to right, once."""
-        self.cache.position = 0
+        self.figure.fill_(figure)
         for chunk, n in enumerate(self.active[:-1]):
             if self.run.stopping or (figure and self.expired()):  # the plain pass knows no deadline
                 return
-            self.visit(chunk, n, figure, epoch, keep=self.active[chunk + 1] > 0)
+            self.visit(chunk, n, cached, score=True, train=train, keep=self.active[chunk + 1] > 0)
 
     def plain(self):
         """Score without adaptation: under adapters of zeros, which change nothing, so that compiled code is shared."""
-        s, given = self.run.s, self.adapters
-        self.adapters = Adapters(np.zeros((len(self.end), s.num_layers, 2 * s.ttt_lora_rank, s.model_dim)), self.run)
-        self.read(0, None)
-        self.adapters = given
+        self.adapters.begin(None)
+        self.read(0, cached=True, train=False)
 
-    def adapt(self):
-        """Adapt to every document under TTT_PROTOCOL, until the deadline.
+    def adapt(self, a: np.ndarray | None = None):
+        """Adapt to every document under TTT_PROTOCOL, until the deadline, from its drawn A or those given.
 
         replay: each epoch scores every chunk, then trains on it; only the first is backward-looking (PR #467).
         single_pass: each chunk is scored once, then trained on TTT_N_EPOCHS times; backward-looking throughout."""
-        if not self.adapters:
-            self.adapters = Adapters(np.stack([draw_lora_a(self.run.s, int(d)) for d in self.documents]), self.run)
-        epochs = range(self.run.s.ttt_n_epochs)
-        if self.run.s.ttt_protocol == "replay":
-            for epoch in epochs:
-                self.read(1 + epoch, epoch)
+        s, cached = self.run.s, self.run.s.ttt_context == "cached"
+        self.adapters.begin(np.stack([draw_lora_a(s, int(d)) for d in self.documents]) if a is None else a)
+        rates = [
+            s.ttt_lora_lr * 0.5 * (1 + math.cos(math.pi * epoch / s.ttt_n_epochs)) for epoch in range(s.ttt_n_epochs)
+        ]
+        if s.ttt_protocol == "replay":
+            for epoch, rate in enumerate(rates):
+                self.lr.fill_(rate)
+                self.read(1 + epoch, cached, train=True)
             return
-        self.cache.position = 0
+        self.figure.fill_(1)
         for chunk, go_on in enumerate(self.active[1:]):
-            self.visit(chunk, self.active[chunk], figure=1)
-            if go_on:
-                for epoch in epochs:
-                    if self.expired():
-                        return
-                    self.visit(chunk, go_on, epoch=epoch)
-                if self.run.s.ttt_context == "cached":  # the next chunk's context: this one under its final adapters
-                    self.visit(chunk, go_on, keep=True)
+            self.visit(chunk, self.active[chunk], cached, score=True)
+            for rate in rates if go_on else ():
+                if self.expired():
+                    return
+                self.lr.fill_(rate)
+                self.visit(chunk, go_on, cached, train=True)
+            if go_on and cached:  # the next chunk's context: this one under its final adapters
+                self.visit(chunk, go_on, cached, keep=True)
 
 
 def batch_documents(lengths: np.ndarray, run: Run) -> list[np.ndarray]:
-    """Batches of like length, longest first, the same for any world size; even a few documents make several."""
+    """Batches of like length, the same for any world size, costliest first; even a few documents make several."""
     size = run.s.ttt_batch_size or min(TTT_BATCH[run.device.type], -(-len(lengths) // 8))
     order = np.argsort(-lengths, kind="stable")
-    return [order[i : i + size] for i in range(0, len(order), size)]
-
-
-def plan_batches(batches: list[np.ndarray], lengths: np.ndarray, run: Run) -> list[list[np.ndarray]]:
-    """Each rank's batches, costliest first: a batch goes to the least loaded rank."""
-    costs = np.array([batch_cost(lengths[documents], run.s, STEP_FLOOR[run.device.type]) for documents in batches])
-    plan = [[] for _ in range(run.world)]
-    load = np.zeros(run.world)
-    for i in np.argsort(-costs, kind="stable"):
-        rank = int(load.argmin())
-        plan[rank].append(batches[i])
-        load[rank] += costs[i]
-    return plan
+    batches = [order[i : i + size] for i in range(0, len(order), size)]
+    return sorted(batches, key=lambda documents: -batch_cost(lengths[documents], run.s, STEP_FLOOR[run.device.type]))
 
 
 def batch_cost(lengths: np.ndarray, s: Settings, floor: int) -> float:
     """Predicted cost of a batch's epoch (targets per document, longest first), in tokens of matrix products.
+
     Its chunks are sequential: each costs its tokens weighted by their context, never less than `floor`."""
     size = s.ttt_chunk_size
     chunks = np.arange(-(-int(lengths[0]) // size))
@@ -1891,23 +2066,29 @@ def progress_files(tag: str, run: Run) -> list[Path]:
 
 
 def score_documents(model: GPT, stream: Stream, results: Results, deadline: float) -> list[float]:
-    """Score this rank's batches without adaptation, then with, until the deadline. Returns both ends in seconds."""
-    run, size, ends = results.run, results.run.s.ttt_chunk_size, []
-    plain = "no_adaptation", results.nll[:1], DocumentBatch.plain, math.inf
-    adapted = f"ttt {run.s.ttt_protocol}", results.nll[1:], DocumentBatch.adapt, deadline
-    for first, (label, figures, work, until) in enumerate((plain, adapted)):  # `first`: the figure that progress shows
-        missing = [batch for batch in batch_documents(stream.lengths, run) if np.isnan(figures[:, batch]).any()]
-        todo = plan_batches(missing, stream.lengths, run)[run.rank]
-        chunks = sum(int((-(-stream.lengths[documents] // size)).sum()) for documents in todo)
-        progress = Progress(run, label, len(figures) * chunks * size)
-        for documents in todo:
-            batch = DocumentBatch(model, stream, documents, run, until)
+    """Score batches without adaptation, then with, until the deadline. Returns both ends in seconds.
+
+    A rank takes the costliest batch that is left whenever it is free, so that all end at about the same time."""
+    run, ends, batch = results.run, [], None
+    plain = "no_adaptation", slice(0, 1), DocumentBatch.plain, math.inf
+    adapted = f"ttt {run.s.ttt_protocol}", slice(1, None), DocumentBatch.adapt, deadline
+    batches = batch_documents(stream.lengths, run)
+    todo = [[x for x in batches if np.isnan(results.nll[figures, x]).any()] for _, figures, _, _ in (plain, adapted)]
+    for missing, (label, figures, work, until) in zip(todo, (plain, adapted), strict=True):
+        size = run.s.ttt_chunk_size
+        chunks = sum(int((-(-stream.lengths[documents] // size)).sum()) for documents in missing)
+        progress = Progress(run, label, len(results.nll[figures]) * chunks * size // run.world)
+        for documents in run.shared(missing, label):
+            if batch and len(documents) <= batch.capacity:
+                batch.load(documents)
+            else:
+                batch = DocumentBatch(model, stream, documents, run)
+            batch.deadline, batch.progress = until, progress
             if batch.expired():
                 break
-            batch.progress = progress
             work(batch)
             results.add(documents, batch.complete())
-            progress(0, batch.sums[first])
+            progress(0, batch.sums[figures.start])
         ends.append(time.perf_counter() - results.began)
     return ends
 
@@ -2002,6 +2183,17 @@ def load_weights(model: GPT, state: dict[str, Tensor], origin: str):
         raise UserError(f"{origin}: {what} — set NUM_LAYERS, MODEL_DIM, … to match") from e
 
 
+def cost_of_quantisation(trainer: Trainer, stream: Stream, run: Run) -> dict:
+    """Standard bpb of the final float weights and of the artifact, from their files. The trainer keeps the latter."""
+    bpb = {}
+    for weights, name in (("float", "final_model.pt"), ("artifact", "final_model.ptz")):
+        _, state, _ = read_model(run.path(name), run)
+        load_weights(trainer.model, state, name)
+        bpb[weights] = evaluate_standard(trainer.forward, stream, run).bpb
+    run.log(f"export val_bpb float:{bpb['float']:.8f} artifact:{bpb['artifact']:.8f}")
+    return dict(val_bpb=bpb)
+
+
 def evaluate(model: GPT, stream: Stream, run: Run, tag: str, began: float) -> tuple[dict, Score]:
     """Score the stream with a model loaded at `began`. Returns the figures and the backward-looking Score."""
     if run.s.ttt_enabled:
@@ -2023,7 +2215,7 @@ def evaluation_tag(weights: str, stream: Stream, run: Run) -> str:
 
 def result_name(name: str, tag: str, run: Run) -> str:
     """A result's file name; another evaluation of an artifact in its folder leaves the run's own alone."""
-    return name.replace(".", f"_{tag}.") if own_artifact(run.s, run.output) else name
+    return name.replace(".", f"_{tag}.") if scores_its_own(run.s, run.output) else name
 
 
 def preflight(trainer: Trainer | None, model: GPT, run: Run) -> dict[str, float]:
@@ -2048,25 +2240,28 @@ def rehearse(trainer: Trainer | None, model: GPT, run: Run) -> dict[str, float]:
         run.synchronize()
         seconds[stage] = time.perf_counter() - began - sum(seconds.values())
 
+    state = None if trainer else GPT(s).state_dict()
+    row = synthetic_stream([s.train_seq_len * run.world + 1], run)
     if trainer and not trainer.finished:
         trainer.warm_up()
         trainer.save(small)
         done("training")
-        evaluate_standard(trainer.forward, synthetic_stream([s.train_seq_len * run.world + 1], run), small)
+        evaluate_standard(trainer.forward, row, small)
         done("validation")
-    state = trainer.state_dict() if trainer else GPT(s).state_dict()
     if trainer:
-        small.together(lambda: export(state, small))
+        state, hessians = trainer.state_dict(), trainer.reserve()
+        small.together(lambda: export(state, hessians, small))
+        cost_of_quantisation(trainer, row, small)
+        load_weights(trainer.model, state, "the weights before")
         _, state, _ = read_model(small.path("final_model.ptz"), small)
         done("export")
     load_weights(model, state, "the untrained model")
     longest = s.ttt_eval_seq_len + s.ttt_chunk_size  # more than a window of context
-    if s.ttt_enabled and run.compile:  # every shape: a batch whose documents end one after another, and a single one
-        for size in (s.ttt_batch_size or TTT_BATCH[run.device.type], 1):
-            rehearsal = synthetic_stream([longest // (1 + 3 * i // size) for i in range(size)], run)
-            batch = DocumentBatch(model, rehearsal, np.arange(size), small)
-            batch.plain()
-            batch.adapt()
+    if s.ttt_enabled and run.compile:
+        rehearse_adaptation(model, longest, small)
+        run.graphs = small.graphs
+        if run.cuda and not run.graphs:
+            run.log("note: CUDA graphs do not compute what they record here; every step is launched kernel by kernel")
     sliding = [s.train_seq_len + s.eval_stride * run.world]  # a window for every rank
     stream = synthetic_stream([longest, s.ttt_chunk_size + 1] if s.ttt_enabled else sliding, run)
     tag = evaluation_tag("untrained", stream, small)
@@ -2075,6 +2270,23 @@ def rehearse(trainer: Trainer | None, model: GPT, run: Run) -> dict[str, float]:
     small.together(lambda: finish(result, tag, small))
     done("evaluation")
     return seconds
+
+
+def rehearse_adaptation(model: GPT, longest: int, run: Run):
+    """Compile every shape: a batch whose documents end one after another, and a single one. Try CUDA graphs on both."""
+    for size in (run.s.ttt_batch_size or TTT_BATCH[run.device.type], 1):
+        figures = []
+        stream = synthetic_stream([longest // (1 + 3 * i // size) for i in range(size)], run)
+        batch = DocumentBatch(model, stream, np.arange(size), run)
+        for graphs in (False, run.cuda):
+            run.graphs = graphs
+            batch.plain()
+            batch.adapt()
+            figures.append(batch.complete())
+            batch.load(np.arange(size))
+        if not all(run.gather(np.allclose(figures[0], figures[-1], rtol=1e-3, equal_nan=True))):
+            run.graphs = False
+            return
 
 
 def main() -> int:
@@ -2102,8 +2314,9 @@ def main() -> int:
     result = dict(schema_version=2, run_id=run.s.run_id, seed=run.s.seed, settings=asdict(run.s))
     result |= dict(preflight=preflight(trainer, model, run))
     if trainer:
-        trainer.train(stream)
-        artifact = run.together(lambda: export(trainer.state_dict(), run))
+        hessians = trainer.train(stream)
+        artifact = run.together(lambda: export(trainer.state_dict(), hessians, run))
+        artifact |= cost_of_quantisation(trainer, stream, run)
     began = time.perf_counter()
     path = Path(run.s.eval_only or run.path("final_model.ptz"))
     _, state, digest = read_model(path, run)
