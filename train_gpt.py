@@ -936,7 +936,7 @@ class GPT(nn.Module):
         """ids (B, lead + T), the first of the T at `position` -> their embedding (B, T, d), and RoPE's cos and sin."""
         at = torch.arange(-lead, ids.size(1) - lead, device=ids.device) + position
         x = self.smear(norm((self.tok_emb(ids) + self.bigram(ids, at, self.dtype)).to(self.dtype)))
-        return x[:, lead:], rotary(at[lead:], self.blocks[0].attn.head_dim, self.rope_base, self.dtype)
+        return x[:, lead:].contiguous(), rotary(at[lead:], self.blocks[0].attn.head_dim, self.rope_base, self.dtype)
 
     def head(self, x, targets):
         """NLL of each target in nats under the capped logits, (B, T) float32."""
@@ -1870,7 +1870,8 @@ class DocumentBatch:
         self.position = torch.zeros((), dtype=torch.int64, device=run.device)  # of the chunk's first target
         self.lr = torch.zeros((), device=run.device)
         self.graphs = {}  # by Visit
-        self.pool = torch.cuda.graph_pool_handle() if run.cuda else None
+        if run.cuda:  # graphs share memory if they are recorded on one stream
+            self.pool, self.recorder = torch.cuda.graph_pool_handle(), torch.cuda.Stream()
         self.load(documents)
 
     def load(self, documents: np.ndarray):
@@ -1927,9 +1928,8 @@ class DocumentBatch:
             return
         if not self.graphs[visit]:
             self.graphs[visit] = graph = torch.cuda.CUDAGraph()
-            stream = torch.cuda.Stream()
-            stream.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(stream):
+            self.recorder.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(self.recorder):
                 graph.capture_begin(self.pool, capture_error_mode="thread_local")
                 self.step(visit)
                 graph.capture_end()
