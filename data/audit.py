@@ -3,10 +3,12 @@
 For K documents of at least two chunks it replaces every token after a point t, inside a chunk, by another one and
 scores again. It prints, for each figure, the largest change of any target's NLL up to t, beside that of an unchanged
 repeat, and adds the rows to the run's result.json. Backward-looking figures must not move; the last epoch of replay
-shows its leak. Exit code 1 if a backward-looking figure moved."""
+shows its leak. Exit code 1 if a backward-looking figure moved. With --positions it writes instead what plot.py needs
+for bits per byte by position: sums by chunk of the first K documents (default: all), in ttt_positions.npz."""
 
 from __future__ import annotations
 
+import io
 import json
 import math
 import sys
@@ -27,15 +29,22 @@ class Traced(train_gpt.DocumentBatch):
         super().__init__(*arguments)
         self.trace = np.full((len(self.sums), len(self.lengths), int(self.lengths[0])), math.nan, np.float32)
 
-    def record(self, figure, chunk, nll, sums):
-        super().record(figure, chunk, nll, sums)
-        s = self.run.s
-        first = chunk * s.ttt_chunk_size
-        for row, scored in enumerate(nll.cpu().numpy()):
+    def step(self, visit):
+        nll = super().step(visit)
+        s, first = self.run.s, int(self.position)
+        for row, scored in enumerate(nll.cpu().numpy() if visit.score else ()):
             end = min(int(self.lengths[row]), first + s.ttt_chunk_size)
-            windowed = figure > 0 and s.ttt_context == "recompute"
-            begin = max(0, end - s.ttt_eval_seq_len) if windowed else first
-            self.trace[figure, row, first:end] = scored[first - begin : end - begin]
+            begin = max(0, end - s.ttt_eval_seq_len) if visit.context is None else first
+            self.trace[int(self.figure), row, first:end] = scored[first - begin : end - begin]
+        return nll
+
+
+def trace(model: train_gpt.GPT, stream: train_gpt.Stream, run: train_gpt.Run, documents: np.ndarray, seeds: np.ndarray):
+    """NLL of every target of documents given longest first, as Traced has it, under the adapters of `seeds`."""
+    batch = Traced(model, stream, documents, run)
+    batch.plain()
+    batch.adapt(np.stack([train_gpt.draw_lora_a(run.s, int(seed)) for seed in seeds]))
+    return batch.trace
 
 
 def figure_names(s: train_gpt.Settings) -> dict[str, int]:
@@ -46,20 +55,6 @@ def figure_names(s: train_gpt.Settings) -> dict[str, int]:
     return {"no_adaptation": 0, "epoch_1": 1} | last
 
 
-def trace(model: train_gpt.GPT, run: train_gpt.Run, tokens: list[np.ndarray], documents: np.ndarray) -> np.ndarray:
-    """NLL of every target of documents given longest first, as Traced has it, under the adapters of those documents."""
-    lengths = np.array([len(x) - 1 for x in tokens])
-    starts = np.cumsum(lengths + 1) - lengths - 1
-    flat = np.concatenate(tokens)
-    stream = train_gpt.Stream(flat, np.zeros(len(flat) - 1, np.int16), run.device, (starts, lengths))
-    batch = Traced(model, stream, np.arange(len(tokens)), run)
-    a = np.stack([train_gpt.draw_lora_a(run.s, int(document)) for document in documents])
-    batch.adapters = train_gpt.Adapters(a, run)
-    batch.plain()
-    batch.adapt()
-    return batch.trace
-
-
 def audit(model: train_gpt.GPT, stream: train_gpt.Stream, run: train_gpt.Run, documents: int) -> list[dict]:
     """One row for each document and figure: t, the largest change of an NLL up to t in nats, and the repeat's."""
     s = run.s
@@ -68,67 +63,85 @@ def audit(model: train_gpt.GPT, stream: train_gpt.Stream, run: train_gpt.Run, do
     chosen = chosen[np.argsort(-stream.lengths[chosen], kind="stable")]
     if not len(chosen):
         raise common.UserError(f"no document has two chunks of {s.ttt_chunk_size} targets — score longer documents")
-    before, after, points = [], [], []
-    for document in chosen:
-        start, length = int(stream.starts[document]), int(stream.lengths[document])
-        tokens = stream.tokens[start : start + length + 1].cpu().numpy()
-        t = int(rng.integers(1, length))
-        other = rng.integers(train_gpt.BOS + 1, s.vocab_size - 1, len(tokens))
-        other += other >= tokens  # never the token itself
-        before.append(tokens)
-        after.append(np.where(np.arange(len(tokens)) > t, other, tokens))
-        points.append(t)
-    first = trace(model, run, before, chosen)
-    repeat = trace(model, run, before, chosen)
-    changed = trace(model, run, after, chosen)
+    lengths = stream.lengths[chosen]
+    starts = np.cumsum(lengths + 1) - lengths - 1
+    tokens = stream.tokens.cpu().numpy()
+    before = [tokens[start : start + n + 1] for start, n in zip(stream.starts[chosen], lengths, strict=True)]
+    points = rng.integers(1, lengths)
+    after = []
+    for document, t in zip(before, points, strict=True):
+        other = rng.integers(train_gpt.BOS + 1, s.vocab_size - 1, len(document))
+        other += other >= document  # never the token itself
+        after.append(np.where(np.arange(len(document)) > t, other, document))
+    traces = []
+    for flat in map(np.concatenate, (before, before, after)):
+        own = train_gpt.Stream(flat, np.zeros(len(flat) - 1, np.int16), run.device, (starts, lengths))
+        traces.append(trace(model, own, run, np.arange(len(chosen)), chosen))
     rows = []
-    for i, document in enumerate(chosen.tolist()):
+    for i, (document, t) in enumerate(zip(chosen.tolist(), points.tolist(), strict=True)):
         for name, figure in figure_names(s).items():
-            seen = first[figure, i, : points[i]]  # token j is target j - 1: t targets have an index <= t
-            change, noise = (float(np.abs(x[figure, i, : points[i]] - seen).max()) for x in (changed, repeat))
-            row = {"document": document, "targets": int(stream.lengths[document]), "t": points[i], "figure": name}
-            rows.append(row | {"backward_looking": not name.startswith("last"), "change": change, "repeat": noise})
+            seen, *others = (x[figure, i, :t] for x in traces)  # token j is target j - 1: t targets have an index <= t
+            repeat, change = (float(np.abs(x - seen).max()) for x in others)
+            row = {"document": document, "targets": int(lengths[i]), "t": t, "figure": name}
+            rows.append(row | {"backward_looking": not name.startswith("last"), "change": change, "repeat": repeat})
     return rows
 
 
-def settings_of(folder: Path) -> tuple[dict, train_gpt.Settings]:
-    """A run's result and the settings that score its artifact again."""
-    result = json.loads((folder / "result.json").read_text(encoding="utf-8"))
-    kept = {
-        name: value for name, value in result["settings"].items() if name in train_gpt.Settings.__dataclass_fields__
-    }
-    kept |= {"eval_only": kept["eval_only"] or str(folder / "final_model.ptz"), "output_dir": str(folder)}
-    kept |= {"resume": False, "compile": 0, "device": "auto"}
-    return result, train_gpt.Settings(**kept).checked()
+def positions(model: train_gpt.GPT, stream: train_gpt.Stream, run: train_gpt.Run, documents: int | None) -> dict:
+    """Sums by chunk of the first documents: figures (F,), nll (F, C), targets and bytes (C,)."""
+    size, names = run.s.ttt_chunk_size, figure_names(run.s)
+    lengths = stream.lengths[:documents]
+    chunks = -(-int(lengths.max()) // size)
+    sums = np.zeros((len(names) + 2, chunks))
+    bytes_ = stream.bytes.cpu().numpy()
+    for batch in train_gpt.batch_documents(lengths, run):
+        found = trace(model, stream, run, batch, batch)[list(names.values())]
+        for i, document in enumerate(batch):
+            n, start = lengths[document], stream.starts[document]
+            rows = np.vstack([found[:, i, :n], np.ones(n), bytes_[start : start + n]])
+            cuts = np.arange(0, n, size)
+            sums[:, : len(cuts)] += np.add.reduceat(rows, cuts, axis=1)
+    return {"figures": np.array(list(names)), "nll": sums[:-2], "targets": sums[-2], "bytes": sums[-1]}
 
 
-def main() -> None:
-    parser = common.Parser(description=__doc__, formatter_class=common.argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("run", type=Path, help="a run's folder, with result.json")
-    parser.add_argument("--documents", type=common.number(int, 1), default=2, help="documents to audit (default 2)")
-    arguments = parser.parse_args()
+def open_run(left: common.Run) -> tuple[train_gpt.GPT, train_gpt.Stream, train_gpt.Run]:
+    """The model that a run scored, the text, and the settings; UserError if either is not what it was."""
+    folder = left.path.parent
+    kept = {k: v for k, v in left.result["settings"].items() if k in train_gpt.Settings.__dataclass_fields__}
+    kept |= {"eval_only": kept.get("eval_only") or str(folder / "final_model.ptz"), "output_dir": str(folder)}
     try:
-        result, s = settings_of(arguments.run)
-    except (ValueError, KeyError, TypeError) as error:
-        raise common.UserError(
-            f"{arguments.run}/result.json is no run's result ({error}) — name a run's folder"
-        ) from error
-    try:
-        run = train_gpt.Run(s)
-        settings, state, digest = train_gpt.read_model(Path(s.eval_only), run)
+        run = train_gpt.Run(train_gpt.Settings(**kept | {"resume": False, "compile": 0, "device": "auto"}).checked())
+        settings, state, digest = train_gpt.read_model(Path(run.s.eval_only), run)
         run = run.using(**settings.of(train_gpt.ModelSettings))
         model = train_gpt.scoring_model(run)
-        train_gpt.load_weights(model, state, s.eval_only)
+        train_gpt.load_weights(model, state, run.s.eval_only)
         stream = train_gpt.load_validation(run)
     except train_gpt.UserError as error:
         raise common.UserError(str(error)) from error
-    if (digest, stream.fingerprint) != (result["weights_sha256"], result["data"]["validation"]):
-        raise common.UserError(f"{arguments.run} has another artifact or text than its result — restore them")
-    rows = audit(model, stream, run, arguments.documents)
+    if (digest, stream.fingerprint) != (left.result["weights_sha256"], left.result["data"]["validation"]):
+        raise common.UserError(f"{left.path} is of another artifact or text — {common.UNTOUCHED}")
+    return model, stream, run
+
+
+def main() -> None:
+    parser = common.Parser(__doc__)
+    parser.add_argument("run", type=Path, help="a run's folder, or a result_<tag>.json in it")
+    parser.add_argument("--documents", type=common.number(int, 1), help="default: 2, with --positions all")
+    parser.add_argument("--positions", action="store_true", help="write ttt_positions.npz instead")
+    arguments = parser.parse_args()
+    left = common.read_run(arguments.run)
+    opened = open_run(left)
+    if arguments.positions:
+        content = io.BytesIO()
+        np.savez(content, weights=left.result["weights_sha256"], **positions(*opened, arguments.documents))
+        common.write_atomic(left.beside("ttt_positions"), content.getvalue())
+        print(f"wrote {left.beside('ttt_positions')}")
+        return
+    rows = audit(*opened, arguments.documents or 2)
     for row in rows:
         print("audit " + " ".join(f"{k}:{v:.3e}" if isinstance(v, float) else f"{k}:{v}" for k, v in row.items()))
-    result["evaluation"]["audit"] = rows
-    common.write_atomic(arguments.run / "result.json", json.dumps(result, indent=1).encode())
+    left.result["evaluation"]["audit"] = rows
+    common.write_atomic(left.path, json.dumps(left.result, indent=1).encode())
     if any(row["backward_looking"] and row["change"] > row["repeat"] for row in rows):
         sys.exit(1)
 

@@ -35,6 +35,9 @@ class UserError(Exception):
 class Parser(argparse.ArgumentParser):
     """argparse, but a bad command line is a UserError: one line instead of the usage text."""
 
+    def __init__(self, description: str | None) -> None:
+        super().__init__(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message} — see --help")
 
@@ -67,11 +70,8 @@ def run(main: Callable[[], None]) -> NoReturn:
         package = (error.name or str(error)).split(".")[0]
         message = f"this needs {package}, which is not installed — pip install {package}"
     except OSError as error:
-        advice = (
-            "free some space"
-            if error.errno in (errno.ENOSPC, errno.EDQUOT)
-            else "check the path, its permissions and the disk"
-        )
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        advice = "free some space" if full else "check the path, its permissions and the disk"
         message = f"{error.filename or 'input/output'}: {error.strerror or error} — {advice}"
     except KeyboardInterrupt:
         message = "interrupted — run it again"
@@ -102,7 +102,7 @@ def new_directory(out: Path, replace: bool = False) -> Iterator[Path]:
     require_free(out, replace)
     out = out.resolve()
     partial = out.with_name(f"{out.name}.partial-{os.getpid()}")
-    retired = out.with_name(f"{out.name}.partial-{os.getpid()}-old")
+    retired = partial.with_name(f"{partial.name}-old")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     try:
@@ -123,21 +123,19 @@ def require_free(out: Path, replace: bool) -> None:
     names = sorted(entry.name for entry in out.iterdir()) if out.exists() else []
     if names and not replace:
         raise UserError(f"{out} is not empty — choose another folder, or replace a dataset with --force")
-    foreign = [name for name in names if not re.fullmatch(r"fineweb_(train|val)_\d+\.bin|.*\.model", name)]
-    if foreign:
-        raise UserError(f"{out} holds {foreign[0]}, which is no part of a dataset — choose another folder")
+    for name in names:
+        if not re.fullmatch(r"fineweb_(train|val)_\d+\.bin|.*\.model", name):
+            raise UserError(f"{out} holds {name}, which is no part of a dataset — choose another folder")
 
 
-def check_shard(path: Path, advice: str = "delete it and get or build it again") -> int:
-    """Returns the number of tokens in a shard; UserError with `advice` unless magic, version, count and size agree."""
+def check_shard(path: Path) -> int:
+    """Returns the number of tokens in a shard; UserError unless magic, version, count and size agree."""
     with open(path, "rb") as file:
         head = file.read(HEADER_BYTES)
         size = os.fstat(file.fileno()).st_size
     magic, version, count = np.frombuffer(head[:12].ljust(12, b"\0"), dtype="<i4").tolist()
-    if (magic, version) != (MAGIC, VERSION):
-        raise UserError(f"{path} is not a token shard (wrong header) — {advice}")
-    if size != HEADER_BYTES + TOKEN.itemsize * count:
-        raise UserError(f"{path} has {size:,} bytes, but its header announces {count:,} tokens — {advice}")
+    if (magic, version, HEADER_BYTES + TOKEN.itemsize * count) != (MAGIC, VERSION, size):
+        raise UserError(f"{path} is not a whole token shard — delete it and get or build it again")
     return count
 
 
@@ -148,6 +146,7 @@ SCHEMA_VERSION = 2
 SCORED = {"val_loss": float, "val_bpb": float}
 FIGURE = SCORED | {"targets": int, "bytes": int, "backward_looking": bool, "lacking": int, "epoch": (None, int)}
 AUDIT = [{"document": int, "figure": str, "backward_looking": bool, "change": float, "repeat": float}]
+EVALUATION = {"seconds": float, "audit": (None, AUDIT), "curve": (None, [FIGURE])}
 ADAPTED = {"documents": int, "no_adaptation": FIGURE, "backward_looking": FIGURE, "last_epoch": FIGURE}
 RESULT = SCORED | {
     "run_id": str,
@@ -163,7 +162,7 @@ RESULT = SCORED | {
     "training": (None, {"steps": int, "seconds": float}),
     "artifact": (None, {"model_bytes": int, "code_bytes": int, "total_bytes": int, "sha256": str}),
 }
-UNTOUCHED = "give the untouched result of a finished run"
+UNTOUCHED = "give a finished run as it was left"
 
 
 @dataclass(frozen=True)
@@ -173,13 +172,9 @@ class Run:
     path: Path  # result.json, or result_<tag>.json of another evaluation in the same folder
     result: dict[str, Any]
 
-    @property
-    def log(self) -> Path:
-        return self.path.with_name("train.log")
-
-    @property
-    def documents(self) -> Path:
-        return self.path.with_name(self.path.name.replace("result", "ttt_documents", 1)).with_suffix(".npz")
+    def beside(self, name: str) -> Path:
+        """The file of this evaluation that is called `name` in a folder with one."""
+        return self.path.with_name(self.path.name.replace("result", name, 1)).with_suffix(".npz")
 
     @property
     def score(self) -> dict[str, Any]:
@@ -199,10 +194,8 @@ def read_run(path: Path) -> Run:
     """Reads a result.json, or the one in a run's folder; UserError if it is anything else."""
     path = path / "result.json" if path.is_dir() else path
     try:
-        result = json.loads(path.read_bytes(), parse_int=reasonable(int), parse_float=reasonable(float))
+        result = json.loads(path.read_bytes(), parse_int=bounded, parse_float=bounded)
         json.dumps(result, ensure_ascii=False, allow_nan=False).encode()  # no NaN, no half of a character
-    except FileNotFoundError:
-        raise UserError(f"{path} does not exist — {UNTOUCHED}") from None
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is no JSON of a run ({error}) — {UNTOUCHED}") from error
     version = result.get("schema_version") if isinstance(result, dict) else None
@@ -210,39 +203,29 @@ def read_run(path: Path) -> Run:
         raise UserError(f"{path} has schema_version {version!r}, not {SCHEMA_VERSION} — {UNTOUCHED}")
     evaluation = result.get("evaluation")
     sliding = isinstance(evaluation, dict) and "sliding" in evaluation
-    figures = {"sliding": FIGURE} if sliding else ADAPTED
-    require_form(
-        result,
-        RESULT | {"evaluation": figures | {"seconds": float, "audit": (None, AUDIT), "curve": (None, [FIGURE])}},
-        path,
-    )
+    require_form(result, RESULT | {"evaluation": EVALUATION | ({"sliding": FIGURE} if sliding else ADAPTED)}, path)
     if result["seed"] != result["settings"]["seed"]:
-        seeds = f"{result['seed']} and settings.seed {result['settings']['seed']}"
-        raise UserError(f"{path} contradicts itself with seed {seeds} — {UNTOUCHED}")
+        raise UserError(f"{path} has seed {result['seed']} and another in its settings — {UNTOUCHED}")
     return Run(path, result)
 
 
-def reasonable(kind: type) -> Callable[[str], int | float]:
-    """Returns a reader of JSON numbers; ValueError for one that 64 bits could not count."""
-
-    def read(text: str) -> int | float:
-        if not abs(float(text)) < 2**63:
-            raise ValueError(f"{text:.9} with {len(text)} digits is out of range")
-        return kind(text)
-
-    return read
+def bounded(digits: str) -> float:
+    """A number of JSON; infinity for one that 64 bits could not count."""
+    value = float(digits)
+    if abs(value) >= 2**63:
+        return math.inf
+    return value if set(digits) & set(".eE") else int(digits)
 
 
 def require_form(value: Any, form: Any, path: Path, name: str = "") -> None:
     """UserError naming what is missing or of another type in the part `name` of a result."""
     if isinstance(form, tuple):
-        if value is not None:
-            require_form(value, form[1], path, name)
-        return
+        if value is None:
+            return
+        form = form[1]
     kind = type(form) if isinstance(form, (dict, list)) else form
-    accepted = (int, float) if kind is float else kind
-    if not isinstance(value, accepted) or (isinstance(value, bool) and kind is not bool):
-        raise UserError(f"{path} has no {name or 'object'} of type {kind.__name__} — {UNTOUCHED}")
+    if not isinstance(value, (int, float) if kind is float else kind) or (isinstance(value, bool) and kind is not bool):
+        raise UserError(f"{path} has no {name} of type {kind.__name__} — {UNTOUCHED}")
     if isinstance(form, dict):
         for key, part in form.items():
             require_form(value.get(key), part, path, f"{name}.{key}".removeprefix("."))
@@ -253,44 +236,45 @@ def require_form(value: Any, form: Any, path: Path, name: str = "") -> None:
 
 def read_log(run: Run) -> tuple[bytes, bytes]:
     """Returns a run's log and the source that stands in it; UserError if the log is another run's or not there."""
-    if not run.log.is_file():
-        raise UserError(f"{run.log} is not there — give a result with its log beside it")
-    log = run.log.read_bytes()
-    run_id = re.escape(run.result["run_id"].encode())
-    if not re.search(rb"^[* ]*RUN_ID=%b\s*$" % run_id, log, re.MULTILINE):
-        raise UserError(
-            f"{run.log} belongs to another run than {run.result['run_id']} — give them as the run left them"
-        )
+    path = run.path.with_name("train.log")
+    log = path.read_bytes()
+    if not re.search(rb"^[* ]*RUN_ID=%b\s*$" % re.escape(run.result["run_id"].encode()), log, re.MULTILINE):
+        raise UserError(f"{path} belongs to another run than {run.result['run_id']} — {UNTOUCHED}")
     for found in re.finditer(rb'^"""', log, re.MULTILINE):  # the source begins with its docstring
         source = log[found.start() : found.start() + run.result["source_bytes"]]
         if hashlib.sha256(source).hexdigest() == run.result["source_sha256"]:
             return log, source
-    raise UserError(f"{run.log} does not hold the source of {run.path} — give them as the run left them")
+    raise UserError(f"{path} does not hold the source of {run.path} — {UNTOUCHED}")
+
+
+def read_arrays(path: Path, axes: dict[str, int]) -> dict[str, np.ndarray]:
+    """Reads an .npz of numbers with so many axes each, the last as long in all; UserError if it is anything else."""
+    try:
+        with np.load(path) as file:
+            arrays = dict(file.items())
+        fit = all(arrays[name].ndim == n and arrays[name].dtype.kind in "iuf" for name, n in axes.items())
+        if not fit or len({arrays[name].shape[-1] for name in axes}) != 1:
+            raise ValueError("shapes or types")
+    except FileNotFoundError:
+        raise
+    except Exception as error:  # a damaged archive raises many kinds
+        raise UserError(f"{path} is damaged ({type(error).__name__}) — {UNTOUCHED}") from error
+    return arrays
 
 
 def read_documents(run: Run) -> dict[str, np.ndarray]:
     """Reads an evaluation's ttt_documents.npz; D documents, E figures that a document has besides no adaptation.
 
-    Holds index, targets, bytes, nll_no_adaptation and figures_finished (D,), nll_per_epoch (E, D), and, where the
-    evaluation wrote them, by chunk of the document, chunk_figures (F,), nll_by_chunk (F, C), targets_by_chunk and
-    bytes_by_chunk (C,). NLL in nats. UserError if the file is missing, damaged or of another evaluation.
+    Holds index, targets, bytes, nll_no_adaptation and figures_finished (D,), and nll_per_epoch (E, D), in nats.
+    UserError if the file is missing, damaged or of another evaluation.
     """
     if "sliding" in run.result["evaluation"]:
         raise UserError(f"{run.path} is of a sliding window — give runs with test-time training")
-    advice = "give a finished run with its ttt_documents.npz"
+    path = run.beside("ttt_documents")
     names = {"targets": 1, "bytes": 1, "nll_no_adaptation": 1, "nll_per_epoch": 2, "figures_finished": 1}
-    try:
-        with np.load(run.documents) as file:
-            arrays = dict(file.items())
-        fit = all(arrays[name].ndim == axes and arrays[name].dtype.kind in "iuf" for name, axes in names.items())
-        if not fit or len({arrays[name].shape[-1] for name in names}) != 1:
-            raise ValueError("shapes or types")
-        found = arrays["nll_no_adaptation"].sum(), arrays["nll_per_epoch"][0].sum()
-    except FileNotFoundError:
-        raise UserError(f"{run.documents} does not exist — {advice}") from None
-    except Exception as error:  # a damaged archive raises many kinds
-        raise UserError(f"{run.documents} is damaged ({type(error).__name__}) — {advice}") from error
+    arrays = read_arrays(path, names)
+    found = arrays["nll_no_adaptation"].sum(), *arrays["nll_per_epoch"][:1].sum(1)
     for nats, figure in zip(found, run.figures, strict=False):
         if not figure["lacking"] and not math.isclose(nats, figure["val_loss"] * figure["targets"], rel_tol=1e-6):
-            raise UserError(f"{run.documents} has other figures than {run.path} — {advice}")
+            raise UserError(f"{path} has other figures than {run.path} — {UNTOUCHED}")
     return arrays

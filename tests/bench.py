@@ -1,6 +1,6 @@
 """Measures what the specification sets figures for: training, test-time training and packing.
 
-    python tests/bench.py train|ttt|pack|curve [--device cpu|cuda] [--shard FILE] [--repeats N] [--profile]
+    python tests/bench.py train|ttt|pack|curve|export [--device cpu|cuda] [--shard FILE] [--repeats N] [--profile]
 
 The model and every other setting come from the environment, as for train_gpt.py; PRESET defaults to `record` on CUDA
 and to `tiny` on a CPU, the latter with the record's window of 2,048 tokens. Tokens are synthetic (random ids,
@@ -9,14 +9,24 @@ hardware's own ceilings are measured first. `--profile` adds torch.profiler's ta
 
 `curve` trains three times on the same batches of --shard: as train_gpt.py does; from the same weights with the
 optimiser written out one parameter at a time and nothing compiled; and from other weights, to tell what a seed changes.
+
+`ttt` times single steps and simulates the evaluation of the full split on eight such devices: its documents are drawn
+from the sample's lengths, with the sample's own tail or a Pareto one, and each rank takes the costliest batch that is
+left. What comes out is a prediction.
+
+`export --run FOLDER` quantises a finished run's weights in as many ways as there are --try, each settings like
+"QUANT_SIGMAS=4.0,5.6 QUANTIZER=nearest" (STRETCH=1.2 stretches the steps), and prints bytes and the loss in bits per
+byte against the float weights on --rows rows of validation text, with a 95% interval by bootstrap over rows.
 """
 
 import argparse
+import heapq
 import io
 import os
 import statistics
 import sys
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -28,14 +38,16 @@ from plain import Loop
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import train_gpt as t
 
+FULL_SPLIT_DOCUMENTS = 50_000
 FULL_SPLIT_TOKENS = 62_021_845
+FIELDS = t.Settings.__dataclass_fields__
 GPUS = 8
 BUDGET = 600.0  # seconds
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("work", choices=("train", "ttt", "pack", "curve"))
+    parser.add_argument("work", choices=("train", "ttt", "pack", "curve", "export"))
     parser.add_argument("--device", choices=("cpu", "cuda"), help="default: CUDA if there is one")
     parser.add_argument("--shard", type=Path, help="take real documents from this shard")
     parser.add_argument("--documents", type=int, nargs="*", default=[], help="sizes of ttt batches to compare")
@@ -43,6 +55,9 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--steps", type=int, default=200, help="steps of curve")
     parser.add_argument("--profile", action="store_true", help="also print torch.profiler's table of a step")
+    parser.add_argument("--run", type=Path, help="export: a finished run's folder")
+    parser.add_argument("--rows", type=int, default=64, help="export: validation rows to score")
+    parser.add_argument("--try", dest="tries", action="append", default=[], help="export: settings, space separated")
     args = parser.parse_args()
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     preset = dict(PRESET="record") if device == "cuda" else dict(PRESET="tiny", TTT_EVAL_SEQ_LEN="2048")
@@ -50,7 +65,9 @@ def main() -> None:
         run = t.Run(t.Settings.from_env(preset | os.environ | dict(DEVICE=device)))
         print(" ".join(f"{k}:{v}" for k, v in t.environment(run).items()))
         torch.manual_seed(run.s.seed)
-        {"train": bench_train, "ttt": bench_ttt, "pack": bench_pack, "curve": bench_curve}[args.work](run, args)
+        {"train": bench_train, "ttt": bench_ttt, "pack": bench_pack, "curve": bench_curve, "export": bench_export}[
+            args.work
+        ](run, args)
     except (t.UserError, OSError) as e:
         sys.exit(f"error: {t.user_line(e)}")
 
@@ -230,30 +247,96 @@ def bench_ttt(run: t.Run, args) -> None:
     print(f"cached / recompute on documents of >= 1,000 tokens: {cached / recompute:.2f}")
     if args.profile:
         show_profile(run, lambda: adapt(typical))
-    longest_first = np.concatenate(batches)
+    longest_first = longest_order(stream.lengths)
     begin = int(np.searchsorted(-stream.lengths[longest_first], -stream.lengths[typical].max()))
     for size in args.documents:
         measure(longest_first[begin : begin + size])
+    cost = time_steps(model, run, args.repeats)
+    print("seconds of a step: " + " ".join(f"{name}:{value:.5f}" for name, value in vars(cost).items()))
+    whole_sample = sum(cost.epoch(stream.lengths[batch], run.s) for batch in batches)
     repeats = 1 if run.cuda else 0
-    seconds = np.array([seconds_of(run, lambda b=batch: adapt(b), repeats) for batch in batches]) / args.epochs
-    project(run, stream, batches, seconds, epochs)
+    measured = sum(seconds_of(run, lambda b=batch: adapt(b), repeats) for batch in batches) / args.epochs
+    rate = int(stream.lengths.sum()) / measured
+    print(f"ttt {run.s.ttt_context}, {len(stream.lengths)} documents: {rate:,.0f} scored token-epochs/s, ", end="")
+    print(f"{measured:.1f} s an epoch where the steps' seconds predict {whole_sample:.1f}")
+    for tail in ("sample", "pareto"):
+        simulate(cost, draw_documents(stream.lengths, tail), tail, run.using(ttt_n_epochs=epochs))
 
 
-def project(run: t.Run, stream: t.Stream, batches: list, seconds: np.ndarray, epochs: int) -> None:
-    """The full split's seconds on GPUS such devices, from the seconds of an epoch of each batch of the sample."""
-    lengths = stream.lengths
-    rate = int(lengths.sum()) / seconds.sum()
-    print(f"ttt {run.s.ttt_context}, {len(lengths)} documents of all lengths: {rate:,.0f} scored token-epochs/s")
-    predicted = np.array([t.batch_cost(lengths[b], run.s, t.STEP_FLOOR[run.device.type]) for b in batches])
-    low, high = np.quantile(seconds / predicted * predicted.sum() / seconds.sum(), (0.05, 0.95))
-    print(f"measured / predicted cost of a batch: {low:.2f} to {high:.2f} (5% to 95%)")
-    whole = epochs * FULL_SPLIT_TOKENS / rate / GPUS
-    budget = f"budget {BUDGET:.0f} s, everything included"
-    print(f"full split, {epochs} epochs, {GPUS} such devices: {whole:,.0f} s by throughput ({budget})")
-    longest = int(np.argmax([lengths[b].max() for b in batches]))
-    chunks = -(-int(lengths.max()) // run.s.ttt_chunk_size)
-    sequence = f"{int(lengths.max()):,} tokens = {chunks} chunks x {epochs} steps in sequence"
-    print(f"critical path: {epochs * seconds[longest]:,.0f} s, the batch of the longest document, {sequence}")
+def longest_order(lengths: np.ndarray) -> np.ndarray:
+    return np.argsort(-lengths, kind="stable")
+
+
+@dataclass
+class StepSeconds:
+    """Seconds of one training step and of one plain step, linear in the documents and in their share of the context."""
+
+    one: float  # document without context
+    one_full: float  # with a full context
+    batch: float  # BATCH documents without context
+    batch_full: float
+    plain_full: float  # the batch, scored without adaptation
+    documents: int  # BATCH
+
+    def steps(self, alive: np.ndarray, share: np.ndarray) -> np.ndarray:
+        """Seconds of steps with so many documents alive and such a share of the context."""
+        more = (alive - 1) / max(self.documents - 1, 1)
+        return (1 - share) * (self.one + more * (self.batch - self.one)) + share * (
+            self.one_full + more * (self.batch_full - self.one_full)
+        )
+
+    def epoch(self, lengths: np.ndarray, s: t.Settings) -> float:
+        """Seconds of an epoch of one batch."""
+        chunks = np.arange(-(-int(lengths[0]) // s.ttt_chunk_size))
+        alive = (-(-lengths[:, None] // s.ttt_chunk_size) > chunks).sum(0)
+        window = s.ttt_eval_seq_len - s.ttt_chunk_size
+        return float(self.steps(alive, np.minimum(chunks * s.ttt_chunk_size, window) / max(window, 1)).sum())
+
+
+def time_steps(model: t.GPT, run: t.Run, repeats: int) -> StepSeconds:
+    """Time single steps on synthetic documents."""
+    s, size = run.s, run.s.ttt_batch_size or t.TTT_BATCH[run.device.type]
+    last = -(-s.ttt_eval_seq_len // s.ttt_chunk_size)  # the first chunk with a full context
+    found = {}
+    for name, documents in (("one", 1), ("batch", size)):
+        stream = t.synthetic_stream([(last + 1) * s.ttt_chunk_size] * documents, run)
+        batch = t.DocumentBatch(model, stream, np.arange(documents), run)
+        batch.plain()  # fills the cache
+        for suffix, chunk in (("", 0), ("_full", last)):
+
+            def step(batch=batch, chunk=chunk, documents=documents, train=True):
+                batch.visit(chunk, documents, True, score=True, train=train)
+
+            found[name + suffix] = seconds_of(run, step, repeats)
+    found["plain_full"] = seconds_of(run, lambda: step(train=False), repeats)
+    return StepSeconds(**found, documents=size)
+
+
+def draw_documents(sample: np.ndarray, tail: str) -> np.ndarray:
+    """Lengths of the full split's documents, drawn from the sample's and scaled to its tokens.
+
+    Hundreds of documents do not show the longest of tens of thousands: "pareto" continues their tail with index 1.9."""
+    drawn = np.random.default_rng(0).choice(sample, FULL_SPLIT_DOCUMENTS).astype(float)
+    drawn = -np.sort(-np.maximum(drawn * FULL_SPLIT_TOKENS / drawn.sum(), 2).astype(np.int64))
+    if tail == "pareto":
+        drawn[:25] = drawn[25] * (50 / np.arange(1, 26)) ** (1 / 1.9)
+    return drawn
+
+
+def simulate(cost: StepSeconds, lengths: np.ndarray, tail: str, run: t.Run) -> None:
+    """Predict the evaluation of documents on GPUS ranks that take batches from one queue, by the seconds of steps."""
+    s, free, longest = run.s, [0.0] * GPUS, 0.0
+    batches = t.batch_documents(lengths, run)
+    for batch in batches:
+        plain = cost.epoch(lengths[batch], s) * cost.plain_full / cost.batch_full
+        seconds = s.ttt_n_epochs * cost.epoch(lengths[batch], s) + plain
+        longest = max(longest, seconds)
+        heapq.heappush(free, heapq.heappop(free) + seconds)
+    print(
+        f"predicted, {len(lengths):,} documents, {tail} tail, longest {lengths.max():,}, {GPUS} such devices: ", end=""
+    )
+    print(f"slowest rank {max(free):,.0f} s, {max(free) / np.mean(free):.3f} of the mean; ", end="")
+    print(f"longest batch {longest:,.0f} s; budget {BUDGET:.0f} s")
 
 
 # ---- Packing
@@ -276,6 +359,61 @@ def bench_pack(run: t.Run, args) -> None:
     for kind, row in account.items():
         print(f"  {kind}: {row}")
     print(f"torch.save + zstd-22 of the same tensors: {reference:,} bytes; ratio {len(blob) / reference:.4f}")
+
+
+def bench_export(run: t.Run, args) -> None:
+    """Bytes of a run's weights quantised in several ways, and what each costs in bits per byte."""
+    if not args.run:
+        sys.exit("error: export needs a finished run — give --run FOLDER")
+    kept = torch.load(args.run / "checkpoint.pt", map_location="cpu", weights_only=True)
+    names = t.TrainSettings.__dataclass_fields__
+    run = run.using(**{name: value for name, value in kept["identity"].items() if name in names})
+    s, state = run.s, torch.load(args.run / "final_model.pt", map_location="cpu", weights_only=True)
+    model, stream = t.GPT(s, run.dtype).to(run.device), t.load_validation(run)
+    loader = t.BatchLoader(t.open_shards("train", run), run)
+    windows = t.overlapping(stream, s.train_seq_len, s.train_seq_len)[: args.rows]
+
+    @torch.no_grad()
+    def score(weights) -> np.ndarray:
+        t.load_weights(model, weights, "the run")
+        rows = (torch.from_numpy(row).to(run.device) for row in np.split(windows, len(windows)))
+        return (
+            torch.cat([t.score_windows(model, stream, row.unbind(1), s.train_seq_len)[1] for row in rows]).cpu().numpy()
+        )
+
+    plain = score(state)
+    print(
+        f"float: {plain[:, 0].sum() / np.log(2) / plain[:, 2].sum():.5f} bpb of {plain[:, 2].sum():.0f} bytes of text"
+    )
+    hessians = {}
+    for line in args.tries or ["QUANTIZER=nearest", "QUANTIZER=gptq"]:
+        env = dict(pair.split("=") for pair in line.split())
+        stretch = float(env.pop("STRETCH", 1))
+        changed = run.using(
+            **{name.lower(): t.parse_setting(FIELDS[name.lower()], value) for name, value in env.items()}
+        ).s
+        tokens = changed.calibration_tokens
+        if changed.quantizer == "gptq" and tokens not in hessians:
+            t.load_weights(model, state, "the run")
+            start, rows = kept["step"] * s.train_batch_tokens, -(-tokens // s.train_seq_len)
+            hessians = {tokens: t.calibrate(model, loader, start, rows, run)}
+        began = time.perf_counter()
+        tensors = t.quantize_model(
+            state, changed, hessians.get(tokens) if changed.quantizer == "gptq" else None, stretch
+        )
+        blob, kinds = t.pack(tensors, changed)
+        seconds = time.perf_counter() - began
+        rows = score({name: tensor.restored() for name, tensor in tensors.items()})
+        change, drawn = rows[:, 0] - plain[:, 0], np.random.default_rng(0).integers(0, len(rows), (2000, len(rows)))
+        bpb = change[drawn].sum(1) / np.log(2) / rows[:, 2][drawn].sum(1)
+        low, high = np.quantile(bpb, (0.025, 0.975))
+        codes = sum(kinds[kind]["bytes"] for kind in t.LIMITS if kind in kinds)
+        bits = " ".join(
+            f"{k}:{kinds[k]['bits_per_weight']:.3f}/{kinds[k]['entropy']:.3f}" for k in t.LIMITS if k in kinds
+        )
+        loss = change.sum() / np.log(2) / rows[:, 2].sum()
+        print(f"{line}: codes {codes:,} file {len(blob):,} loss {loss:+.5f} ({low:+.5f} to {high:+.5f}) ", end="")
+        print(f"bits/entropy {bits} {seconds:.1f} s", flush=True)
 
 
 if __name__ == "__main__":

@@ -36,6 +36,8 @@ class Golden:
             ttt_eval_seq_len=256,
             ttt_lora_rank=8,
             ttt_lora_lr=0.001,
+            quantizer="nearest",
+            quant_sigmas="0",
         )
         self.run = run_of(run, self.s)
         self.state = {name: torch.from_numpy(w) for name, w in inputs.weights().items()}
@@ -51,15 +53,15 @@ class Golden:
 
     def nll(self, model, first, end):
         x = torch.from_numpy(self.tokens[first:end].astype(np.int64))[None]
-        return model(x[:, :-1], x[:, 1:])[0][0].double()
+        return model(x[:, :-1], x[:, 1:])[0].double()
 
     def stream(self, tokens):
         return train_gpt.Stream(self.tokens[:tokens], self.bytes[: tokens - 1], self.run.device)
 
     def stored(self, name, weight):
-        """How a weight is stored at the record's settings, and the pruned weight."""
-        pruned = train_gpt.prune(weight, 0.03)
-        return train_gpt.quantize(pruned, train_gpt.kind_of(name, weight.numel(), "tok_emb,blocks.8.attn.c_k")), pruned
+        """How a weight is stored at the record's patterns and pruning, and the pruned weight."""
+        s = replace(self.s, prune_fraction=0.03, fp16_keep_name_patterns="tok_emb,blocks.8.attn.c_k")
+        return train_gpt.quantize_model({name: weight}, s)[name], train_gpt.prune(weight, 0.03)
 
     def documents(self, documents, plain=False, **changes):
         """Losses of each figure of these documents, (documents, figures), from one batch."""
@@ -72,8 +74,7 @@ class Golden:
         of_layer = [
             [[self.inputs.lora_a(7, i, target, d, 8, 128) for target in "qv"] for i in range(10)] for d in documents
         ]
-        batch.adapters = train_gpt.Adapters(np.array(of_layer).reshape(len(documents), 10, 16, 128), run)
-        batch.plain() if plain else batch.adapt()
+        batch.plain() if plain else batch.adapt(np.array(of_layer).reshape(len(documents), 10, 16, 128))
         nll = batch.complete()[:1] if plain else batch.complete()[1:]
         return nll.T / stream.lengths[documents][:, None]
 

@@ -92,7 +92,7 @@ def reference(state, s, ids, targets, lora=None, past=None, visible=None):
 
 def score(model, tokens):
     ids = torch.as_tensor(tokens).long()[None]
-    return model(ids[:, :-1], ids[:, 1:])[0][0]
+    return model(ids[:, :-1], ids[:, 1:])[0]
 
 
 CONFIGS = st.builds(
@@ -212,7 +212,7 @@ def test_a_later_token_changes_no_bit_of_an_earlier_score(t, seed):
 def test_a_score_does_not_depend_on_the_rest_of_the_batch():
     s = small()
     model, rows = random_model(s), torch.from_numpy(random_tokens(s, 4 * 33)).view(4, 33)
-    together = model(rows[:, :-1], rows[:, 1:])[0]
+    together = model(rows[:, :-1], rows[:, 1:])
     torch.testing.assert_close(together, torch.stack([score(model, row) for row in rows]), rtol=1e-5, atol=1e-5)
 
 
@@ -222,7 +222,7 @@ def test_bf16_compute_stays_near_float32_and_carries_its_stream_in_bf16():
     assert all(p.dtype == torch.float32 for p in rough.parameters())
     seen = []
     for block in rough.blocks:
-        block.register_forward_hook(lambda module, args, out: seen.append((args[0].dtype, args[1].dtype, out[0].dtype)))
+        block.register_forward_hook(lambda module, args, out: seen.append((args[0].dtype, args[1].dtype, out.dtype)))
     tokens = random_tokens(s, 65)
     a, b = score(exact, tokens), score(rough, tokens)
     assert b.dtype == torch.float32
@@ -240,7 +240,7 @@ def test_a_fresh_bf16_model_is_not_swamped_by_the_norms_epsilon():
     exact, rough = train_gpt.GPT(s), train_gpt.GPT(s, torch.bfloat16)
     rough.load_state_dict(exact.state_dict())
     ids = torch.arange(40)[None]
-    bonus = [math.log(1024) - model(ids, ids)[0].mean().item() for model in (exact, rough)]  # a token's own embedding
+    bonus = [math.log(1024) - model(ids, ids).mean().item() for model in (exact, rough)]  # a token's own embedding
     assert bonus[0] > 0.2 and bonus[1] == pytest.approx(bonus[0], rel=0.03)
 
 

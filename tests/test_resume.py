@@ -81,9 +81,9 @@ def stop_in_adapt(call: int) -> None:
 
 
 def other_plan() -> None:
-    """Documents shared out differently, as on another device or in another version; stopped in the second batch."""
-    plan = train_gpt.plan_batches
-    train_gpt.plan_batches = lambda *arguments: plan(*arguments)[::-1]
+    """Other batches in another order, as on another device or in another version; stopped in a rank's second one."""
+    plan = train_gpt.batch_documents
+    train_gpt.batch_documents = lambda lengths, run: plan(lengths, run.using(ttt_batch_size=3))[::-1]
     stop_in_adapt(2)
 
 

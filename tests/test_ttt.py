@@ -28,17 +28,18 @@ class Traced(train_gpt.DocumentBatch):
         super().__init__(*args)
         self.nll = torch.full((len(self.sums), len(self.lengths), int(self.lengths.max())), math.nan)
 
-    def record(self, figure, chunk, nll, sums):
-        super().record(figure, chunk, nll, sums)
-        s = self.run.s
-        for row in range(len(nll)):
-            begin = chunk * s.ttt_chunk_size
+    def step(self, visit):
+        s, figure, begin = self.run.s, int(self.figure), int(self.position)
+        nll = super().step(visit)
+        assert not nll.requires_grad and len(nll) == visit.n
+        for row in range(visit.n if visit.score else 0):
             end = min(begin + s.ttt_chunk_size, int(self.lengths[row]))
             afresh = figure > 0 and s.ttt_context == "recompute"
             first = max(0, end - s.ttt_eval_seq_len) if afresh else begin
             assert self.nll[figure, row, begin:end].isnan().all(), "scored twice"
             self.nll[figure, row, begin:end] = nll[row, begin - first : end - first]
             assert not nll[row, : begin - first].any() and not nll[row, end - first :].any()
+        return nll
 
 
 def batch_of(model, stream, documents, run, kind=Traced):
@@ -263,10 +264,10 @@ def test_documents_that_do_not_come_longest_first_are_refused(run):
 
 
 class Watched(train_gpt.Adapters):
-    """Adapters that remember their rows, and each document's step counts, after every step."""
+    """Adapters that remember their rows, and each document's step counts, after every step since they began."""
 
-    def __init__(self, *args):
-        super().__init__(*args)
+    def begin(self, a):
+        super().begin(a)
         self.history = [self.flat.clone()]
         self.counts = [[] for _ in range(len(self.flat))]
 
@@ -306,8 +307,7 @@ def test_totals_do_not_depend_on_batch_size_or_order(run, tmp_path, protocol, co
         other = run_of(run, replace(s, ttt_batch_size=batch_size), tmp_path / name)
         with pytest.MonkeyPatch.context() as patch:
             if reverse:
-                plan = train_gpt.plan_batches
-                patch.setattr(train_gpt, "plan_batches", lambda *args: [rank[::-1] for rank in plan(*args)])
+                patch.setattr(train_gpt.Run, "shared", lambda run, work, name: iter(work[::-1]))
             report, score = train_gpt.evaluate_ttt(model, stream, other, name, time.perf_counter())
             assert score.bpb == report["backward_looking"]["val_bpb"]
         with np.load(tmp_path / name / "ttt_documents.npz") as kept:
@@ -376,12 +376,13 @@ def test_no_later_token_reaches_an_earlier_score_but_in_replays_later_epochs(run
 
 
 def test_a_model_that_looks_ahead_would_be_caught(run, monkeypatch):
-    attend = torch.nn.functional.scaled_dot_product_attention
+    def ahead(q, k, v, kv):
+        kv[:, 0, :, -k.size(2) :], kv[:, 1, :, -v.size(2) :] = k.detach(), v.detach()
+        before = kv[..., : -k.size(2), :]
+        keys, values = torch.cat((before[:, 0], k), 2), torch.cat((before[:, 1], v), 2)
+        return torch.nn.functional.scaled_dot_product_attention(q, keys, values, enable_gqa=True)
 
-    def ahead(q, k, v, *_, **__):
-        return attend(q, k, v, enable_gqa=True)
-
-    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", ahead)
+    monkeypatch.setattr(train_gpt, "attend", ahead)
     s = small(ttt_protocol="single_pass")
     assert (changes_before(random_model(s), [70, 60, 50], run_of(run, s)).amax(1) > 0).all()
 
@@ -510,38 +511,35 @@ def ranks_of(s, world, device):
     st.integers(0, 9),
     st.sampled_from(("cpu", "cuda")),
 )
-def test_every_document_is_planned_once_and_long_ones_first(lengths, world, batch_size, device):
+def test_every_document_is_in_one_batch_and_the_costliest_batches_come_first(lengths, world, batch_size, device):
     s = small(ttt_batch_size=batch_size)
-    ranks = ranks_of(s, world, device)
-    batches = train_gpt.batch_documents(np.array(lengths), ranks)
+    batches = train_gpt.batch_documents(np.array(lengths), ranks_of(s, world, device))
     alone = train_gpt.batch_documents(np.array(lengths), ranks_of(s, 1, device))
     assert [batch.tolist() for batch in batches] == [batch.tolist() for batch in alone]  # of any number of ranks
-    plan = train_gpt.plan_batches(batches, np.array(lengths), ranks)
-    assert len(plan) == world
-    assert sorted(d for rank in plan for batch in rank for d in batch.tolist()) == list(range(len(lengths)))
-    for rank in plan:
-        for batch in rank:
-            inside = [lengths[d] for d in batch]
-            assert inside == sorted(inside, reverse=True) and len(inside) <= (batch_size or 10**9)
-        floor = train_gpt.STEP_FLOOR[device]
-        costs = [train_gpt.batch_cost(np.array([lengths[d] for d in batch]), s, floor) for batch in rank]
-        assert costs == sorted(costs, reverse=True)
+    assert sorted(d for batch in batches for d in batch.tolist()) == list(range(len(lengths)))
+    of_batches = [[lengths[d] for d in batch] for batch in batches]
+    for inside in of_batches:
+        assert inside == sorted(inside, reverse=True) and len(inside) <= (batch_size or 10**9)
+    ends = sorted((max(inside), min(inside)) for inside in of_batches)  # of like length: no batch reaches into another
+    assert all(longest <= shortest for (longest, _), (_, shortest) in itertools.pairwise(ends))
+    costs = [train_gpt.batch_cost(np.array(inside), s, train_gpt.STEP_FLOOR[device]) for inside in of_batches]
+    assert costs == sorted(costs, reverse=True)
 
 
 def test_eight_ranks_share_the_real_lengths_evenly(shared):
     tokens = train_gpt.open_shard(shared / "fineweb" / "fineweb_val_000000.bin")
     _, targets = train_gpt.find_documents(np.asarray(tokens))
-    jitter = np.random.default_rng(0).uniform(0.8, 1.25, (20, len(targets)))
+    jitter = np.random.default_rng(0).uniform(0.8, 1.25, (80, len(targets)))  # 50,000 documents, as the split has
     targets = np.maximum(1, targets * jitter).astype(np.int64).ravel()
     targets[777] = 18_743  # the longest document of the whole split
     ranks = ranks_of(train_gpt.Settings.from_env({}), 8, "cuda")
-    plan = train_gpt.plan_batches(train_gpt.batch_documents(targets, ranks), targets, ranks)
+    batches = train_gpt.batch_documents(targets, ranks)
     floor = train_gpt.STEP_FLOOR["cuda"]
     predicted, plain = np.zeros((2, 8))
-    for rank, batches in enumerate(plan):
-        for batch in batches:
-            predicted[rank] += train_gpt.batch_cost(targets[batch], ranks.s, floor)
-            plain[rank] += cost_by_hand(targets[batch].tolist(), 256, floor)
+    for batch in batches:  # each goes to the rank that is free first
+        rank = predicted.argmin()
+        predicted[rank] += train_gpt.batch_cost(targets[batch], ranks.s, floor)
+        plain[rank] += cost_by_hand(targets[batch].tolist(), 256, floor)
     assert predicted.max() < 1.03 * predicted.mean()
     assert plain.max() < 1.05 * plain.mean()  # without the weight of attention, which the plan counts as well
-    assert any(777 in rank[0] for rank in plan)
+    assert any(777 in batch for batch in batches[:8])
