@@ -1490,7 +1490,7 @@ def entropy(codes: np.ndarray) -> float:
     """Bits per code, of codes that are drawn one by one."""
     p = np.bincount(codes.view(np.uint8).ravel()) / codes.size
     p = p[p > 0]
-    return float(-(p * np.log2(p)).sum())
+    return abs(float((p * np.log2(p)).sum()))
 
 
 def artifact_config(s: Settings) -> dict:
@@ -1618,6 +1618,9 @@ def fit(state: dict[str, Tensor], hessians: dict[str, Tensor], run: Run) -> tupl
             too_small = stretch
         if too_small == LARGEST_STRETCH or fits == 1.0 or 0 <= free <= SLACK * cap:
             break
+        if best:
+            stretch = (too_small + fits) / 2
+            continue
         most = predicted(stretch) + free - SLACK / 2 * cap
         stretch, below = fits, too_small
         while stretch - below > 1e-3:

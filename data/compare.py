@@ -21,16 +21,8 @@ import numpy as np
 from common import Parser, Run, UserError, number, read_documents, read_run
 from common import run as run_tool
 
-SHOWN = {
-    "ttt_protocol": "protocol",
-    "ttt_context": "context",
-    "ttt_eval_seq_len": "window",
-    "ttt_n_epochs": "epochs",
-    "ttt_lora_lr": "lr",
-    "ttt_chunk_size": "chunk",
-    "ttt_lora_rank": "rank",
-}
-BLOCK = 256  # bootstrap samples drawn at once
+SETTINGS = ["protocol", "context", "eval_seq_len", "n_epochs", "lora_lr", "chunk_size", "lora_rank"]
+FIGURES = ["no adaptation", "backward-looking", "gain", "95% interval", "behind the best, 95% interval"]
 
 
 @dataclass
@@ -68,8 +60,7 @@ def require_alike(runs: Sequence[Scores]) -> None:
         pair = f"{other.run.path} and {first.run.path}"
         found, expected = other.run.result, first.run.result
         if found["weights_sha256"] != expected["weights_sha256"]:
-            models = f"{found['weights_sha256']:.12} and {expected['weights_sha256']:.12}"
-            raise UserError(f"{pair} scored different models ({models}) — compare like with like")
+            raise UserError(f"{pair} scored different models — compare like with like")
         same_text = found["data"]["validation"] == expected["data"]["validation"]
         if not same_text or not np.array_equal(other.bytes, first.bytes):
             raise UserError(f"{pair} did not score the same documents — compare like with like")
@@ -78,11 +69,9 @@ def require_alike(runs: Sequence[Scores]) -> None:
 def bootstrap(nats: np.ndarray, bytes_: np.ndarray, samples: int, seed: int) -> np.ndarray:
     """Bits per byte of `samples` sets of documents drawn with replacement: nats (runs, D) -> (runs, samples)."""
     rng = np.random.default_rng(seed)
-    sets = []
-    for size in [BLOCK] * (samples // BLOCK) + [samples % BLOCK]:
-        drawn = rng.integers(0, len(bytes_), (size, len(bytes_)))
-        sets.append(bits(np.stack([row[drawn].sum(1) for row in nats]), bytes_[drawn].sum(1)))
-    return np.concatenate(sets, axis=1)
+    drawn = (np.bincount(rng.integers(0, len(bytes_), len(bytes_)), minlength=len(bytes_)) for _ in range(samples))
+    sums = np.array([np.vstack([nats, bytes_]) @ counts for counts in drawn])  # (samples, runs + 1)
+    return bits(sums[:, :-1].T, sums[:, -1])
 
 
 def interval(values: np.ndarray) -> str:
@@ -95,36 +84,24 @@ def table(runs: Sequence[Scores], samples: int, seed: int) -> str:
     """A Markdown table, the best run first."""
     runs = sorted(runs, key=lambda scores: scores.bpb)
     gains = bootstrap(np.stack([scores.without - scores.adapted for scores in runs]), runs[0].bytes, samples, seed)
-    header = [
-        *SHOWN.values(),
-        "no adaptation",
-        "backward-looking",
-        "gain",
-        "95% interval",
-        "behind the best, 95% interval",
-    ]
+    header = [*SETTINGS, *FIGURES]
     rows = [header, ["---"] * len(header)]
     for scores, gain in zip(runs, gains, strict=True):
+        shown = {name: str(scores.run.result["settings"].get(f"ttt_{name}", "?")) for name in SETTINGS}
+        if shown["protocol"] == "replay":
+            shown["n_epochs"] = f"1 of {shown['n_epochs']}"
         plain = bits(scores.without.sum(), scores.bytes.sum())
-        figures = [f"{plain:.4f}", f"{scores.bpb:.4f}", f"{plain - scores.bpb:+.4f}"]
-        behind = "–" if scores is runs[0] else interval(gains[0] - gain)
-        settings = scores.run.result["settings"]
-        shown = {name: str(settings.get(name, "?")) for name in SHOWN}
-        if shown["ttt_protocol"] == "replay":
-            shown["ttt_n_epochs"] = f"1 of {shown['ttt_n_epochs']}"
-        rows.append([*shown.values(), *figures, interval(gain), behind])
+        figures = [f"{plain:.4f}", f"{scores.bpb:.4f}", f"{plain - scores.bpb:+.4f}", interval(gain)]
+        rows.append([*shown.values(), *figures, "–" if scores is runs[0] else interval(gains[0] - gain)])
     return "\n".join("| " + " | ".join(row) + " |" for row in rows)
 
 
 def main() -> None:
-    parser = Parser(description=__doc__.split("\n")[0])
-    parser.add_argument(
-        "runs", nargs="+", type=Path, metavar="RUN", help="a run's folder, or a result_<tag>.json in it"
-    )
-    parser.add_argument(
-        "--samples", type=number(int, 1), default=10_000, help="bootstrap samples (default: %(default)s)"
-    )
-    parser.add_argument("--seed", type=int, default=0, help="of the bootstrap (default: %(default)s)")
+    parser = Parser(__doc__)
+    add = parser.add_argument
+    add("runs", nargs="+", type=Path, metavar="RUN", help="a run's folder, or a result_<tag>.json in it")
+    add("--samples", type=number(int, 1), default=10_000, help="bootstrap samples (default: %(default)s)")
+    add("--seed", type=number(int, 0), default=0, help="of the bootstrap (default: %(default)s)")
     options = parser.parse_args()
     runs = [read_scores(path) for path in options.runs]
     require_alike(runs)

@@ -13,7 +13,7 @@ import shutil
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from common import Parser, UserError, check_shard, number, run
 from text import load_tokenizer
@@ -21,7 +21,6 @@ from text import load_tokenizer
 REPO = "willdepueoai/parameter-golf"
 REMOTE = "datasets"  # the folder of the repository that holds the manifest and all it names
 OUT = Path(__file__).resolve().parent
-STAGING = "fineweb.partial"
 AGAIN = "run it again; if it stays so, HF_ENDPOINT serves something else"
 
 
@@ -34,15 +33,14 @@ class Variant(NamedTuple):
     tokenizer: str
 
 
-def find_variant(manifest: dict, variant: str) -> Variant:
+def find_variant(manifest: Any, variant: str) -> Variant:
     """Looks a variant such as "sp1024" up in the manifest; UserError naming the variants there are."""
     try:
         datasets = {entry["name"].removeprefix("fineweb10B_"): entry for entry in manifest["datasets"]}
         tokenizers = {entry["name"]: entry.get("model_path") for entry in manifest["tokenizers"]}
         if variant not in datasets:
             raise UserError(f"there is no variant {variant} — choose from {', '.join(sorted(datasets))}")
-        entry = datasets[variant]
-        stats = entry["stats"]
+        entry, stats = datasets[variant], datasets[variant]["stats"]
         tokenizer = tokenizers[entry["tokenizer_name"]]
         found = Variant(entry["name"], int(stats["files_train"]), int(stats["files_val"]), tokenizer)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
@@ -52,73 +50,43 @@ def find_variant(manifest: dict, variant: str) -> Variant:
     return found
 
 
-class Hub:
-    """The dataset repository as it stands at one commit. Files come to `staging`, under their paths in it."""
+def fetch(paths: Sequence[str], staging: Path, commit: str | None = None) -> str:
+    """Downloads files below REMOTE to `staging`, under their paths, all of one commit: the newest, which it returns."""
+    import huggingface_hub
+    from huggingface_hub import constants, errors, utils
 
-    def __init__(self, staging: Path) -> None:
-        """Asks for the newest commit, so that every file comes from the same one; UserError if it cannot be had."""
-        import huggingface_hub
-        from huggingface_hub.utils import disable_progress_bars, logging
-
-        logging.set_verbosity_error()
-        if not sys.stderr.isatty():
-            disable_progress_bars()
-        self.staging = staging
-        try:
-            self.commit = huggingface_hub.HfApi().dataset_info(REPO).sha
-        except Exception as error:
-            raise explain(error) from error
-
-    def get(self, paths: Sequence[str]) -> None:
-        """Downloads the files at `paths` below REMOTE; UserError if one does not arrive."""
-        from huggingface_hub import snapshot_download
-
-        wanted = [f"{REMOTE}/{path}" for path in paths]
-        try:
-            snapshot_download(
-                REPO, repo_type="dataset", revision=self.commit, local_dir=self.staging, allow_patterns=wanted
-            )
-        except Exception as error:  # the hub's, its HTTP library's (not the same in every release) or the system's
-            raise explain(error) from error
-        if absent := [path for path in paths if not self.staged(path).is_file()]:
-            raise UserError(f"{absent[0]} is not in {REPO} — {AGAIN}")
-
-    def staged(self, path: str) -> Path:
-        """Where a downloaded file lies."""
-        return self.staging / REMOTE / path
-
-
-def explain(error: Exception) -> Exception:
-    """Puts in one line what huggingface_hub raised; an error of this system is returned as it is."""
-    from huggingface_hub import constants, errors
-
-    status = getattr(getattr(error, "response", None), "status_code", None)
-    if getattr(error, "errno", None):
-        return error
-    if isinstance(error, errors.OfflineModeIsEnabled):
-        return UserError("HF_HUB_OFFLINE forbids to download — unset HF_HUB_OFFLINE")
-    if isinstance(error, errors.RepositoryNotFoundError) or status in (401, 403):
-        return UserError(f"no access to {REPO} — set HF_TOKEN to a token that may read it")
-    found = f"cannot download from {constants.ENDPOINT} ({type(error).__name__}: {str(error)[:300]})"
-    return UserError(f"{found} — check the connection and run it again; finished files are kept")
-
-
-def fetch_shards(hub: Hub, paths: Sequence[str], out: Path) -> None:
-    """Brings the shards that are not there; UserError if one does not arrive, or if its header is wrong.
-
-    A shard that arrived takes its place even if another one did not.
-    """
-    missing = [path for path in paths if not (out / path).exists()]
+    utils.logging.set_verbosity_error()
+    if not sys.stderr.isatty():
+        utils.disable_progress_bars()
+    wanted = [f"{REMOTE}/{path}" for path in paths]
     try:
-        if missing:
-            hub.get(missing)
-    finally:
-        for path in missing:
-            staged = hub.staged(path)
-            if not staged.is_file():
-                continue
+        commit = commit or huggingface_hub.HfApi().dataset_info(REPO).sha
+        huggingface_hub.snapshot_download(
+            REPO, repo_type="dataset", revision=commit, local_dir=staging, allow_patterns=wanted
+        )
+    except Exception as error:  # the hub's, its HTTP library's (not the same in every release) or the system's
+        if getattr(error, "errno", None):
+            raise
+        status = getattr(getattr(error, "response", None), "status_code", None)
+        if isinstance(error, errors.RepositoryNotFoundError) or status in (401, 403):
+            raise UserError(f"no access to {REPO} — set HF_TOKEN to a token that may read it") from error
+        found = f"cannot download from {constants.ENDPOINT} ({type(error).__name__}: {str(error)[:300]})"
+        raise UserError(
+            f"{found} — check the connection and HF_HUB_OFFLINE, run it again; finished files are kept"
+        ) from error
+    for name in wanted:
+        if not (staging / name).is_file():
+            raise UserError(f"{name} is not in {REPO} — {AGAIN}")
+    return commit
+
+
+def place(staging: Path, out: Path, paths: Sequence[str]) -> None:
+    """Moves the downloaded files that are there to `out`; UserError for one that is damaged, which is deleted."""
+    for path in paths:
+        staged = staging / REMOTE / path
+        if staged.is_file():
             try:
-                check_shard(staged, AGAIN)
+                check_shard(staged) if staged.suffix == ".bin" else load_tokenizer(staged.read_bytes(), path)
             except UserError:
                 staged.unlink()
                 raise
@@ -128,40 +96,37 @@ def fetch_shards(hub: Hub, paths: Sequence[str], out: Path) -> None:
 
 def download(variant_name: str, train_shards: int, out: Path) -> None:
     """Brings a variant's tokenizer, validation shards and first training shards to out/tokenizers and out/datasets."""
-    hub = Hub(out / STAGING)
-    hub.get(["manifest.json"])
+    staging = out / "fineweb.partial"
+    commit = fetch(["manifest.json"], staging)
     try:
-        manifest = json.loads(hub.staged("manifest.json").read_bytes())
+        manifest = json.loads((staging / REMOTE / "manifest.json").read_bytes())
     except ValueError as error:
         raise UserError(f"the manifest of {REPO} is not JSON — {AGAIN}") from error
     variant = find_variant(manifest, variant_name)
     if train_shards > variant.train_shards:
         raise UserError(f"{variant_name} has {variant.train_shards} training shards — lower --train-shards to that")
-    hub.get([variant.tokenizer])
-    staged = hub.staged(variant.tokenizer)
-    load_tokenizer(staged.read_bytes(), variant.tokenizer)
-    tokenizer = out / "tokenizers" / staged.name
-    tokenizer.parent.mkdir(parents=True, exist_ok=True)
-    staged.replace(tokenizer)
-
     folder = f"datasets/{variant.name}"
     paths = [f"{folder}/fineweb_val_{i:06d}.bin" for i in range(variant.val_shards)]
     paths += [f"{folder}/fineweb_train_{i:06d}.bin" for i in range(train_shards)]
-    fetch_shards(hub, paths, out)
+    missing = [path for path in (variant.tokenizer, *paths) if not (out / path).exists()]
+    try:
+        if missing:
+            fetch(missing, staging, commit)
+    finally:  # what arrived takes its place even if something else did not
+        place(staging, out, missing)
     counts = [check_shard(out / path) for path in paths]
     for path, count in zip(paths, counts, strict=True):
         print(f"{Path(path).name}: {count:,} tokens")
-    shutil.rmtree(hub.staging)
-    print(f"{out / folder}: {sum(counts):,} tokens in {len(paths)} shards; tokenizer {tokenizer}")
+    shutil.rmtree(staging)
+    print(f"{out / folder}: {sum(counts):,} tokens in {len(paths)} shards; tokenizer {out / variant.tokenizer}")
 
 
 def main() -> None:
-    parser = Parser(description="Downloads the challenge's FineWeb shards and their tokenizer.")
-    parser.add_argument("--variant", default="sp1024", help="the tokenization (default sp1024)")
-    parser.add_argument(
-        "--train-shards", type=number(int, 1), default=80, help="of 100 million tokens each (default 80)"
-    )
-    parser.add_argument("--out", type=Path, default=OUT, help="gets datasets/ and tokenizers/ (default: this folder)")
+    parser = Parser(__doc__)
+    add = parser.add_argument
+    add("--variant", default="sp1024", help="the tokenization (default sp1024)")
+    add("--train-shards", type=number(int, 1), default=80, help="of 100 million tokens each (default 80)")
+    add("--out", type=Path, default=OUT, help="gets datasets/ and tokenizers/ (default: this folder)")
     options = parser.parse_args()
     download(options.variant, options.train_shards, options.out)
 

@@ -10,18 +10,15 @@ has figures is left out.
 
 from __future__ import annotations
 
-import argparse
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-import numpy as np
-
-from common import Parser, UserError, read_documents, read_run
+from common import UNTOUCHED, Parser, UserError, read_arrays, read_documents, read_run
 from common import run as run_tool
 
 if TYPE_CHECKING:
@@ -34,27 +31,22 @@ SIZE_CAP = 16_000_000  # bytes; what a log of the reference scripts does not say
 COLOURS = ["#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00", "#444444"]
 KINDS = ["int5", "int6", "int8", "fp16", "fp32", "scale", "header", "model", "code"]  # in the order of their bars
 GREY, PALE, WARNING = "#6b6b6b", "#f1efe9", "#8a3200"
-LONG_RUN = 20  # logged figures
 WIDTH, ROW, LINE = 9.0, 3.2, 0.18  # inches: at 100 pixels to the inch, the width of a README; a row; a legend's line
-DPI = 200
 STYLE = {
     "font.family": "DejaVu Sans",  # comes with matplotlib, so that every machine draws the same
     "font.size": 9.5,
     "axes.titlesize": 10.5,
     "axes.titleweight": "bold",
     "axes.titlelocation": "left",
-    "axes.titlepad": 8,
     "axes.spines.top": False,
     "axes.spines.right": False,
     "axes.edgecolor": GREY,
     "axes.grid": True,
     "axes.axisbelow": True,
     "grid.color": "#e4e4e4",
-    "grid.linewidth": 0.7,
     "legend.frameon": False,
-    "legend.fontsize": 9,
-    "figure.facecolor": "white",
     "savefig.facecolor": "white",
+    "savefig.dpi": 200,
     "svg.hashsalt": "train_gpt",
 }
 # How a figure is drawn, by what it is: without adaptation, a valid score, trained on what it scores.
@@ -92,11 +84,6 @@ class Run:
     cap: int = SIZE_CAP
 
     @property
-    def points(self) -> list[tuple[int, Point]]:
-        """(step, point) of every training batch and every validation."""
-        return [*self.train.items(), *self.val.items()]
-
-    @property
     def total(self) -> int:
         """Bytes of artifact and code together."""
         return sum(self.kinds.values())
@@ -129,9 +116,7 @@ class Run:
             self.cap = int(values["max_bytes"])
 
     def read_log(self, log: Path) -> None:
-        """Takes in a log; UserError if it is not there or damaged."""
-        if not log.is_file():
-            raise UserError(f"{log} does not exist — give a run's folder or its log")
+        """Takes in a log; UserError if it is damaged."""
         for number, line in enumerate(log.read_text(encoding="utf-8", errors="replace").splitlines(), start=1):
             try:
                 self.read_line(line)
@@ -139,7 +124,7 @@ class Run:
                 raise UserError(f"{log} line {number} is damaged ({error}) — give an untouched log") from error
 
     def read_result(self, path: Path) -> None:
-        """Takes in an evaluation with test-time training; UserError if it or its documents are damaged."""
+        """Takes in an evaluation; UserError if it or what is beside it is damaged."""
         found = read_run(path)
         evaluation = found.result["evaluation"]
         self.final = found.score["val_bpb"]
@@ -149,28 +134,25 @@ class Run:
         if found.result["settings"].get("ttt_protocol") == "single_pass":
             self.single_pass = found.score["val_bpb"]
         else:
-            curve = evaluation.get("curve") or []
-            self.epochs = {figure["epoch"]: figure["val_bpb"] for figure in curve if figure.get("epoch")}
-        arrays = read_documents(found) if found.documents.is_file() else {}
-        if "nll_by_chunk" in arrays:
-            self.read_positions(arrays, found.result["settings"].get("ttt_chunk_size"), found.documents)
+            self.epochs = {figure["epoch"]: figure["val_bpb"] for figure in evaluation.get("curve") or []}
+        read_documents(found)
+        if (beside := found.beside("ttt_positions")).is_file():
+            self.read_positions(beside, found.result)
 
-    def read_positions(self, arrays: dict[str, np.ndarray], chunk: int, path: Path) -> None:
-        """Bits per byte of each figure in spans of the document that double; see common.read_documents."""
-        try:
-            nats = arrays["nll_by_chunk"]
-            bytes_ = arrays["bytes_by_chunk"]
-            edges = [0, *(2**k for k in range(20) if 2**k < len(bytes_)), len(bytes_)]
-            for low, high in pairwise(edges):
-                size = bytes_[low:high].sum()
-                if size == 0:  # a document's last target, the next one's BOS, has none
-                    continue
+    def read_positions(self, path: Path, result: dict) -> None:
+        """Bits per byte of each figure in spans of the document that double, from what audit.py --positions wrote."""
+        arrays = read_arrays(path, {"nll": 2, "targets": 1, "bytes": 1})
+        names, weights = arrays.get("figures"), arrays.get("weights")
+        if str(weights) != result["weights_sha256"] or names is None or names.shape != arrays["nll"].shape[:1]:
+            raise UserError(f"{path} is damaged or of another run — {UNTOUCHED}")
+        chunk, bytes_ = result["settings"].get("ttt_chunk_size"), arrays["bytes"]
+        edges = [0, *(2**k for k in range(20) if 2**k < len(bytes_)), len(bytes_)]
+        for low, high in pairwise(edges):
+            size = bytes_[low:high].sum()
+            if size:  # a document's last target, the next one's BOS, has none
                 self.spans.append(f"{low * chunk:,}–{high * chunk:,}")
-                values = nats[:, low:high].sum(1) / math.log(2) / size
-                for name, bpb in zip(arrays["chunk_figures"].tolist(), values.tolist(), strict=True):
-                    self.positions.setdefault(name, []).append(bpb)
-        except (ValueError, KeyError, IndexError, TypeError) as error:
-            raise UserError(f"{path} has damaged figures by chunk ({error}) — give an untouched run") from error
+                for name, nats in zip(names.tolist(), arrays["nll"][:, low:high].sum(1), strict=True):
+                    self.positions.setdefault(name, []).append(float(nats / math.log(2) / size))
 
 
 def read_runs(paths: Sequence[Path]) -> list[Run]:
@@ -204,36 +186,33 @@ def labels(paths: Sequence[Path]) -> list[str]:
 # ---------------------------------------------------------------------------------------------- panels
 
 
-def draw_losses(ax: Axes, runs: Sequence[Run], against: str) -> None:
+def draw_losses(ax: Axes, runs: Sequence[Run], against: str = "steps") -> None:
     """Training loss (a line) and validation loss (dots) against the step or the time."""
-    minutes = max(point.seconds for run in runs for _, point in run.points) > 300
-    unit = 60 if minutes else 1
-    batch, validation = {"lw": 0.9, "alpha": 0.55}, {"lw": 1.5, "marker": "o"}
+    batch, validation = {"lw": 0.9, "alpha": 0.55}, {"lw": 1.5, "marker": "o", "ms": 3.5}
     for run in runs:
-        for series, style in ((run.train, batch), (run.val, validation | {"ms": dot(run)})):
-            x = list(series) if against == "steps" else [point.seconds / unit for point in series.values()]
+        for series, style in ((run.train, batch), (run.val, validation)):
+            x = list(series) if against == "steps" else [point.seconds for point in series.values()]
             ax.plot(x, [point.loss for point in series.values()], color=run.colour, **style)
-    crop(ax, [[(step, point.loss) for step, point in run.points] for run in runs])
-    time = "minutes of training" if minutes else "seconds of training"
-    ax.set(title=f"Loss against {against}", xlabel="step" if against == "steps" else time, ylabel="nats per token")
-    ax.legend([key(**batch), key(**validation, ms=4.5)], ["training batch", "validation"], loc="upper right")
+    crop(ax, [[(step, point.loss) for step, point in (*run.train.items(), *run.val.items())] for run in runs])
+    x = "step" if against == "steps" else "seconds of training"
+    ax.set(title=f"Loss against {against}", xlabel=x, ylabel="nats per token")
+    ax.legend([key(**batch), key(**validation)], ["training batch", "validation"], loc="upper right")
+
+
+def draw_time(ax: Axes, runs: Sequence[Run]) -> None:
+    draw_losses(ax, runs, "time")
 
 
 def draw_bpb(ax: Axes, runs: Sequence[Run]) -> None:
     """Validation bits per byte during training, and the final score of the artifact beside its end."""
-    training, final = {"lw": 1.5, "marker": "o"}, {"lw": 0, "marker": "*", "ms": 13, "mec": "white", "mew": 0.7}
+    training, final = {"lw": 1.5, "marker": "o", "ms": 3.5}, {"lw": 0, "marker": "*", "ms": 13, "mec": "white"}
     for run in runs:
-        ax.plot(list(run.val), [point.bpb for point in run.val.values()], color=run.colour, ms=dot(run), **training)
+        ax.plot(list(run.val), [point.bpb for point in run.val.values()], color=run.colour, **training)
         if run.val and run.final is not None:
             ax.plot(max(run.val), run.final, color=run.colour, zorder=4, **final)
     crop(ax, [[(step, point.bpb) for step, point in run.val.items()] for run in runs])
     ax.set(title="Validation bits per byte", xlabel="step", ylabel="bits per byte")
-    scores = [f"{run.final:.4f}" for run in runs if run.final is not None]
-    entries = [(key(**training, ms=4.5), "in training")]
-    if scores:
-        digits = f": {', '.join(scores)}" if len(scores) < 3 else ""
-        entries.append((key(**final), "score of the artifact" + digits))
-    ax.legend(*zip(*entries, strict=True), loc="upper right")
+    ax.legend([key(**training), key(**final)], ["in training", "score of the artifact"], loc="upper right")
 
 
 def draw_ttt(ax: Axes, runs: Sequence[Run]) -> None:
@@ -253,7 +232,7 @@ def draw_ttt(ax: Axes, runs: Sequence[Run]) -> None:
             ax.axhline(run.single_pass, **VALID | colour)
             entries.append((key(**VALID | colour), f"{who}single pass {run.single_pass:.4f}, a valid score"))
         if 1 in run.epochs:
-            full = colour | {"marker": "o", "ms": 9, "mec": "white", "mew": 1}
+            full = colour | {"marker": "o", "ms": 9, "mec": "white"}
             ax.plot(1, run.epochs[1], zorder=4, **full)
             entries.append((key(lw=0, **full), f"{who}epoch 1 {run.epochs[1]:.4f}, a valid score"))
         if len(run.epochs) > 1:
@@ -279,26 +258,20 @@ def draw_ttt(ax: Axes, runs: Sequence[Run]) -> None:
 def draw_position(ax: Axes, runs: Sequence[Run]) -> None:
     """Bits per byte by position in the document: what context brings, what adaptation adds, what is only memorised."""
     spans = max((run.spans for run in runs), key=len)
-    entries = []
     for run in runs:
         who = f"{run.label}: " if len(runs) > 1 else ""
         for name, values in run.positions.items():
-            style = {"color": run.colour, "marker": "o", "ms": 4.5}
+            style, label = SEEN | {"mfc": "white"}, " (not a score)"
             if name == "no_adaptation":
-                style = PLAIN | {"color": "black" if len(runs) == 1 else run.colour, "zorder": 3}
-                label = ""
+                style, label = PLAIN | {"zorder": 3}, ""
             elif name in ("epoch_1", "single_pass"):
-                style |= VALID
-                label = ", a valid score"
-            else:
-                style |= SEEN | {"mfc": "white"}
-                label = " (not a score)"
-            ax.plot(values, **style)
-            entries.append((key(**style), who + name.replace("_", " ") + label))
+                style, label = VALID, ", a valid score"
+            colour = "black" if name == "no_adaptation" and len(runs) == 1 else run.colour
+            ax.plot(values, color=colour, marker="o", ms=4.5, label=who + name.replace("_", " ") + label, **style)
     ax.set(title="Bits per byte by position in the document", xlabel="tokens from the document's start")
     ax.set_ylabel("bits per byte (lower is better)")
     ax.set_xticks(range(len(spans)), [span.replace("–", "–\n") for span in spans], size=8)
-    ax.legend(*zip(*entries, strict=True), **BELOW)
+    ax.legend(**BELOW)
 
 
 def draw_bytes(ax: Axes, runs: Sequence[Run]) -> None:
@@ -310,48 +283,33 @@ def draw_bytes(ax: Axes, runs: Sequence[Run]) -> None:
     cap, most = min(run.cap for run in runs), max(run.total for run in runs)
     unit, name = (1e6, "MB") if most >= 1e6 else (1e3, "kB")
     near = cap < 2 * most
-    legible = len(runs) * len(kinds) <= 16
-    right = 1.05 * max(cap, most) if near else 1.3 * most
     thickness = 0.84 / len(runs)
     for index, run in enumerate(runs):
         light = [0.55 + 0.45 * part for part in to_rgb(run.colour)]  # unlike a transparent colour, it hides the grid
-        for row, kind in enumerate(kinds):
-            size = run.total if kind == "total" else run.kinds.get(kind, 0)
-            y = row + (index - (len(runs) - 1) / 2) * thickness
-            ax.barh(y, size / unit, thickness * 0.9, color=run.colour if kind == "total" else light)
-            if size and legible:
-                text = (
-                    f"{size:,} bytes"
-                    if kind == "total"
-                    else f"{size / 1e6:.3g} MB"
-                    if size >= 1e6
-                    else f"{size / 1e3:.3g} kB"
-                )
-                text += f", {run.bits[kind]:.2f} bits/weight" if kind in run.bits else ""
-                style = {"xytext": (4, 0), "ha": "left", "color": GREY}
-                if size > 0.6 * right:  # inside the bar, where there is no room beside it
-                    style = {"xytext": (-4, 0), "ha": "right", "color": "white" if kind == "total" else "black"}
-                ax.annotate(text, (size / unit, y), textcoords="offset points", size=8, va="center_baseline", **style)
+        sizes = [run.kinds.get(kind, 0) for kind in kinds[:-1]] + [run.total]
+        rows = [row + (index - (len(runs) - 1) / 2) * thickness for row in range(len(kinds))]
+        colours = [light] * (len(kinds) - 1) + [run.colour]
+        bars = ax.barh(rows, [size / unit for size in sizes], thickness * 0.9, color=colours)
+        if len(runs) * len(kinds) <= 16:  # legible
+            texts = [f"{size / unit:,.4g} {name}" if size else "" for size in sizes[:-1]] + [f"{run.total:,} bytes"]
+            for row, kind in enumerate(kinds):
+                texts[row] += f", {run.bits[kind]:.2f} bits/weight" if kind in run.bits else ""
+            ax.bar_label(bars, texts, padding=4, size=8, color=GREY)
     if near:
         ax.axvline(cap / unit, color="black", lw=1.4)
     ax.set_title(f"Bytes: {'' if len(runs) == 1 else 'at most '}{most / cap:.1%} of the cap")
-    ax.set_xlim(0, right / unit)
+    ax.set_xlim(0, max(1.35 * most, 1.05 * cap * near) / unit)
     ax.set_yticks(range(len(kinds)), kinds)
     ax.invert_yaxis()
     ax.grid(visible=False, axis="y")
     ax.set_xlabel(f"{name} (cap: {cap / 1e6:g} MB{', the black line' if near else ', beyond the frame'})")
 
 
-def key(colour: str = GREY, **style: object) -> Line2D:
+def key(color: str = GREY, **style: object) -> Line2D:
     """A legend's sample."""
     from matplotlib.lines import Line2D
 
-    return Line2D([], [], **{"color": colour} | style)
-
-
-def dot(run: Run) -> float:
-    """The size of a validation's dot: smaller where there are many."""
-    return 4.5 if len(run.val) <= 20 else 2.2
+    return Line2D([], [], color=color, **style)
 
 
 def crop(ax: Axes, runs: Sequence[Sequence[tuple[int, float]]]) -> None:
@@ -363,27 +321,20 @@ def crop(ax: Axes, runs: Sequence[Sequence[tuple[int, float]]]) -> None:
     for points in runs:
         end = max((step for step, _ in points), default=0)
         late += [value for step, value in points if step >= end / 10 and math.isfinite(value)]
-    if len(late) >= LONG_RUN * len(runs) and min(late) < max(late):
+    if len(late) >= 20 * len(runs) and min(late) < max(late):
         margin = 0.08 * (max(late) - min(late))
         ax.set_ylim(min(late) - margin, max(late) + margin)
-    ax.locator_params(axis="x", nbins=6, steps=[1, 2, 4, 5, 10])
+    ax.locator_params(axis="x", nbins=6)
     ax.xaxis.set_major_formatter("{x:,g}")
 
 
-class Panel(NamedTuple):
-    """One part of the picture: how it is drawn, and whether a run has anything for it."""
-
-    draw: Callable[[Axes, Sequence[Run]], None]
-    shows: Callable[[Run], bool]
-
-
-PANELS = {
-    "loss": Panel(lambda ax, runs: draw_losses(ax, runs, "steps"), lambda run: bool(run.points)),
-    "time": Panel(lambda ax, runs: draw_losses(ax, runs, "time"), lambda run: bool(run.points)),
-    "bpb": Panel(draw_bpb, lambda run: len(run.val) > 1),
-    "bytes": Panel(draw_bytes, lambda run: bool(run.kinds)),
-    "ttt": Panel(draw_ttt, lambda run: len(run.epochs) > 1),
-    "position": Panel(draw_position, lambda run: bool(run.positions)),
+PANELS = {  # how each is drawn, and whether a run has anything for it
+    "loss": (draw_losses, lambda run: run.train or run.val),
+    "time": (draw_time, lambda run: run.train or run.val),
+    "bpb": (draw_bpb, lambda run: len(run.val) > 1),
+    "bytes": (draw_bytes, lambda run: run.kinds),
+    "ttt": (draw_ttt, lambda run: len(run.epochs) > 1),
+    "position": (draw_position, lambda run: run.positions),
 }
 
 
@@ -391,7 +342,7 @@ def draw(runs: Sequence[Run], wanted: Sequence[str]) -> Figure:
     """Returns the picture of the wanted panels for which there are figures; UserError if there are none."""
     from matplotlib.figure import Figure
 
-    names = [name for name, panel in PANELS.items() if name in wanted and any(map(panel.shows, runs))]
+    names = [name for name, (_, shows) in PANELS.items() if name in wanted and any(map(shows, runs))]
     if not names:
         raise UserError(f"no run has figures for {', '.join(wanted)} — give other logs or another --what")
     last = [name for name in names if name in ("ttt", "position")]  # with legends of their own that name the runs
@@ -403,7 +354,7 @@ def draw(runs: Sequence[Run], wanted: Sequence[str]) -> Figure:
     figure.get_layout_engine().set(w_pad=0.1, h_pad=0.1)  # inches
     axes = figure.subplot_mosaic([row * (2 // len(row)) for row in rows], height_ratios=heights)
     for name in names:
-        PANELS[name].draw(axes[name], runs)
+        PANELS[name][0](axes[name], runs)
     if shared_legend:
         samples = [key(run.colour, lw=3) for run in runs]
         figure.legend(samples, [run.label for run in runs], loc="outside upper left", ncols=4)
@@ -411,7 +362,7 @@ def draw(runs: Sequence[Run], wanted: Sequence[str]) -> Figure:
 
 
 def main() -> None:
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     add = parser.add_argument
     add("runs", nargs="+", type=Path, metavar="RUN", help="a run's folder, a log, or a result_<tag>.json")
     add("--out", type=Path, required=True, metavar="PREFIX", help="writes PREFIX.png and PREFIX.svg")
@@ -426,7 +377,7 @@ def main() -> None:
         figure = draw(runs, options.what)
         for suffix, metadata in ((".png", {"Software": None}), (".svg", {"Date": None, "Creator": None})):
             path = prefix.with_name(prefix.name + suffix)
-            figure.savefig(path, dpi=DPI, metadata=metadata)
+            figure.savefig(path, metadata=metadata)
             print(f"wrote {path}")
 
 

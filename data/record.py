@@ -10,7 +10,6 @@ submission.json has the same fields and says that nothing was measured.
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
 import statistics
@@ -24,8 +23,11 @@ from common import Parser, Run, UserError, new_directory, number, read_log, read
 from common import run as run_tool
 
 # The challenge's rules, in its numbers.
-SIZE_CAP = 16_000_000  # bytes, train_gpt.py and artifact together
-TRAIN_SECONDS = EVAL_SECONDS = 600
+LIMITS = [
+    ("size_cap", "artifact.total_bytes", 16_000_000, "bytes"),  # train_gpt.py and artifact together
+    ("train_seconds", "training.seconds", 600, "s"),
+    ("eval_seconds", "evaluation.seconds", 600, "s"),
+]
 WORLD_SIZE, DEVICE = 8, "H100"
 DOCUMENTS, MILLION_TOKENS, VOCABULARY = 50_000, 62.0, 1024  # of the full FineWeb validation split
 MARGIN = 0.005  # nats per token by which a record must beat the one before
@@ -55,12 +57,8 @@ PROTOCOL = {
 }
 # What must agree in all runs of a submission, beside all settings but those that change nothing of the experiment.
 SHARED = [
-    "source_sha256",
-    "data.validation",
-    "data.train",
-    "environment.torch",
-    "environment.dtype",
-    "environment.device",
+    *("source_sha256", "data.validation", "data.train"),
+    *("environment.torch", "environment.dtype", "environment.device"),
 ]
 FREE = {"seed", "run_id", "resume", "checkpoint_every", "eval_only", "data_path", "tokenizer_path", "output_dir"}
 # What no two trainings have in common.
@@ -100,73 +98,60 @@ def largest(runs: Sequence[Run], path: str) -> float | None:
 # ---------------------------------------------------------------------------------------------- rules
 
 Verdict = tuple[bool | None, str]  # is a rule kept (None: that cannot be judged), and on what it was judged
-Judged = dict[str, Verdict]
 
 
-def judge_limits(runs: Sequence[Run]) -> Judged:
+def judge_limits(runs: Sequence[Run]) -> dict[str, Verdict]:
     """Bytes, seconds and machine."""
-    limits = {
-        "size_cap": ("artifact.total_bytes", SIZE_CAP, "bytes"),
-        "train_seconds": ("training.seconds", TRAIN_SECONDS, "s"),
-        "eval_seconds": ("evaluation.seconds", EVAL_SECONDS, "s"),
-    }
-    judged: Judged = {}
-    for name, (path, limit, unit) in limits.items():
+    judged: dict[str, Verdict] = {}
+    for name, path, limit, unit in LIMITS:
         most = largest(runs, path)
-        judged[name] = (None, f"a run has no {path}")
+        judged[name] = None, f"a run has no {path}"
         if most is not None:
-            over = [value_of(run, path) for run in runs if value_of(run, path) > limit + last_step(run, name)]
-            judged[name] = (not over, f"{most:,} of {limit:,} {unit}")
+            over = [value_of(run, path) > limit + last_step(run) * (name == "train_seconds") for run in runs]
+            judged[name] = not any(over), f"{most:,} of {limit:,} {unit}"
     machines = {(run.result["world_size"], run.result["environment"]["device"]) for run in runs}
     fits = all(world == WORLD_SIZE and DEVICE in device.split() for world, device in machines)
     judged["hardware_8xH100"] = fits, ", ".join(sorted(f"{world} x {device}" for world, device in machines))
     return judged
 
 
-def last_step(run: Run, limit: str) -> float:
+def last_step(run: Run) -> float:
     """Seconds that training may exceed its budget by: the step under way at the end may finish."""
-    if limit != "train_seconds":
-        return 0
-    training = run.result["training"]
+    training = run.result["training"] or {"seconds": 0, "steps": 0}
     return min(training["seconds"] / max(training["steps"], 1), LONGEST_LAST_STEP)
 
 
-def judge_split(runs: Sequence[Run]) -> Judged:
+def judge_split(runs: Sequence[Run]) -> Verdict:
     """The full split is known by its counts, if all runs scored one text; that it is FineWeb's no result can show."""
-    paths = "evaluation.documents", "data.validation", "settings.vocab_size"
-    found = {(run.score["targets"] + 1, *(str(value_of(run, path)) for path in paths)) for run in runs}
-    texts = []
-    full = len(found) == 1
-    counted = True
-    for tokens, documents, fingerprint, vocabulary in sorted(found):
-        texts.append(f"{documents} documents, {tokens:,} tokens of {vocabulary}, fingerprint {fingerprint:.16}")
-        full = full and (round(tokens / 1e6, 1), vocabulary) == (MILLION_TOKENS, str(VOCABULARY))
-        full = full and documents in (str(DOCUMENTS), "None")  # the sliding window does not count them
-        counted = counted and documents != "None"
-    detail = "; ".join(texts) + "; not verifiable here: that this text is FineWeb's"
-    return {"full_validation_split": (full if counted or not full else None, detail)}
+    paths = "data.validation", "settings.vocab_size", "evaluation.documents"
+    found = {(run.score["targets"] + 1, *(value_of(run, path) for path in paths)) for run in runs}
+    detail = "tokens, fingerprint, vocabulary and documents: " + "; ".join(sorted(map(str, found)))
+    tokens, _, vocabulary, documents = found.pop()
+    full = not found and (round(tokens / 1e6, 1), vocabulary) == (MILLION_TOKENS, VOCABULARY)
+    if documents is None and full:
+        return None, f"{detail}; the sliding window does not count documents"
+    return full and documents == DOCUMENTS, f"{detail}; not verifiable here: that this text is FineWeb's"
 
 
-def judge_scores(runs: Sequence[Run]) -> Judged:
+def judge_scores(runs: Sequence[Run]) -> dict[str, Verdict]:
     """What was scored, in which order, and from which file."""
-    judged: Judged = {}
     first = runs[0].score
-    detail = f"{first['targets']:,} targets and {first['bytes']:,} bytes in every figure"
-    judged["every_target_scored_once"] = True, detail
     audited = sum(len({row["document"] for row in audit_of(run)}) for run in runs)
-    judged["backward_looking_score"] = True, f"{SCORE_LABEL}; documents audited: {audited}"
-    judged["quantised_artifact"] = True, "scored from the artifact"
+    judged: dict[str, Verdict] = {
+        "every_target_scored_once": (True, f"{first['targets']:,} targets, {first['bytes']:,} bytes in every figure"),
+        "backward_looking_score": (True, f"{SCORE_LABEL}; documents audited: {audited}"),
+        "quantised_artifact": (True, "scored from the artifact"),
+    }
     for run in runs:
-        result = run.result
+        result, score = run.result, run.score
         seed = f"seed {result['seed']}"
         for figure in run.figures:
-            counts = figure["targets"], figure["bytes"]
-            whole = counts == (run.score["targets"], run.score["bytes"]) and min(counts) > 0
+            whole = figure["targets"] == score["targets"] > 0 and figure["bytes"] == score["bytes"] > 0
             nats = figure["val_bpb"] * figure["bytes"] * math.log(2)
             if not whole or not math.isclose(nats, figure["val_loss"] * figure["targets"]):
                 judged["every_target_scored_once"] = False, f"the figures of {seed} contradict one another"
         reported = result["val_loss"], result["val_bpb"]
-        if not run.score["backward_looking"] or reported != (run.score["val_loss"], run.score["val_bpb"]):
+        if not score["backward_looking"] or reported != (score["val_loss"], score["val_bpb"]):
             judged["backward_looking_score"] = False, f"the score of {seed} is not its backward-looking figure"
         if any(row["backward_looking"] and row["change"] > row["repeat"] for row in audit_of(run)):
             judged["backward_looking_score"] = False, f"the audit of {seed} found later tokens in earlier scores"
@@ -182,7 +167,7 @@ def audit_of(run: Run) -> list[dict[str, Any]]:
     return run.result["evaluation"].get("audit") or []
 
 
-def judge_repetition(runs: Sequence[Run]) -> Judged:
+def judge_repetition(runs: Sequence[Run]) -> dict[str, Verdict]:
     """The runs repeat one experiment, each with a training of its own: one artifact scored twice is not two seeds."""
 
     def conditions(run: Run) -> dict[str, Any]:
@@ -199,9 +184,7 @@ def judge_repetition(runs: Sequence[Run]) -> Judged:
     repeated = []
     for path in UNIQUE:
         counts = Counter(value_of(run, path) for run in runs)
-        repeated += [
-            f"{path} {value} more than once" for value, count in counts.items() if value is not None and count > 1
-        ]
+        repeated += [f"{path} {value} more than once" for value, n in counts.items() if value is not None and n > 1]
     same = "source, data, settings, torch, dtype and device agree"
     return {
         "same_experiment": (not differences, "; ".join(differences.values()) or same),
@@ -230,12 +213,8 @@ def t_test(losses: Sequence[float], baseline: float | None) -> dict[str, float |
 
 def judge_significance(test: dict[str, Any]) -> Verdict:
     """The rule that makes a record, given what t_test returned."""
-    if test["baseline_val_loss"] is None:
-        return None, "no baseline was given"
-    if test["degrees_of_freedom"] < 1:
-        return None, "at least 2 runs that trained a model of their own are needed"
     if test["p"] is None:
-        return None, "the losses of the runs do not differ at all"
+        return None, "a baseline and at least 2 runs that trained models of their own, with other losses, are needed"
     detail = f"{test['improvement_nats']:.5f} nats; p = {test['p']:.3g} against an improvement of no more than {MARGIN}"
     return test["p"] < SIGNIFICANCE, detail
 
@@ -243,16 +222,16 @@ def judge_significance(test: dict[str, Any]) -> Verdict:
 # ---------------------------------------------------------------------------------------------- submission
 
 
-def judge(runs: Sequence[Run], test: dict[str, Any]) -> tuple[Judged, str, list[str]]:
+def judge(runs: Sequence[Run], test: dict[str, Any]) -> tuple[dict[str, Verdict], str, list[str]]:
     """Returns the verdict on every rule, the status, and the reasons why it is not `record`.
 
     A rule that fails makes a non-record; short of that, one that cannot be judged leaves the submission incomplete.
     """
-    source: Judged = {SOURCE_RULE: (None, "a property of the source, which no result can show")}
+    source = {SOURCE_RULE: (None, "a property of the source, which no result can show")}
     if not runs:
         return dict.fromkeys(RULES, (None, "no runs")) | source, UNMEASURED, [UNMEASURED]
-    judged = judge_limits(runs) | judge_split(runs) | judge_scores(runs) | judge_repetition(runs)
-    judged["significant_improvement"] = judge_significance(test)
+    judged = judge_limits(runs) | {"full_validation_split": judge_split(runs)}
+    judged |= judge_scores(runs) | judge_repetition(runs) | {"significant_improvement": judge_significance(test)}
     reasons = [f"{name}: {OUTCOMES[kept]} ({detail})" for name, (kept, detail) in judged.items() if not kept]
     failed = any(kept is False for kept, _ in judged.values())
     status = "non-record" if failed else "incomplete" if reasons else "record"
@@ -262,9 +241,7 @@ def judge(runs: Sequence[Run], test: dict[str, Any]) -> tuple[Judged, str, list[
 def submission(runs: Sequence[Run], baseline: float | None, about: dict[str, str | None]) -> dict[str, Any]:
     """Returns the content of submission.json, without runs the placeholder. `about`: name, author and the like."""
     # A sample of the t-test is a run that trained, one for each model.
-    trained = {
-        run.result["weights_sha256"]: run.result["val_loss"] for run in runs if run.result["training"] is not None
-    }
+    trained = {run.result["weights_sha256"]: run.result["val_loss"] for run in runs if run.result["training"]}
     test = t_test(list(trained.values()), baseline)
     judged, status, reasons = judge(runs, test)
     loss, loss_std = mean_std([run.result["val_loss"] for run in runs])
@@ -306,13 +283,8 @@ def replay_summary(runs: Sequence[Run]) -> dict[str, Any]:
 def run_summary(run: Run) -> dict[str, Any]:
     """What submission.json says of one run."""
     names = ["seed", "run_id", "val_bpb", "val_loss", "world_size", "weights_sha256"]
-    paths = [
-        "environment.device",
-        "training.steps",
-        "artifact.total_bytes",
-        "artifact.model_bytes",
-        "artifact.code_bytes",
-    ]
+    paths = ["environment.device", "training.steps"]
+    paths += [f"artifact.{name}_bytes" for name in ("total", "model", "code")]
     return (
         {name: run.result[name] for name in names}
         | {path.split(".")[1]: value_of(run, path) for path in paths}
@@ -323,9 +295,8 @@ def run_summary(run: Run) -> dict[str, Any]:
 
 def summary(content: dict[str, Any]) -> list[str]:
     """A submission in lines: each run, the mean, replay's last epoch."""
-    lines = [
-        f"seed {run['seed']}: val_bpb {run['val_bpb']:.6f}, val_loss {run['val_loss']:.6f}" for run in content["runs"]
-    ]
+    form = "seed {seed}: val_bpb {val_bpb:.6f}, val_loss {val_loss:.6f}"
+    lines = [form.format(**run) for run in content["runs"]]
     spread = "" if content["val_bpb_std"] is None else f" ± {content['val_bpb_std']:.6f}"
     lines.append(f"mean: val_bpb {content['val_bpb']:.6f}{spread}, {SCORE_LABEL}")
     replay = content["replay_last_epoch"]
@@ -339,13 +310,9 @@ def write_folder(folder: Path, runs: Sequence[Run], content: dict[str, Any], enc
     logs = {f"train_seed{run.result['seed']}.log": read_log(run) for run in runs}
     sources = {source for _, source in logs.values()}
     if len(sources) > 1 or len(logs) < len(runs):
-        raise UserError(
-            "the runs have several sources, or a seed twice — give runs of one train_gpt.py, each seed once"
-        )
+        raise UserError("the runs have several sources, or a seed twice — give one train_gpt.py, each seed once")
     scores = "\n".join(f"- {line}" for line in summary(content))
-    rules = "\n".join(
-        f"| {name} | {found['outcome']} | {found['detail']} |" for name, found in content["rules"].items()
-    )
+    rules = "\n".join(f"| {name} | {rule['outcome']} | {rule['detail']} |" for name, rule in content["rules"].items())
     settings = " ".join(f"{name.upper()}={value}" for name, value in content["protocol"].items())
     readme = f"""# {content["name"]}
 
@@ -371,7 +338,7 @@ with `{settings}`.
 
 
 def main() -> None:
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     add = parser.add_argument
     add("results", nargs="*", type=Path, metavar="RUN", help="a run's folder, or a result.json with its log beside it")
     add("--baseline-loss", type=number(float, 0), metavar="NATS", help="per token: val_loss of the record to beat")

@@ -107,27 +107,29 @@ def build(out: Path, replace: bool = False) -> None:
     began = time.monotonic()
     texts = documents()
     held_back = round(HELD_BACK * len(texts))
-    pieces = text.TextSample(SEED)
-    for document in texts[held_back:]:
-        pieces.add(text.Document(b"training", document))
-    model = text.train_tokenizer(pieces.pieces(), VOCAB_SIZE)
+    starts = (
+        (document, start) for document in texts[held_back:] for start in range(0, len(document), text.PIECE_CHARS)
+    )
+    model = text.train_tokenizer([document[i : i + text.PIECE_CHARS] for document, i in starts], VOCAB_SIZE)
     tokenizer = text.load_tokenizer(model, "the sample's tokenizer")
     encoded = text.encode(tokenizer, texts)
     validation = choose_validation(encoded[:held_back])
 
     with new_directory(out, replace) as directory:
         (directory / FILES[2]).write_bytes(model)
-        with text.ShardWriter(directory, "train") as train, text.ShardWriter(directory, "val") as val:
-            for index, tokens in enumerate(encoded):
-                (val if index in validation else train).write(tokens)
+        writers = train, val = text.ShardWriter(directory, "train"), text.ShardWriter(directory, "val")
+        for index, tokens in enumerate(encoded):
+            (val if index in validation else train).write(tokens)
+        for writer in writers:
+            writer.close()
     size = sum(len(document.encode()) for document in texts)
-    for writer in (train, val):
+    for writer in writers:
         print(f"{writer.split:>5}: {writer.documents:,} documents, {writer.tokens:,} tokens")
     print(f"{size:,} bytes of documentation, {VOCAB_SIZE:,} pieces, {time.monotonic() - began:.1f} s")
 
 
 def main() -> None:
-    parser = Parser(description="Builds a small dataset from the documentation that ships with Python.")
+    parser = Parser(__doc__)
     parser.add_argument("--out", type=Path, default=OUT, help="the dataset's folder (default: sample beside this file)")
     parser.add_argument("--force", action="store_true", help="build it even if it is there")
     options = parser.parse_args()

@@ -24,17 +24,16 @@ import time
 import zlib
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager
+from contextlib import closing
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import sentencepiece as spm
 
-from common import HEADER_BYTES, HEADER_INTS, MAGIC, TOKEN, VERSION, Parser, UserError, new_directory, number, run
+from common import HEADER_BYTES, MAGIC, TOKEN, VERSION, Parser, UserError, new_directory, number, run
 
 PAD, BOS, EOS, UNK = range(4)
 RESERVED = 4 + 256  # the four ids above and one piece for every byte
@@ -46,49 +45,38 @@ BATCH_CHARS = 1 << 20  # encoded at once by SentencePiece's threads
 READ_BYTES = 1 << 18
 
 
-class ShardWriter(AbstractContextManager):
+class ShardWriter:
     """Writes one split as fineweb_<split>_NNNNNN.bin files of `shard_tokens` tokens (the last may be shorter).
 
-    A shard has no valid header until it is whole. Documents run on from one shard into the next.
-    Use as a context manager; `tokens` and `documents` count what was written.
+    Documents run on from one shard into the next. `tokens` and `documents` count what was written; close() it.
     """
 
     def __init__(self, directory: Path, split: str, shard_tokens: int = SHARD_TOKENS) -> None:
         self.directory = directory
         self.split = split
         self.shard_tokens = shard_tokens
-        self.tokens = self.documents = self.shards = self.filled = 0
-        self.file: BinaryIO | None = None
+        self.tokens = self.documents = self.shards = 0
+        self.file = None
 
     def write(self, document: np.ndarray) -> None:
         """Appends one document: integers[tokens] that fit uint16, its first token BOS."""
         self.documents += 1
-        self.tokens += len(document)
         while len(document):
-            if self.file is None:
+            if self.tokens == self.shards * self.shard_tokens:
+                self.close()
                 self.file = (self.directory / f"fineweb_{self.split}_{self.shards:06d}.bin").open("wb")
                 self.file.write(bytes(HEADER_BYTES))
-            part, document = np.split(document, [self.shard_tokens - self.filled])
+                self.shards += 1
+            part, document = np.split(document, [self.shards * self.shard_tokens - self.tokens])
             self.file.write(part.astype(TOKEN).tobytes())
-            self.filled += len(part)
-            if self.filled == self.shard_tokens:
-                self.finish()
+            self.tokens += len(part)
 
-    def finish(self) -> None:
-        """Gives the open shard its header and closes it."""
-        header = np.zeros(HEADER_INTS, dtype="<i4")
-        header[:3] = MAGIC, VERSION, self.filled
-        self.file.seek(0)
-        self.file.write(header.tobytes())
-        self.file.close()
-        self.file = None
-        self.filled = 0
-        self.shards += 1
-
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        if self.file and kind is None:
-            self.finish()
-        elif self.file:
+    def close(self) -> None:
+        """Gives the open shard its header."""
+        if self.file:
+            count = self.tokens - (self.shards - 1) * self.shard_tokens
+            self.file.seek(0)
+            self.file.write(np.array([MAGIC, VERSION, count], "<i4").tobytes())
             self.file.close()
 
 
@@ -252,8 +240,8 @@ def parquet_rows(path: Path) -> Iterator[tuple[str, bool]]:
 class TextSample:
     """A uniform sample of the pieces of many documents that holds at most `limit` characters.
 
-    SentencePiece's own input_sentence_size would need two more readings: which documents are for validation, and which
-    characters are too rare for a piece, is known only when all were read.
+    Not SentencePiece's input_sentence_size: which documents are for validation, and which characters are too rare for
+    a piece, is known only when all were read, so it would need two more readings.
     """
 
     def __init__(self, seed: int, limit: int = SAMPLE_CHARS) -> None:
@@ -284,10 +272,13 @@ def train_tokenizer(pieces: list[str], vocab_size: int) -> bytes:
     The tokenizer loses nothing: text is not normalized, and characters without a piece become byte pieces.
     The same pieces in the same order give the same bytes. UserError if the text is too small for `vocab_size`.
     """
+    # SentencePiece wants a piece for nearly every character, which in some scripts are more than the vocabulary holds.
+    frequent = Counter(chain.from_iterable(pieces)).most_common()
+    rare = {ord(character): " " for character, _ in frequent[(vocab_size - RESERVED) // 2 :]}
     model = io.BytesIO()
     try:
         spm.SentencePieceTrainer.train(
-            sentence_iterator=iter(without_rare_characters(pieces, (vocab_size - RESERVED) // 2)),
+            sentence_iterator=(piece.translate(rare) for piece in pieces),
             model_writer=model,
             model_type="bpe",
             vocab_size=vocab_size,
@@ -311,16 +302,6 @@ def train_tokenizer(pieces: list[str], vocab_size: int) -> bytes:
     return model.getvalue()
 
 
-def without_rare_characters(pieces: list[str], limit: int) -> list[str]:
-    """Returns the pieces with a space in place of every character that is not among the `limit` most frequent.
-
-    SentencePiece wants a piece for nearly every character, which in some scripts are more than the vocabulary holds.
-    """
-    frequent = Counter(chain.from_iterable(pieces)).most_common()
-    rare = {ord(character): " " for character, _ in frequent[limit:]}
-    return [piece.translate(rare) for piece in pieces] if rare else pieces
-
-
 def load_tokenizer(model: bytes, name: str) -> spm.SentencePieceProcessor:
     """Loads a model file's content; UserError naming it if it is none, or its ids do not suit the shards."""
     try:
@@ -337,41 +318,16 @@ def encode(tokenizer: spm.SentencePieceProcessor, texts: list[str], threads: int
     return tokenizer.encode(texts, num_threads=threads, add_bos=True, return_type="numpy")
 
 
-def encode_all(
-    documents: Iterable[Document], tokenizer: spm.SentencePieceProcessor, threads: int
-) -> Iterator[tuple[Document, np.ndarray]]:
-    """Yields each document and its tokens as `encode` does, in order, whatever the number of threads.
-
-    One batch is encoded while the next is read, and no more than these two are in memory.
-    """
-
-    def encode_batch(batch: list[Document]) -> list[tuple[Document, np.ndarray]]:
-        texts = [document.text for document in batch]
-        return list(zip(batch, encode(tokenizer, texts, threads), strict=True))
-
-    with ThreadPoolExecutor(1) as encoder:
-        pending = []
-        for batch in batches(documents):
-            pending.append(encoder.submit(encode_batch, batch))
-            if len(pending) > 1:
-                yield from pending.pop(0).result()
-        for last in pending:
-            yield from last.result()
-
-
 def batches(documents: Iterable[Document]) -> Iterator[list[Document]]:
     """Groups documents into lists of about BATCH_CHARS characters."""
-    batch = []
-    size = 0
+    batch, size = [], 0
     for document in documents:
         batch.append(document)
         size += len(document.text)
         if size >= BATCH_CHARS:
             yield batch
-            batch = []
-            size = 0
-    if batch:
-        yield batch
+            batch, size = [], 0
+    yield batch
 
 
 # ---------------------------------------------------------------------------------------------- the dataset
@@ -422,24 +378,24 @@ def build(files: list[Path], directory: Path, name: str, options: argparse.Names
     tokenizer = load_tokenizer(model, model_name)
     (directory / f"{model_name}.model").write_bytes(model)
 
-    again = read_documents(files, options.delimiter, options.seed, second)
-    with (
-        ShardWriter(directory, "train", options.shard_tokens) as train,
-        ShardWriter(directory, "val", options.shard_tokens) as val,
-    ):
-        documents = watched(again, second, "encoding", first.bytes)
-        for document, tokens in encode_all(documents, tokenizer, options.threads):
-            (train if document.digest > threshold else val).write(tokens)
+    again = watched(read_documents(files, options.delimiter, options.seed, second), second, "encoding", first.bytes)
+    train, val = (ShardWriter(directory, split, options.shard_tokens) for split in ("train", "val"))
+    with closing(train), closing(val):
+        for batch in batches(again):
+            tokens = encode(tokenizer, [document.text for document in batch], options.threads)
+            for document, encoded in zip(batch, tokens, strict=True):
+                (train if document.digest > threshold else val).write(encoded)
     if second != first:
         raise UserError("the input changed while it was read — run it again when nothing writes to it")
     seconds = time.monotonic() - began
-    return (
-        f"train: {train.documents:,} documents, {train.tokens:,} tokens, {train.shards} shards\n"
-        f"  val: {val.documents:,} documents, {val.tokens:,} tokens, {val.shards} shards\n"
-        f"{first.bytes:,} bytes of text, {tokenizer.vocab_size():,} pieces, "
-        f"{seconds:.1f} s ({first.bytes / 1e6 / seconds:.2f} MB/s)\n"
-        f"{first.duplicates:,} duplicates dropped, {first.empty:,} empty, {first.invalid_utf8:,} not UTF-8"
-    )
+    lines = [
+        f"{writer.split:>5}: {writer.documents:,} documents, {writer.tokens:,} tokens, {writer.shards} shards"
+        for writer in (train, val)
+    ]
+    speed = f"{seconds:.1f} s ({first.bytes / 1e6 / seconds:.2f} MB/s)"
+    lines += [f"{first.bytes:,} bytes of text, {tokenizer.vocab_size():,} pieces, {speed}"]
+    lines += [f"{first.duplicates:,} duplicates dropped, {first.empty:,} empty, {first.invalid_utf8:,} not UTF-8"]
+    return "\n".join(lines)
 
 
 def unescape(text: str) -> str:
@@ -450,7 +406,7 @@ def unescape(text: str) -> str:
 
 
 def main() -> None:
-    parser = Parser(description="Turns any text into training and validation shards with their tokenizer.")
+    parser = Parser(__doc__)
     add = parser.add_argument
     add("inputs", nargs="+", metavar="INPUT", help="files, folders or - for stdin: .txt .md .jsonl (.gz .zst) .parquet")
     add("--out", type=Path, required=True, help="the dataset's folder")

@@ -57,6 +57,9 @@ def main() -> None:
     parser.add_argument("--profile", action="store_true", help="also print torch.profiler's table of a step")
     parser.add_argument("--run", type=Path, help="export: a finished run's folder")
     parser.add_argument("--rows", type=int, default=64, help="export: validation rows to score")
+    parser.add_argument(
+        "--picture", type=Path, help="export: draw loss against bytes into this file (needs matplotlib)"
+    )
     parser.add_argument("--try", dest="tries", action="append", default=[], help="export: settings, space separated")
     args = parser.parse_args()
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -385,7 +388,7 @@ def bench_export(run: t.Run, args) -> None:
     print(
         f"float: {plain[:, 0].sum() / np.log(2) / plain[:, 2].sum():.5f} bpb of {plain[:, 2].sum():.0f} bytes of text"
     )
-    hessians = {}
+    hessians, points = {}, []
     for line in args.tries or ["QUANTIZER=nearest", "QUANTIZER=gptq"]:
         env = dict(pair.split("=") for pair in line.split())
         stretch = float(env.pop("STRETCH", 1))
@@ -414,6 +417,33 @@ def bench_export(run: t.Run, args) -> None:
         loss = change.sum() / np.log(2) / rows[:, 2].sum()
         print(f"{line}: codes {codes:,} file {len(blob):,} loss {loss:+.5f} ({low:+.5f} to {high:+.5f}) ", end="")
         print(f"bits/entropy {bits} {seconds:.1f} s", flush=True)
+        points.append((changed.quantizer, changed.quant_sigmas, codes, loss, low, high))
+    if args.picture:
+        draw_export(points, args.picture)
+
+
+def draw_export(points: list[tuple], path: Path) -> None:
+    """Loss against bytes of codes, with intervals; steps by row maximum and by k * rms apart."""
+    import matplotlib
+
+    matplotlib.use("agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(7, 4))
+    for quantizer, color in (("nearest", "tab:orange"), ("gptq", "tab:blue")):
+        for by_rms, marker in ((False, "s"), (True, "o")):
+            chosen = [point[2:] for point in points if point[0] == quantizer and (point[1] != "0") == by_rms]
+            if chosen:
+                size, loss, low, high = np.array(chosen).T
+                label = f"{quantizer}, steps by {'k · rms(row)' if by_rms else 'max|row|'}"
+                axes.errorbar(
+                    size / 1e3, loss, (loss - low, high - loss), fmt=marker, color=color, capsize=2, label=label
+                )
+    axes.axhline(0, color="tab:gray", linewidth=0.6)
+    axes.set(xlabel="codes in the artifact, kB", ylabel="loss against float, bits per byte")
+    axes.legend(frameon=False)
+    figure.tight_layout()
+    figure.savefig(path, dpi=130)
 
 
 if __name__ == "__main__":

@@ -38,6 +38,7 @@ SMALL = dict(
     ttt_lora_rank=4,
     ttt_lora_lr=0.01,
     eval_max_seconds=0,
+    calibration_tokens=96,
 )
 
 

@@ -162,6 +162,53 @@ def test_single_pass_prints_the_same_figure_as_backward_looking_and_last(tmp_pat
     assert figures[0] == figures[1] == done.figures("final_int8_zlib")[0][1] and not done.figures("ttt_epoch:")
 
 
+# ---- The export
+
+WIDE = dict(MODEL_DIM=96, ITERATIONS=6, TTT_ENABLED=0)  # matrices of more than 8,192 numbers, which are quantised
+
+
+@pytest.fixture(scope="module")
+def wide(tmp_path_factory) -> runs.Run:
+    return runs.run(tmp_path_factory.mktemp("wide"), **WIDE)
+
+
+def standard_bpb(path: Path, monkeypatch) -> float:
+    """The standard evaluation of a file of weights, row by row, on the validation tokens."""
+    monkeypatch.setattr(train_gpt.signal, "signal", lambda *_: None)
+    run = train_gpt.Run(runs.micro(**WIDE, TOKENIZER_PATH=runs.data() / "tokenizer.model", DATA_PATH=runs.data()))
+    stream = train_gpt.load_validation(run)
+    s, state, _ = train_gpt.read_model(path, run)
+    model = train_gpt.GPT(s)
+    model.load_state_dict(state)
+    tokens, total = stream.tokens.long(), 0.0
+    for start in range(0, stream.target_count, s.train_seq_len):
+        row = tokens[None, start : start + s.train_seq_len + 1]
+        with torch.no_grad():
+            total += model(row[:, :-1], row[:, 1:]).double().sum().item()
+    return total / math.log(2) / stream.byte_count
+
+
+def test_what_quantisation_costs_is_the_standard_score_of_both_files(wide, monkeypatch):
+    found = {name: standard_bpb(wide.folder / f"final_model.{name}", monkeypatch) for name in ("pt", "ptz")}
+    (printed,) = wide.figures("export val_bpb")
+    assert printed == pytest.approx([found["pt"], found["ptz"]], rel=1e-6) and found["pt"] != found["ptz"]
+    kept = wide.result["artifact"]["val_bpb"]
+    assert [kept["float"], kept["artifact"]] == pytest.approx(printed, abs=1e-8)
+    assert wide.figures("step:6/6 val_loss")[0][1] == pytest.approx(found["pt"], rel=0.02)  # before averaging
+
+
+def test_under_a_cap_that_binds_the_artifact_comes_within_half_a_percent_of_it(tmp_path, wide):
+    free = wide.result["artifact"]
+    for share in (0.97, 0.8):
+        cap = free["code_bytes"] + int(share * free["model_bytes"])
+        done = runs.run(tmp_path / str(share), ARTIFACT_MAX_BYTES=cap, **WIDE)
+        account = done.result["artifact"]
+        total = len(done.artifact) + len(train_gpt.SOURCE_BYTES)
+        assert total == account["total_bytes"] and 0.995 * cap <= total <= cap and account["fits"] is True
+        assert account["stretch"] > 1 == free["stretch"]
+        print(f"figure: {total} bytes under a cap of {cap}, steps stretched by {account['stretch']:.3f}")
+
+
 # ---- EVAL_ONLY
 
 
@@ -320,12 +367,15 @@ def error_of(work) -> str:
 @pytest.mark.parametrize(
     "variable, value, allowed",
     [
-        ("ITERATIONS", "many", "int from 0 up"), ("ITERATIONS", "", "int"), ("ITERATIONS", "1.5", "int"),
+        ("ITERATIONS", "many", "int from 0 to inf"), ("ITERATIONS", "", "int"), ("ITERATIONS", "1.5", "int"),
         ("ITERATIONS", "-1", "from 0"), ("NUM_LAYERS", "1", "from 2 to 256"), ("MATRIX_LR", "nan", "float from 0"),
         ("MATRIX_LR", "inf", "float"), ("BETA1", "1", "to 0.999"), ("MATRIX_LR", "0,02", "float"),
-        ("RESUME", "yes", "0 or 1"), ("RESUME", "2", "0 or 1"), ("COMPILE", "7", "one of"),
+        ("RESUME", "yes", "one of 0, 1"), ("RESUME", "2", "one of 0, 1"), ("COMPILE", "7", "one of"),
         ("TTT_PROTOCOL", "Replay", "replay, single_pass"), ("PRESET", "small", "record, tiny"),
-        ("PRUNE_FRACTION", "0.5", "to 0.15"), ("DEVICE", "gpu", "cuda, cpu, auto"),
+        ("PRUNE_FRACTION", "0.5", "to 0.15"), ("DEVICE", "gpu", "cuda, cpu, auto"), ("QUANTIZER", "obq", "gptq, nearest"),
+        ("QUANT_SIGMAS", "3.4", "0 or two numbers"), ("QUANT_SIGMAS", "0.5,3", "from 1 to 99"),
+        ("QUANT_SIGMAS", "3.4,100", "from 1 to 99"), ("QUANT_SIGMAS", "3,4,5", "k5,k6"), ("QUANT_SIGMAS", "-3,4", "two"),
+        ("CALIBRATION_TOKENS", "0", "int from 1"),
     ],
 )  # fmt: skip
 def test_a_wrong_value_is_refused_with_variable_value_and_what_is_allowed(variable, value, allowed):

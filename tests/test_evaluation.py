@@ -186,7 +186,7 @@ def test_a_score_that_misses_or_repeats_a_target_is_refused(run, windows, covers
     s = small()
     bytes_ = np.arange(24)
     stream = train_gpt.Stream(random_tokens(s, 25), bytes_, run.device)
-    nll, sums, _ = train_gpt.score_windows(random_model(s), stream, torch.tensor(windows).unbind(1), 16)
+    nll, sums = train_gpt.score_windows(random_model(s), stream, torch.tensor(windows).unbind(1), 16)
     for row, (start, length, skip) in zip(sums, windows, strict=True):
         assert row[1:].tolist() == [length - skip, bytes_[start + skip : start + length].sum()]
     assert sums[:, 0].tolist() == pytest.approx(nll.sum(1).tolist())
@@ -218,7 +218,7 @@ def test_sums_are_kept_in_float64(run):
     stream = train_gpt.Stream(np.ones(count + 1, np.int64), np.full(count, 999), run.device)
 
     def constant(ids, targets, *_):
-        return torch.full(ids.shape, value), None
+        return torch.full(ids.shape, value)
 
     score = train_gpt.evaluate_standard(constant, stream, run)
     assert score == (count * value, count, 999 * count)

@@ -341,7 +341,7 @@ def one_process(**settings) -> train_gpt.Run:
     """A micro run without signal handlers: one rank on a CPU."""
     run = object.__new__(train_gpt.Run)
     run.s, run.rank, run.world, run.device, run.dtype = runs.micro(**settings), 0, 1, torch.device("cpu"), torch.float32
-    run.cuda = run.compile = False
+    run.cuda = run.compile = run.graphs = False
     return run
 
 

@@ -258,3 +258,65 @@ def test_the_cap_bounds_the_loss_of_saturated_logits():
     torch.testing.assert_close(nll.double(), expected, rtol=1e-4, atol=1e-4)
     largest = 6 + math.log(300)  # one logit at -3, all others at 3
     assert 0.9 * largest < nll.max() <= largest
+
+
+# ---- Attention into the cache
+
+
+def explicit(q, k, v, context_keys, context_values):
+    """Each query's softmax over the whole context and the chunk up to itself, one head at a time."""
+    keys, values = torch.cat((context_keys, k), 2), torch.cat((context_values, v), 2)
+    context, group, heads = context_keys.shape[2], q.shape[1] // k.shape[1], []
+    seen = torch.arange(keys.shape[2]) <= context + torch.arange(q.shape[2])[:, None]
+    for h in range(q.shape[1]):
+        scores = q[:, h] @ keys[:, h // group].mT / math.sqrt(q.shape[3])
+        heads.append(torch.softmax(scores.masked_fill(~seen, -math.inf), -1) @ values[:, h // group])
+    return torch.stack(heads, 1)
+
+
+def attention_inputs(heads, kv_heads, tokens, context, seed=0):
+    """q, k, v that need gradients, and a cache (B, 2, kv heads, context + T, head_dim) with garbage in its last slots."""
+    g = torch.Generator().manual_seed(seed)
+    shapes = [(2, n, tokens, 4) for n in (heads, kv_heads, kv_heads)]
+    q, k, v = (torch.randn(shape, generator=g, dtype=torch.float64, requires_grad=True) for shape in shapes)
+    return q, k, v, torch.randn(2, 2, kv_heads, context + tokens, 4, generator=g, dtype=torch.float64)
+
+
+SHAPES = pytest.mark.parametrize("heads, kv_heads", ((2, 2), (4, 2), (3, 1)), ids=str)
+CONTEXTS = pytest.mark.parametrize("tokens, context", ((5, 0), (5, 3), (3, 7), (1, 4)), ids=str)
+
+
+@SHAPES
+@CONTEXTS
+def test_attention_into_the_cache_is_softmax_over_context_and_chunk(heads, kv_heads, tokens, context):
+    q, k, v, kv = attention_inputs(heads, kv_heads, tokens, context)
+    before = kv[..., :context, :].clone()
+    actual, expected = train_gpt.attend(q, k, v, kv), explicit(q, k, v, before[:, 0], before[:, 1])
+    torch.testing.assert_close(actual, expected, rtol=1e-12, atol=1e-12)
+    assert kv[..., :context, :].equal(before) and kv[:, 0, :, context:].equal(k) and kv[:, 1, :, context:].equal(v)
+    assert not kv.requires_grad
+    weights = torch.randn(actual.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    ours, theirs = (torch.autograd.grad((y * weights).sum(), (q, k, v)) for y in (actual, expected))
+    torch.testing.assert_close(ours, theirs, rtol=1e-11, atol=1e-11)
+    if not context:
+        torch.testing.assert_close(train_gpt.attend(q, k, v, None), expected, rtol=1e-12, atol=1e-12)
+
+
+@SHAPES
+@pytest.mark.parametrize("tokens, context", ((3, 0), (3, 2), (2, 5)), ids=str)
+def test_its_gradients_are_those_of_finite_differences(heads, kv_heads, tokens, context):
+    q, k, v, kv = attention_inputs(heads, kv_heads, tokens, context)
+    assert torch.autograd.gradcheck(lambda q, k, v: train_gpt.attend(q, k, v, kv.clone()), (q, k, v), fast_mode=True)
+
+
+def test_layers_that_share_one_cache_do_not_disturb_each_others_gradients():
+    """A layer writes its keys between another one's forward and backward, into the same tensor."""
+    q, k, v, kv = attention_inputs(4, 2, 3, 5)
+    cache = torch.stack((kv, 2 * kv), 1)
+    context = cache[..., :5, :].clone()
+    y = train_gpt.attend(q, k, v, cache[:, 0])
+    actual = train_gpt.attend(y, k.sin(), v, cache[:, 1])
+    expected = explicit(q, k, v, context[:, 0, 0], context[:, 0, 1])
+    expected = explicit(expected, k.sin(), v, context[:, 1, 0], context[:, 1, 1])
+    ours, theirs = (torch.autograd.grad(y.square().sum(), (q, k, v)) for y in (actual, expected))
+    torch.testing.assert_close(ours, theirs, rtol=1e-11, atol=1e-11)

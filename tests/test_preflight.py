@@ -27,7 +27,7 @@ def reference(tmp_path_factory) -> runs.Run:
 def list_the_folder_before_training() -> None:
     def train(trainer, stream, inner=train_gpt.Trainer.train):
         print("folder:", *sorted(path.name for path in trainer.run.output.iterdir()), flush=True)
-        inner(trainer, stream)
+        return inner(trainer, stream)
 
     train_gpt.Trainer.train = train
 
@@ -47,7 +47,8 @@ def plant(place: str) -> None:
 
 
 LATE = (
-    ("evaluate_standard", {}), ("Trainer.save", {}), ("quantize", {}), ("pack", {}), ("unpack", {}),
+    ("evaluate_standard", {}), ("Trainer.save", {}), ("calibrate", {}), ("gptq", dict(MODEL_DIM=96)),
+    ("nearest", dict(MODEL_DIM=96, QUANTIZER="nearest")), ("pack", {}), ("unpack", {}), ("cost_of_quantisation", {}),
     ("load_weights", {}), ("DocumentBatch.plain", {}), ("Adapters.step", {}), ("ContextCache.push", {}),
     ("DocumentBatch.adapt", dict(TTT_PROTOCOL="single_pass")), ("Results.merge", {}), ("time_spent", {}),
     ("evaluate_sliding", dict(TTT_ENABLED=0)), ("finish", {}),

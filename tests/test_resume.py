@@ -81,9 +81,9 @@ def stop_in_adapt(call: int) -> None:
 
 
 def other_plan() -> None:
-    """Other batches in another order, as on another device or in another version; stopped in a rank's second one."""
+    """Documents shared out differently, as on another device or in another version; stopped in a rank's second batch."""
     plan = train_gpt.batch_documents
-    train_gpt.batch_documents = lambda lengths, run: plan(lengths, run.using(ttt_batch_size=3))[::-1]
+    train_gpt.batch_documents = lambda *arguments: plan(*arguments)[::-1]
     stop_in_adapt(2)
 
 
@@ -451,6 +451,21 @@ def test_weights_that_are_not_finite_after_the_only_step_are_laid_to_the_setting
     ended = runs.run(tmp_path, 2, ADAM_EPS=0, ITERATIONS=1, MUON_MOMENTUM_WARMUP_STEPS=0)
     message = runs.user_error(ended.err)
     assert "ADAM_EPS" in message and "damaged" not in message and not (tmp_path / "final_model.ptz").exists()
+
+
+def test_a_finished_checkpoint_gives_the_same_artifact_again_under_any_number_of_ranks(tmp_path):
+    """Calibration is done again, its rows on other ranks. Matrices are wide enough for GPTQ to round them."""
+    settings = dict(MODEL_DIM=96, ITERATIONS=6, TTT_ENABLED=0, CALIBRATION_TOKENS=7 * 32)
+    first = runs.run(tmp_path / "first", **settings)
+    assert {"int5", "int6"} <= first.result["artifact"]["kinds"].keys()
+    for world in (1, 2):
+        folder = tmp_path / str(world)
+        folder.mkdir()
+        shutil.copy(first.folder / "checkpoint.pt", folder)
+        again = runs.ranks(folder, world, RESUME=1, **settings)
+        assert [process.wait() for process in again] == [0] * world, again[0].err
+        assert again[0].artifact == first.artifact and figures(again[0]) == figures(first)
+    assert runs.run(folder, RESUME=1, QUANTIZER="nearest", **settings).artifact != first.artifact
 
 
 def test_a_setting_of_the_export_may_change_after_training(tmp_path, whole):

@@ -8,6 +8,7 @@ import train_gpt
 from conftest import random_tokens, run_of, small, stream_of
 
 STEPS = dict(iterations=24, warmdown_iters=20, max_wallclock_seconds=0, val_loss_every=0, warmup_steps=3)
+STEPS |= dict(calibration_tokens=64)
 
 
 def trainer_of(run, folder=None, **changes):

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 import train_gpt
 from conftest import random_model, run_of, small, stream_of
+from recorded import Graphs
 from test_model import reference
 
 MODES = [(protocol, context) for protocol in ("replay", "single_pass") for context in ("cached", "recompute")]
@@ -339,6 +340,59 @@ def test_adapters_are_drawn_by_seed_and_document_alone():
         assert (a != other).mean() > 0.99
     assert abs(a).max() <= bound and abs(a).max() > 0.95 * bound and abs(a.mean()) < 0.1 * bound
     assert a.std() == pytest.approx(bound / 3**0.5, rel=0.05)
+
+
+# ---- The same buffers for other documents, and the same steps for other chunks
+
+
+def both_passes(batch):
+    batch.plain()
+    batch.adapt()
+    return batch.complete()
+
+
+@every_mode
+def test_a_batch_that_takes_up_other_documents_scores_them_as_a_fresh_one_does(run, protocol, context):
+    """Bit by bit; also fewer than before, and after documents that were longer, shorter or cut off in the middle."""
+    s = small(num_layers=2, ttt_protocol=protocol, ttt_context=context, ttt_eval_seq_len=32)
+    model, stream, run = random_model(s), stream_of(s, LENGTHS), run_of(run, s)
+    batch = train_gpt.DocumentBatch(model, stream, np.array([7, 0, 5]), run)
+    both_passes(batch)
+    for documents in ([6, 2, 3], [7, 0], [2]):
+        batch.load(np.array(documents))
+        assert not batch.sums.any()
+        fresh = train_gpt.DocumentBatch(model, stream, np.array(documents), run)
+        assert (both_passes(batch) == both_passes(fresh)).all()
+    batch.load(np.array([1, 4]))
+    asked = itertools.count()
+    batch.expired = lambda: next(asked) > 3
+    batch.adapt()  # is cut off
+    del batch.expired
+    batch.load(np.array([5, 2]))
+    assert np.isnan(batch.complete()).all()
+    fresh = train_gpt.DocumentBatch(model, stream, np.array([5, 2]), run)
+    assert (both_passes(batch) == both_passes(fresh)).all()
+    with pytest.raises(ValueError, match="longest first"):
+        batch.load(np.array([5, 1]))
+
+
+@every_mode
+def test_steps_that_a_graph_replays_give_the_figures_of_steps_launched_one_by_one(run, monkeypatch, protocol, context):
+    """All that differs from chunk to chunk or from batch to batch must reach a step through the device's tensors."""
+    s = small(num_layers=2, ttt_protocol=protocol, ttt_context=context, ttt_eval_seq_len=40)
+    model, stream, graphs = random_model(s), stream_of(s, LENGTHS), Graphs(monkeypatch)
+    plain, graphed = run_of(run, s), run_of(run, s)
+    graphed.cuda = graphed.graphs = graphed.compile = True  # compiled code has one width for all chunks
+    graphed.event, graphed.compiled = torch.cuda.Event(), lambda function, **_: function
+    batches = [np.array(documents) for documents in ([7, 0], [5, 6], [0], [7, 0])]
+    batch, steps = train_gpt.DocumentBatch(model, stream, batches[0], graphed), []
+    monkeypatch.setattr(batch, "step", lambda visit, step=batch.step: steps.append(visit) or step(visit))
+    for documents in batches:
+        batch.load(documents)
+        expected = both_passes(train_gpt.DocumentBatch(model, stream, documents, plain))
+        np.testing.assert_allclose(both_passes(batch), expected, rtol=1e-6)
+    assert max(steps.count(visit) for visit in steps) == 2  # launched once, recorded once, and replayed ever after
+    assert graphs.captured == len(steps) - len(set(steps)) and graphs.replayed > 1.5 * graphs.captured
 
 
 # ---- No later token reaches an earlier score
