@@ -1244,16 +1244,18 @@ class Trainer:
         return calibrate(self.model, self.loader, start, rows, self.run) if self.run.s.quantizer == "gptq" else {}
 
     def reserve(self) -> dict[str, Tensor]:
-        """Keep free what calibration will take of MAX_WALLCLOCK_SECONDS, by the time that a row on each rank takes.
+        """Keep free what calibration will take of MAX_WALLCLOCK_SECONDS, by the time of one and two rows on each rank.
 
         Raises UserError if nothing is left. Returns the Hessians of these rows."""
-        s, tokens = self.run.s, self.run.s.train_seq_len * self.run.world
-        for _ in range(2):  # the first may load kernels
+        s, tokens, times = self.run.s, self.run.s.train_seq_len * self.run.world, []
+        for rows in (1, 1, 2):  # the first may load kernels
             self.run.synchronize()
             began = time.perf_counter()
-            hessians = self.calibrate(0, tokens)
+            hessians = self.calibrate(0, rows * tokens)
             self.run.synchronize()
-        seconds, _ = self.run.agree((time.perf_counter() - began) * max(1, s.calibration_tokens / tokens))
+            times.append(time.perf_counter() - began)
+        more = max(s.calibration_tokens / tokens - 2, 0) * max(times[2] - times[1], 0)
+        seconds, _ = self.run.agree(times[2] + more)
         if s.max_wallclock_seconds:
             left = s.max_wallclock_seconds - 1.5 * seconds
             if left <= 0:

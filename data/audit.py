@@ -44,6 +44,8 @@ def trace(model: train_gpt.GPT, stream: train_gpt.Stream, run: train_gpt.Run, do
     batch = Traced(model, stream, documents, run)
     batch.plain()
     batch.adapt(np.stack([train_gpt.draw_lora_a(run.s, int(seed)) for seed in seeds]))
+    if run.stopping:  # train_gpt's handler lets a signal wait
+        raise KeyboardInterrupt
     return batch.trace
 
 
@@ -142,7 +144,7 @@ def main() -> None:
         print("audit " + " ".join(f"{k}:{v:.3e}" if isinstance(v, float) else f"{k}:{v}" for k, v in row.items()))
     left.result["evaluation"]["audit"] = rows
     common.write_atomic(left.path, json.dumps(left.result, indent=1).encode())
-    if any(row["backward_looking"] and row["change"] > row["repeat"] for row in rows):
+    if any(row["backward_looking"] and not row["change"] <= row["repeat"] for row in rows):
         sys.exit(1)
 
 

@@ -141,26 +141,22 @@ def check_shard(path: Path) -> int:
 
 # ---------------------------------------------------------------------------------------------- run folders
 
-# The form of result.json: a type, {name: form}, [form of every element], or (None, form) for what may be missing.
+# What result.json and its parts hold: dotted paths, by the type that they must be of.
 SCHEMA_VERSION = 2
-SCORED = {"val_loss": float, "val_bpb": float}
-FIGURE = SCORED | {"targets": int, "bytes": int, "backward_looking": bool, "lacking": int, "epoch": (None, int)}
-AUDIT = [{"document": int, "figure": str, "backward_looking": bool, "change": float, "repeat": float}]
-EVALUATION = {"seconds": float, "audit": (None, AUDIT), "curve": (None, [FIGURE])}
-ADAPTED = {"documents": int, "no_adaptation": FIGURE, "backward_looking": FIGURE, "last_epoch": FIGURE}
-RESULT = SCORED | {
-    "run_id": str,
-    "seed": int,
-    "source_sha256": str,
-    "source_bytes": int,
-    "weights_sha256": str,
-    "settings": {"seed": int},
-    "environment": {"torch": str, "device": str, "dtype": str},
-    "world_size": int,
-    "quantised": bool,
-    "data": {"train": (None, str), "validation": str},
-    "training": (None, {"steps": int, "seconds": float}),
-    "artifact": (None, {"model_bytes": int, "code_bytes": int, "total_bytes": int, "sha256": str}),
+RESULT = {
+    str: "run_id source_sha256 weights_sha256 environment.torch environment.device environment.dtype data.validation",
+    int: "seed settings.seed source_bytes world_size",
+    float: "val_loss val_bpb",
+    bool: "quantised",
+}
+FIGURE = {float: "val_loss val_bpb", int: "targets bytes lacking", bool: "backward_looking"}
+OPTIONAL = {
+    "training": {int: "steps", float: "seconds"},
+    "artifact": {int: "model_bytes code_bytes total_bytes", str: "sha256"},
+}
+ROWS = {
+    "audit": {int: "document", str: "figure", bool: "backward_looking", float: "change repeat"},
+    "curve": FIGURE | {int: "targets bytes lacking epoch"},
 }
 UNTOUCHED = "give a finished run as it was left"
 
@@ -203,7 +199,18 @@ def read_run(path: Path) -> Run:
         raise UserError(f"{path} has schema_version {version!r}, not {SCHEMA_VERSION} — {UNTOUCHED}")
     evaluation = result.get("evaluation")
     sliding = isinstance(evaluation, dict) and "sliding" in evaluation
-    require_form(result, RESULT | {"evaluation": EVALUATION | ({"sliding": FIGURE} if sliding else ADAPTED)}, path)
+    figures = ["sliding"] if sliding else ["no_adaptation", "backward_looking", "last_epoch"]
+    require(result, RESULT, path)
+    require(evaluation, {int: "" if sliding else "documents", float: "seconds"}, path, "evaluation.")
+    for name in figures:
+        require(evaluation.get(name), FIGURE, path, f"evaluation.{name}.")
+    for name, form in OPTIONAL.items():
+        if result.get(name) is not None:
+            require(result[name], form, path, f"{name}.")
+    for name, form in ROWS.items():
+        require(evaluation, {list: name} if evaluation.get(name) is not None else {}, path, "evaluation.")
+        for index, row in enumerate(evaluation.get(name) or []):
+            require(row, form, path, f"evaluation.{name}[{index}].")
     if result["seed"] != result["settings"]["seed"]:
         raise UserError(f"{path} has seed {result['seed']} and another in its settings — {UNTOUCHED}")
     return Run(path, result)
@@ -217,21 +224,21 @@ def bounded(digits: str) -> float:
     return value if set(digits) & set(".eE") else int(digits)
 
 
-def require_form(value: Any, form: Any, path: Path, name: str = "") -> None:
-    """UserError naming what is missing or of another type in the part `name` of a result."""
-    if isinstance(form, tuple):
-        if value is None:
-            return
-        form = form[1]
-    kind = type(form) if isinstance(form, (dict, list)) else form
-    if not isinstance(value, (int, float) if kind is float else kind) or (isinstance(value, bool) and kind is not bool):
-        raise UserError(f"{path} has no {name} of type {kind.__name__} — {UNTOUCHED}")
-    if isinstance(form, dict):
-        for key, part in form.items():
-            require_form(value.get(key), part, path, f"{name}.{key}".removeprefix("."))
-    elif isinstance(form, list):
-        for index, element in enumerate(value):
-            require_form(element, form[0], path, f"{name}[{index}]")
+def value_of(value: Any, path: str) -> Any:
+    """The value at a dotted path of a JSON object; None where there is nothing."""
+    for key in path.split("."):
+        value = value.get(key) if isinstance(value, dict) else None
+    return value
+
+
+def require(value: Any, form: dict[type, str], path: Path, place: str = "") -> None:
+    """UserError naming what is missing or of another type in the part `place` of a result."""
+    for kind, names in form.items():
+        for name in names.split():
+            found = value_of(value, name)
+            right = isinstance(found, (int, float) if kind is float else kind)
+            if not right or (isinstance(found, bool) and kind is not bool):
+                raise UserError(f"{path} has no {place}{name} of type {kind.__name__} — {UNTOUCHED}")
 
 
 def read_log(run: Run) -> tuple[bytes, bytes]:

@@ -13,7 +13,7 @@ import shutil
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from common import Parser, UserError, check_shard, number, run
 from text import load_tokenizer
@@ -24,30 +24,28 @@ OUT = Path(__file__).resolve().parent
 AGAIN = "run it again; if it stays so, HF_ENDPOINT serves something else"
 
 
-class Variant(NamedTuple):
-    """What the manifest says of one tokenization: its folder's name, numbers of shards, and its tokenizer's path."""
-
-    name: str
-    train_shards: int
-    val_shards: int
-    tokenizer: str
-
-
-def find_variant(manifest: Any, variant: str) -> Variant:
-    """Looks a variant such as "sp1024" up in the manifest; UserError naming the variants there are."""
+def find_variant(manifest: Any, variant: str, train_shards: int = 1) -> list[str]:
+    """Returns the paths of a variant's tokenizer, validation shards and first training shards; UserError without."""
     try:
         datasets = {entry["name"].removeprefix("fineweb10B_"): entry for entry in manifest["datasets"]}
-        tokenizers = {entry["name"]: entry.get("model_path") for entry in manifest["tokenizers"]}
+        models = {entry["name"]: entry.get("model_path") for entry in manifest["tokenizers"]}
         if variant not in datasets:
             raise UserError(f"there is no variant {variant} — choose from {', '.join(sorted(datasets))}")
         entry, stats = datasets[variant], datasets[variant]["stats"]
-        tokenizer = tokenizers[entry["tokenizer_name"]]
-        found = Variant(entry["name"], int(stats["files_train"]), int(stats["files_val"]), tokenizer)
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        name, model, most, held_out = (
+            entry["name"],
+            models[entry["tokenizer_name"]],
+            stats["files_train"],
+            stats["files_val"],
+        )
+        if not model:
+            raise UserError(f"variant {variant} has no SentencePiece model — choose an sp variant")
+        if train_shards > most:
+            raise UserError(f"{variant} has {most} training shards — lower --train-shards to that")
+        shards = [("val", i) for i in range(held_out)] + [("train", i) for i in range(train_shards)]
+        return [model, *(f"datasets/{name}/fineweb_{split}_{i:06d}.bin" for split, i in shards)]
+    except (KeyError, TypeError, AttributeError) as error:
         raise UserError(f"the manifest of {REPO} has another form than expected ({error!r}) — {AGAIN}") from error
-    if not tokenizer:
-        raise UserError(f"variant {variant} has no SentencePiece model — choose an sp variant")
-    return found
 
 
 def fetch(paths: Sequence[str], staging: Path, commit: str | None = None) -> str:
@@ -94,7 +92,7 @@ def place(staging: Path, out: Path, paths: Sequence[str]) -> None:
             staged.replace(out / path)
 
 
-def download(variant_name: str, train_shards: int, out: Path) -> None:
+def download(variant: str, train_shards: int, out: Path) -> None:
     """Brings a variant's tokenizer, validation shards and first training shards to out/tokenizers and out/datasets."""
     staging = out / "fineweb.partial"
     commit = fetch(["manifest.json"], staging)
@@ -102,23 +100,19 @@ def download(variant_name: str, train_shards: int, out: Path) -> None:
         manifest = json.loads((staging / REMOTE / "manifest.json").read_bytes())
     except ValueError as error:
         raise UserError(f"the manifest of {REPO} is not JSON — {AGAIN}") from error
-    variant = find_variant(manifest, variant_name)
-    if train_shards > variant.train_shards:
-        raise UserError(f"{variant_name} has {variant.train_shards} training shards — lower --train-shards to that")
-    folder = f"datasets/{variant.name}"
-    paths = [f"{folder}/fineweb_val_{i:06d}.bin" for i in range(variant.val_shards)]
-    paths += [f"{folder}/fineweb_train_{i:06d}.bin" for i in range(train_shards)]
-    missing = [path for path in (variant.tokenizer, *paths) if not (out / path).exists()]
+    paths = find_variant(manifest, variant, train_shards)
+    missing = [path for path in paths if not (out / path).exists()]
     try:
         if missing:
             fetch(missing, staging, commit)
     finally:  # what arrived takes its place even if something else did not
         place(staging, out, missing)
-    counts = [check_shard(out / path) for path in paths]
-    for path, count in zip(paths, counts, strict=True):
+    counts = {path: check_shard(out / path) for path in paths[1:]}
+    for path, count in counts.items():
         print(f"{Path(path).name}: {count:,} tokens")
     shutil.rmtree(staging)
-    print(f"{out / folder}: {sum(counts):,} tokens in {len(paths)} shards; tokenizer {out / variant.tokenizer}")
+    folder = (out / paths[1]).parent
+    print(f"{folder}: {sum(counts.values()):,} tokens in {len(counts)} shards; tokenizer {out / paths[0]}")
 
 
 def main() -> None:

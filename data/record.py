@@ -4,8 +4,8 @@
 
 The score is the backward-looking figure: every token was scored before any update had seen it. Replay's last epoch has
 trained on what it scores; it stands in a field of its own and takes part in nothing. --folder makes what a pull request
-to the challenge needs: README.md, submission.json, train_gpt.py and the logs. With --placeholder instead of runs,
-submission.json has the same fields and says that nothing was measured.
+to the challenge needs: README.md, submission.json, train_gpt.py and the logs. Name, author and blurb come from the
+repository's submission.json, which has the same fields and says, until there are runs, that nothing was measured.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from common import Parser, Run, UserError, new_directory, number, read_log, read_run, write_atomic
+from common import Parser, Run, UserError, new_directory, number, read_log, read_run, value_of, write_atomic
 from common import run as run_tool
 
 # The challenge's rules, in its numbers.
@@ -32,29 +32,16 @@ WORLD_SIZE, DEVICE = 8, "H100"
 DOCUMENTS, MILLION_TOKENS, VOCABULARY = 50_000, 62.0, 1024  # of the full FineWeb validation split
 MARGIN = 0.005  # nats per token by which a record must beat the one before
 SIGNIFICANCE = 0.01
-RULES = [
-    *("size_cap", "train_seconds", "eval_seconds", "hardware_8xH100", "full_validation_split"),
-    *("every_target_scored_once", "backward_looking_score", "quantised_artifact", "same_experiment"),
-    *("distinct_trainings", "significant_improvement", "no_network_no_training_data_at_evaluation"),
-]
-SOURCE_RULE = RULES[-1]
+SOURCE_RULE = "no_network_no_training_data_at_evaluation"
 
 LONGEST_LAST_STEP = 0.5  # training ends with the step under way at 600 s: 0.09 s on 8xH100; slower steps get no more
 OUTCOMES = {True: "pass", False: "fail", None: "not applicable"}
-UNMEASURED = "not measured on 8xH100"
 
-# The settings behind the figures, as in result.json. These values, the defaults, are the placeholder's.
-PROTOCOL = {
-    "ttt_enabled": True,
-    "ttt_protocol": "replay",
-    "ttt_context": "cached",
-    "ttt_n_epochs": 50,
-    "ttt_lora_lr": 0.001,
-    "ttt_lora_rank": 8,
-    "ttt_chunk_size": 256,
-    "ttt_eval_seq_len": 2048,
-    "eval_stride": 64,
-}
+# The settings behind the figures, as in result.json.
+PROTOCOL = [
+    *("ttt_enabled", "ttt_protocol", "ttt_context", "ttt_n_epochs", "ttt_lora_lr", "ttt_lora_rank"),
+    *("ttt_chunk_size", "ttt_eval_seq_len", "eval_stride"),
+]
 # What must agree in all runs of a submission, beside all settings but those that change nothing of the experiment.
 SHARED = [
     *("source_sha256", "data.validation", "data.train"),
@@ -66,21 +53,8 @@ UNIQUE = ["seed", "run_id", "weights_sha256", "artifact.sha256", "training.secon
 
 SCORE_LABEL = "backward-looking: every token is scored once, before any update has seen it"
 REPLAY_LABEL = "not a compression rate: the adapters have trained on the whole document before this pass scores it"
-NAME = "10L 512d GPT, int5 MLP, int6 attention, SWA, per-document LoRA test-time training"
-AUTHOR = "the train_gpt.py authors"
-BLURB = (
-    "10 layers of width 512 with GQA, U-Net skips, a hashed bigram embedding and SmearGate; Muon and AdamW, warmdown "
-    "against the wall clock, SWA; int5 MLPs, int6 attention, zstd-22 in a container without pickle; rank-8 LoRA on Q "
-    "and V adapted per document. Only scores made before any update had seen the token count."
-)
-
-
-def value_of(run: Run, path: str) -> Any:
-    """The value at a dotted path of result.json; None where the run has none."""
-    value = run.result
-    for key in path.split("."):
-        value = value.get(key) if isinstance(value, dict) else None
-    return value
+PLACEHOLDER = Path(__file__).resolve().parent.parent / "submission.json"  # what a submission says of itself
+ABOUT = ("name", "author", "github_id", "blurb")
 
 
 def mean_std(values: Sequence[float]) -> tuple[float | None, float | None]:
@@ -91,7 +65,7 @@ def mean_std(values: Sequence[float]) -> tuple[float | None, float | None]:
 
 def largest(runs: Sequence[Run], path: str) -> float | None:
     """Returns the maximum of what stands at a dotted path, or None if a run has nothing there or there is no run."""
-    values = [value_of(run, path) for run in runs]
+    values = [value_of(run.result, path) for run in runs]
     return None if not values or None in values else max(values)
 
 
@@ -107,7 +81,7 @@ def judge_limits(runs: Sequence[Run]) -> dict[str, Verdict]:
         most = largest(runs, path)
         judged[name] = None, f"a run has no {path}"
         if most is not None:
-            over = [value_of(run, path) > limit + last_step(run) * (name == "train_seconds") for run in runs]
+            over = [value_of(run.result, path) > limit + last_step(run) * (name == "train_seconds") for run in runs]
             judged[name] = not any(over), f"{most:,} of {limit:,} {unit}"
     machines = {(run.result["world_size"], run.result["environment"]["device"]) for run in runs}
     fits = all(world == WORLD_SIZE and DEVICE in device.split() for world, device in machines)
@@ -124,7 +98,7 @@ def last_step(run: Run) -> float:
 def judge_split(runs: Sequence[Run]) -> Verdict:
     """The full split is known by its counts, if all runs scored one text; that it is FineWeb's no result can show."""
     paths = "data.validation", "settings.vocab_size", "evaluation.documents"
-    found = {(run.score["targets"] + 1, *(value_of(run, path) for path in paths)) for run in runs}
+    found = {(run.score["targets"] + 1, *(value_of(run.result, path) for path in paths)) for run in runs}
     detail = "tokens, fingerprint, vocabulary and documents: " + "; ".join(sorted(map(str, found)))
     tokens, _, vocabulary, documents = found.pop()
     full = not found and (round(tokens / 1e6, 1), vocabulary) == (MILLION_TOKENS, VOCABULARY)
@@ -173,7 +147,7 @@ def judge_repetition(runs: Sequence[Run]) -> dict[str, Verdict]:
     def conditions(run: Run) -> dict[str, Any]:
         settings = {f"settings.{name}": value for name, value in run.result["settings"].items() if name not in FREE}
         scored = {f"{name} scored": run.score[name] for name in ("targets", "bytes")}
-        return {path: value_of(run, path) for path in SHARED} | scored | settings
+        return {path: value_of(run.result, path) for path in SHARED} | scored | settings
 
     first = conditions(runs[0])
     differences = {}
@@ -183,7 +157,7 @@ def judge_repetition(runs: Sequence[Run]) -> dict[str, Verdict]:
                 differences[name] = f"{name}: {first.get(name)} and {other.get(name)}"
     repeated = []
     for path in UNIQUE:
-        counts = Counter(value_of(run, path) for run in runs)
+        counts = Counter(value_of(run.result, path) for run in runs)
         repeated += [f"{path} {value} more than once" for value, n in counts.items() if value is not None and n > 1]
     same = "source, data, settings, torch, dtype and device agree"
     return {
@@ -222,33 +196,23 @@ def judge_significance(test: dict[str, Any]) -> Verdict:
 # ---------------------------------------------------------------------------------------------- submission
 
 
-def judge(runs: Sequence[Run], test: dict[str, Any]) -> tuple[dict[str, Verdict], str, list[str]]:
-    """Returns the verdict on every rule, the status, and the reasons why it is not `record`.
+def submission(runs: Sequence[Run], baseline: float | None, about: dict[str, str | None]) -> dict[str, Any]:
+    """Returns the content of submission.json. `about`: name, author and the like.
 
     A rule that fails makes a non-record; short of that, one that cannot be judged leaves the submission incomplete.
     """
-    source = {SOURCE_RULE: (None, "a property of the source, which no result can show")}
-    if not runs:
-        return dict.fromkeys(RULES, (None, "no runs")) | source, UNMEASURED, [UNMEASURED]
+    # A sample of the t-test is a run that trained, one for each model.
+    trained = {run.result["weights_sha256"]: run.result["val_loss"] for run in runs if run.result["training"]}
+    test = t_test(list(trained.values()), baseline)
     judged = judge_limits(runs) | {"full_validation_split": judge_split(runs)}
     judged |= judge_scores(runs) | judge_repetition(runs) | {"significant_improvement": judge_significance(test)}
     reasons = [f"{name}: {OUTCOMES[kept]} ({detail})" for name, (kept, detail) in judged.items() if not kept]
     failed = any(kept is False for kept, _ in judged.values())
-    status = "non-record" if failed else "incomplete" if reasons else "record"
-    return judged | source, status, reasons
-
-
-def submission(runs: Sequence[Run], baseline: float | None, about: dict[str, str | None]) -> dict[str, Any]:
-    """Returns the content of submission.json, without runs the placeholder. `about`: name, author and the like."""
-    # A sample of the t-test is a run that trained, one for each model.
-    trained = {run.result["weights_sha256"]: run.result["val_loss"] for run in runs if run.result["training"]}
-    test = t_test(list(trained.values()), baseline)
-    judged, status, reasons = judge(runs, test)
+    judged |= {SOURCE_RULE: (None, "a property of the source, which no result can show")}
     loss, loss_std = mean_std([run.result["val_loss"] for run in runs])
     bpb, bpb_std = mean_std([run.result["val_bpb"] for run in runs])
-    settings = runs[0].result["settings"] if runs else PROTOCOL
     return about | {
-        "status": status,
+        "status": "non-record" if failed else "incomplete" if reasons else "record",
         "reasons": reasons,
         "val_bpb": bpb,
         "val_bpb_std": bpb_std,
@@ -263,8 +227,8 @@ def submission(runs: Sequence[Run], baseline: float | None, about: dict[str, str
         "eval_seconds": largest(runs, "evaluation.seconds"),
         "significance": test,
         "rules": {name: {"outcome": OUTCOMES[kept], "detail": detail} for name, (kept, detail) in judged.items()},
-        "protocol": {name: settings.get(name) for name in PROTOCOL},
-        "source_sha256": runs[0].result["source_sha256"] if runs else None,
+        "protocol": {name: value_of(runs[0].result, f"settings.{name}") for name in PROTOCOL},
+        "source_sha256": runs[0].result["source_sha256"],
         "runs": [run_summary(run) for run in runs],
     }
 
@@ -287,8 +251,11 @@ def run_summary(run: Run) -> dict[str, Any]:
     paths += [f"artifact.{name}_bytes" for name in ("total", "model", "code")]
     return (
         {name: run.result[name] for name in names}
-        | {path.split(".")[1]: value_of(run, path) for path in paths}
-        | {"train_seconds": value_of(run, "training.seconds"), "eval_seconds": value_of(run, "evaluation.seconds")}
+        | {path.split(".")[1]: value_of(run.result, path) for path in paths}
+        | {
+            "train_seconds": value_of(run.result, "training.seconds"),
+            "eval_seconds": value_of(run.result, "evaluation.seconds"),
+        }
         | {"documents_scored_without_adaptation": run.score["lacking"], "replay_last_epoch": replay_summary([run])}
     )
 
@@ -340,33 +307,28 @@ with `{settings}`.
 def main() -> None:
     parser = Parser(__doc__)
     add = parser.add_argument
-    add("results", nargs="*", type=Path, metavar="RUN", help="a run's folder, or a result.json with its log beside it")
+    add("results", nargs="+", type=Path, metavar="RUN", help="a run's folder, or a result.json with its log beside it")
     add("--baseline-loss", type=number(float, 0), metavar="NATS", help="per token: val_loss of the record to beat")
-    add("--placeholder", action="store_true", help="write what stands in until there are runs")
     add("--out", type=Path, default=Path("submission.json"), help="default: submission.json")
     add("--folder", type=Path, help="make the folder of a pull request instead")
-    add("--name", default=NAME, help="of the submission")
-    add("--author", default=AUTHOR)
-    add("--github-id")
-    add("--blurb", default=BLURB, help="what it does, in a few sentences")
-    add("--date", help="of the measurement; default: now, in UTC")
+    for name, value in json.loads(PLACEHOLDER.read_bytes()).items():
+        if name in ABOUT:
+            add("--" + name.replace("_", "-"), default=value, help="default: what submission.json says")
     options = parser.parse_args()
-    if bool(options.results) == options.placeholder or (options.placeholder and options.folder):
-        raise UserError("give either runs or --placeholder, and a --folder with runs alone — see --help")
     runs = [read_run(path) for path in options.results]
     for run in runs:
         read_log(run)  # is it this run's?
-    now = datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ") if runs else None
-    about = {name: getattr(options, name) for name in ("name", "author", "github_id", "blurb")}
-    content = submission(runs, options.baseline_loss, about | {"date": options.date or now})
+    about = {name: getattr(options, name) for name in ABOUT} | {
+        "date": datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+    }
+    content = submission(runs, options.baseline_loss, about)
     encoded = (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode()
     if options.folder:
         write_folder(options.folder, runs, content, encoded)
     else:
         write_atomic(options.out, encoded)
-    if runs:
-        rules = [f"{rule['outcome']:<14} {name}: {rule['detail']}" for name, rule in content["rules"].items()]
-        print("\n".join([*summary(content), *rules, f"status: {content['status']}"]))
+    rules = [f"{rule['outcome']:<14} {name}: {rule['detail']}" for name, rule in content["rules"].items()]
+    print("\n".join([*summary(content), *rules, f"status: {content['status']}"]))
     print(f"wrote {options.folder or options.out}")
 
 

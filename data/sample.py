@@ -55,10 +55,8 @@ def documents() -> list[str]:
 
 def topics() -> list[str]:
     """Returns the topics of `help()`, the longest first: a topic that contains others keeps its paragraphs."""
-    try:
-        from pydoc_data.topics import topics as found
-    except ImportError:
-        raise UserError("this Python has no pydoc_data — install its documentation or a full Python") from None
+    from pydoc_data.topics import topics as found
+
     return sorted(found.values(), key=lambda topic: (-len(topic), topic))
 
 

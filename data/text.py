@@ -295,7 +295,7 @@ def train_tokenizer(pieces: list[str], vocab_size: int) -> bytes:
             minloglevel=2,
         )
     except RuntimeError as error:
-        if "Vocabulary size too high" not in str(error):
+        if not re.search("Vocabulary size too high|sentences_.empty", str(error)):
             raise
         found = f"{sum(map(len, pieces)):,} characters of training text are too few for a vocabulary of {vocab_size:,}"
         raise UserError(f"{found} — add text or lower --vocab-size") from error

@@ -372,10 +372,11 @@ def error_of(work) -> str:
         ("MATRIX_LR", "inf", "float"), ("BETA1", "1", "to 0.999"), ("MATRIX_LR", "0,02", "float"),
         ("RESUME", "yes", "one of 0, 1"), ("RESUME", "2", "one of 0, 1"), ("COMPILE", "7", "one of"),
         ("TTT_PROTOCOL", "Replay", "replay, single_pass"), ("PRESET", "small", "record, tiny"),
-        ("PRUNE_FRACTION", "0.5", "to 0.15"), ("DEVICE", "gpu", "cuda, cpu, auto"), ("QUANTIZER", "obq", "gptq, nearest"),
-        ("QUANT_SIGMAS", "3.4", "0 or two numbers"), ("QUANT_SIGMAS", "0.5,3", "from 1 to 99"),
-        ("QUANT_SIGMAS", "3.4,100", "from 1 to 99"), ("QUANT_SIGMAS", "3,4,5", "k5,k6"), ("QUANT_SIGMAS", "-3,4", "two"),
-        ("CALIBRATION_TOKENS", "0", "int from 1"),
+        ("PRUNE_FRACTION", "0.5", "to 0.15"), ("DEVICE", "gpu", "cuda, cpu, auto"),
+        ("QUANTIZER", "obq", "gptq, nearest"), ("QUANT_SIGMAS", "3.4", "0 or two numbers"),
+        ("QUANT_SIGMAS", "0.5,3", "from 1 to 99"), ("QUANT_SIGMAS", "3.4,100", "from 1 to 99"),
+        ("QUANT_SIGMAS", "3,4,5", "k5,k6"),
+        ("QUANT_SIGMAS", "-3,4", "two"), ("CALIBRATION_TOKENS", "0", "int from 1"),
     ],
 )  # fmt: skip
 def test_a_wrong_value_is_refused_with_variable_value_and_what_is_allowed(variable, value, allowed):

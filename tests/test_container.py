@@ -317,7 +317,8 @@ def test_any_other_length_is_refused(small_artifact, end, more):
 
 # ---- As coarse as the cap asks for
 
-WIDE = dict(model_dim=160, num_layers=2, num_heads=2, num_kv_heads=1, mlp_mult=2.6, bigram_dim=8)  # MLP matrices are pruned
+# MLP matrices are pruned
+WIDE = dict(model_dim=160, num_layers=2, num_heads=2, num_kv_heads=1, mlp_mult=2.6, bigram_dim=8)
 CODE = len(train_gpt.SOURCE_BYTES)
 
 

@@ -8,6 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import runs
 import train_gpt
 from conftest import random_model, random_tokens, run_of, small
 
@@ -196,7 +197,8 @@ def test_coarser_steps_make_a_smaller_artifact(quantizer):
     hessians = hessians_of(state) if quantizer == "gptq" else None
 
     def sizes(sigmas, stretch):
-        blob, kinds = train_gpt.pack(train_gpt.quantize_model(state, small(**WIDE, quant_sigmas=sigmas), hessians, stretch), s)
+        tensors = train_gpt.quantize_model(state, small(**WIDE, quant_sigmas=sigmas), hessians, stretch)
+        blob, kinds = train_gpt.pack(tensors, s)
         return len(blob), kinds["int5"]["entropy"], kinds["int6"]["entropy"]
 
     by_sigmas = [sizes(f"{k},{1.3 * k:.2f}", 1.0) for k in (2.0, 2.5, 3.4, 4.2, 6.0, 9.0, 14.0)]
@@ -211,7 +213,7 @@ def test_coarser_steps_make_a_smaller_artifact(quantizer):
 
 
 def inputs_by_hand(state, s, windows):
-    """Every input of every linear layer, by its weight's name, in float64: (tokens, cols) over windows of one row each."""
+    """Every linear layer's inputs by its weight's name, (tokens, cols) float64, over windows of a row and one token."""
     model, seen = train_gpt.GPT(s, torch.float64).double().eval(), {}
     model.load_state_dict({name: w.double() for name, w in state.items()})
     for name, module in model.named_modules():
@@ -294,3 +296,13 @@ def test_rounding_to_nearest_needs_no_hessians(run, tmp_path):
     trainer = train_gpt.Trainer([random_tokens(s, 300).astype(np.uint16)], run_of(run, s, tmp_path))
     trainer.forward = None  # nothing is computed
     assert trainer.reserve() == trainer.calibrate(0, 64) == {} and math.isfinite(trainer.elapsed)
+
+
+def test_two_ranks_train_and_calibrate_to_the_very_artifact_of_one(tmp_path):
+    """One rank takes two micro-steps, so that both add up the same gradients; the matrices are wide enough for GPTQ."""
+    settings_ = dict(MODEL_DIM=96, ITERATIONS=6, MICRO_BATCH_TOKENS=128, CALIBRATION_TOKENS=7 * 32, TTT_ENABLED=0)
+    two = runs.ranks(tmp_path / "two", **settings_)
+    one = runs.run(tmp_path / "one", **settings_)
+    assert [process.wait() for process in two] == [0, 0], two[0].err
+    assert {"int5", "int6"} <= one.result["artifact"]["kinds"].keys() and one.artifact == two[0].artifact
+    assert one.figures("export val_bpb") == two[0].figures("export val_bpb")

@@ -275,7 +275,7 @@ def explicit(q, k, v, context_keys, context_values):
 
 
 def attention_inputs(heads, kv_heads, tokens, context, seed=0):
-    """q, k, v that need gradients, and a cache (B, 2, kv heads, context + T, head_dim) with garbage in its last slots."""
+    """q, k, v that need gradients, and a cache (B, 2, kv heads, context + T, head_dim) with garbage in the last."""
     g = torch.Generator().manual_seed(seed)
     shapes = [(2, n, tokens, 4) for n in (heads, kv_heads, kv_heads)]
     q, k, v = (torch.randn(shape, generator=g, dtype=torch.float64, requires_grad=True) for shape in shapes)

@@ -81,7 +81,7 @@ def stop_in_adapt(call: int) -> None:
 
 
 def other_plan() -> None:
-    """Documents shared out differently, as on another device or in another version; stopped in a rank's second batch."""
+    """Documents shared out differently, as on another device or in another version; stopped in the second batch."""
     plan = train_gpt.batch_documents
     train_gpt.batch_documents = lambda *arguments: plan(*arguments)[::-1]
     stop_in_adapt(2)
@@ -242,6 +242,37 @@ def test_a_job_that_stands_still_as_a_whole_goes_on(waiting, whole):
     """SIGSTOP to all ranks for longer than a rank may be silent, as by ctrl-Z; they do not wake at the same time."""
     assert waiting["codes"]["still"] == [0, 0], waiting["pairs"]["still"][0].err
     assert figures(waiting["pairs"]["still"][0]) == figures(whole)
+
+
+def only_share_out() -> None:
+    """Instead of a run: three queues, of which one rank is slow to take its part; each prints what it got."""
+
+    def entry() -> int:
+        run = train_gpt.Run(train_gpt.Settings.from_env(os.environ))
+        for name, count in (("first", 40), ("second", 1), ("third", 0)):
+            for item in run.shared([f"{name}{i}" for i in range(count)], name):
+                print("item", item, flush=True)
+                time.sleep(0.001 + 0.02 * (run.rank == 1))
+        for item in run.using(rehearsing=True).shared(["rehearsed"] * 3, "first"):
+            print("item", item, flush=True)
+        run.part()
+        return 0
+
+    train_gpt.entry = entry
+
+
+@pytest.mark.parametrize("world", [1, 2, 3])
+def test_every_item_of_a_shared_list_goes_to_exactly_one_rank_in_order(tmp_path, world):
+    ended = runs.ranks(tmp_path, world, before=only_share_out)
+    assert [process.wait() for process in ended] == [0] * world, ended[0].err
+    taken = [[line.split()[1] for line in process.lines if line.startswith("item ")] for process in ended]
+    expected = [f"first{i}" for i in range(40)] + ["second0"] + ["rehearsed"] * 3
+    assert sorted(sum(taken, [])) == sorted(expected)
+    for mine in taken:
+        assert mine == sorted(mine, key=expected.index)
+    if world > 1:  # who is slow gets less
+        first = [sum(item.startswith("first") for item in mine) for mine in taken]
+        assert 0 < first[1] < 20 and first[1] < min(first[:1] + first[2:])
 
 
 # ---- The evaluation's progress
