@@ -5,27 +5,27 @@ score the FineWeb validation split in bits per byte with test-time training. Not
     PRESET=tiny python train_gpt.py                        # everything below, small, on a laptop CPU
     torchrun --standalone --nproc_per_node=8 train_gpt.py  # the record run
 
-An entry to OpenAI's Parameter Golf, after thwu1's 1.1428-bpb record and PR #467 of openai/parameter-golf.
+For OpenAI's Parameter Golf, after thwu1's 1.1428-bpb record and PR #467 of openai/parameter-golf.
 - model: GQA, RoPE, per-head QK norm, relu^2 MLP, U-Net skips, hashed bigram embedding, SmearGate, tied embeddings
 - optimiser: Muon (same-shape matrices as one batch, divided over the ranks) and AdamW, on flat buffers
 - schedule: warmdown against the wall clock or the iteration count, stochastic weight averaging (SWA)
 - export: int5 MLPs and int6 attention by GPTQ, steps stretched until it fits, one zstd-22 frame, no pickle
-- evaluation: standard, sliding window, or 50 cosine epochs of rank-8 LoRA on Q and V per document. Every figure is
-  labelled: it is *backward-looking* only if each token was scored before any update had seen it.
+- evaluation: standard, sliding window, or 50 cosine epochs of rank-8 LoRA on Q and V per document. A figure is
+  labelled *backward-looking* only if each token was scored before any update had seen it.
 
-Map. A section calls only what stands above it; main(), at the end, calls them all.
+Map. A section calls only what stands above it. Everywhere `s` is Settings, `run` a Run, `stream` a Stream.
 
-    section             what it holds                                                        pinned by tests/test_*
-    Configuration       Settings.from_env: the environment, each value checked               command_line
-    Run                 settings, rank, device, log and files, the ranks' agreements         faults, resume
-    Data                open_shards -> BatchLoader (training), load_validation -> Stream     faults, fuzz, evaluation
-    Model               GPT.forward(ids, targets, lora, past) -> NLL of every target         model, golden
-    Optimiser           Optimizer.step: clip, Muon (newton_schulz), AdamW (adam_)            optimiser
-    Training            Trainer.train: BatchLoader -> GPT -> Optimizer, SWA; calibrate       training, faults
-    Export              quantize_model (gptq, nearest) -> pack -> artifact -> unpack         container, gptq, golden
-    Evaluation          score_windows <- evaluate_standard, evaluate_sliding                 evaluation, golden
-    Test-time training  DocumentBatch: score_windows under Adapters, after a ContextCache    ttt, golden, device_paths
-    Main                preflight: all of it in small; then the run itself                   preflight, command_line
+    section             what it holds                                                     pinned by tests/test_*
+    Configuration       Settings.from_env: the environment, each value checked            command_line
+    Run                 settings, rank, device, log and files, the ranks' agreements      faults, resume
+    Data                open_shards -> BatchLoader (training), load_validation -> Stream  faults, fuzz, evaluation
+    Model               GPT.forward(ids, targets, lora, past) -> NLL of every target      model, golden
+    Optimiser           Optimizer.step: clip, Muon (newton_schulz), AdamW (adam_)         optimiser
+    Training            Trainer.train: BatchLoader -> GPT -> Optimizer, SWA; calibrate    training, faults
+    Export              quantize_model (gptq, nearest) -> pack -> artifact -> unpack      container, gptq, golden
+    Evaluation          score_windows <- evaluate_standard, evaluate_sliding              evaluation, golden
+    Test-time training  DocumentBatch: score_windows under Adapters, after ContextCache   ttt, golden, device_paths
+    Main                preflight: all of it in small; then the run itself                preflight, command_line
 """
 
 import contextlib
@@ -45,7 +45,7 @@ import sys
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import Field, asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import NamedTuple, Self
@@ -53,14 +53,14 @@ from typing import NamedTuple, Self
 import numpy as np
 import sentencepiece
 import torch
-import torch._dynamo  # else imported on first use, within the evaluation's seconds
+import torch._dynamo  # else imported within the evaluation's seconds
 import torch.distributed as dist
 import torch.nn.functional as F
 import zstandard
 from torch import Tensor, nn
 
 SOURCE = Path(__file__).resolve()
-SOURCE_BYTES = SOURCE.read_bytes()  # read once: the file may change while the run goes on
+SOURCE_BYTES = SOURCE.read_bytes()  # read once: the file may change
 SOURCE_SHA256 = hashlib.sha256(SOURCE_BYTES).hexdigest()
 SAMPLE = SOURCE.parent / "data" / "sample"
 
@@ -70,21 +70,19 @@ SAMPLE = SOURCE.parent / "data" / "sample"
 
 
 class UserError(Exception):
-    """Something the user can mend: `what is wrong — what to do`. The process ends with code 2."""
+    """`what is wrong — what to do`: the process ends with code 2."""
 
 
 TEXT = ".*", "printable text"
 
 
 def setting(default, doc: str, low=-math.inf, high=math.inf, choices=None, form=TEXT, tiny=None):
-    """A field with its documentation, range or choices or form (a pattern, in words), and value under PRESET=tiny."""
+    """A field, documented: range, choices or form (a pattern, in words), and value under PRESET=tiny."""
     return field(default=default, metadata=dict(doc=doc, low=low, high=high, choices=choices, form=form, tiny=tiny))
 
 
 @dataclass(frozen=True)
 class ModelSettings:
-    """A model's shapes and arithmetic."""
-
     vocab_size: int = setting(1024, "vocabulary", 260, 65536)
     num_layers: int = setting(10, "transformer blocks", 2, 256, tiny=4)
     model_dim: int = setting(512, "width", 8, 16384, tiny=96)
@@ -100,8 +98,6 @@ class ModelSettings:
 
 @dataclass(frozen=True)
 class TrainSettings(ModelSettings):
-    """What the trained weights depend on besides."""
-
     seed: int = setting(42, "of weights and adapters", 0, 2**32 - 1)
     qk_gain_init: float = setting(1.5, "initial gain of queries")
     tied_embed_init_std: float = setting(0.005, "initial std of the tied embedding", 0.0)
@@ -131,8 +127,6 @@ class TrainSettings(ModelSettings):
 
 @dataclass(frozen=True)
 class Settings(TrainSettings):
-    """What one session does besides."""
-
     preset: str = setting("record", "tiny: on the bundled sample", choices=("record", "tiny"))
     device: str = setting("cuda", "auto: what there is", choices=("cuda", "cpu", "auto"), tiny="auto")
     data_path: str = setting("./data/datasets/fineweb10B_sp1024", "folder of fineweb_*_*.bin", tiny=f"{SAMPLE}")
@@ -176,7 +170,7 @@ class Settings(TrainSettings):
 
     @classmethod
     def from_env(cls, env: dict[str, str]) -> Self:
-        """Parse and check every variable. Raises UserError naming the variable, its value and what is allowed."""
+        """Raises UserError naming the variable, its value and what is allowed."""
         values = {}
         for f in fields(cls):
             if f.name.upper() in env:
@@ -186,7 +180,7 @@ class Settings(TrainSettings):
         return cls(**values).checked()
 
     def checked(self) -> Self:
-        """Itself. Raises UserError, naming both, for two allowed values that cannot work together."""
+        """Itself. Raises UserError for two allowed values that cannot work together."""
         for bad, problem in (
             (self.model_dim % self.num_heads, "MODEL_DIM does not divide by NUM_HEADS"),
             (self.num_heads % self.num_kv_heads, "NUM_HEADS does not divide by NUM_KV_HEADS"),
@@ -202,18 +196,16 @@ class Settings(TrainSettings):
                 raise UserError(f"{named} — change one of the two")
         return self
 
-    def of(self, kind: type) -> dict:
-        """The values of one of the classes above, by name."""
+    def of(self, kind: type):
         return {f.name: getattr(self, f.name) for f in fields(kind)}
 
     @property
-    def ttt_figures(self) -> int:
-        """How many figures test-time training gives."""
-        return self.ttt_n_epochs if self.ttt_protocol == "replay" else 1
+    def ttt_figures(self):
+        return {"replay": self.ttt_n_epochs, "single_pass": 1}[self.ttt_protocol]
 
 
 def parse_setting(f: Field, raw):
-    """A field's value from an environment string or a header's JSON value. Raises UserError."""
+    """A field's value from the environment or a header. Raises UserError."""
     kind, rule = type(f.default), f.metadata
     choices = (0, 1) if kind is bool else rule["choices"]
     allowed = f"{kind.__name__} from {rule['low']} to {rule['high']}"
@@ -237,23 +229,23 @@ def parse_setting(f: Field, raw):
     return kind(value)
 
 
-def misspelt(env: dict[str, str]) -> list[str]:
-    """A warning for each variable that is no setting but is spelt almost like one."""
+def misspelt(env: dict[str, str]):
+    """Warnings of variables spelt almost like a setting."""
     known = [f.name.upper() for f in fields(Settings)]
     near = {name: difflib.get_close_matches(name, known, 1, 0.85) for name in sorted(env) if name not in known}
     return [f"warning: {name} is not a setting — did you mean {match[0]}?" for name, match in near.items() if match]
 
 
 # ======== Run =========================================================================================================
-# What always travels together: the settings, this process's place among the ranks, its device, its folder and its log.
-# A rank waits for others only where a signal can reach it, and where it learns that another has died.
+# What always travels together: settings, place among the ranks, device, folder and log. A rank waits for others only
+# where a signal can reach it, and where it learns that another has died.
 
 FILES = ("train.log", "checkpoint.pt", "final_model.pt", "final_model.ptz", "ttt_documents.npz", "result.json")
-SILENCE = 8  # missing signs of life, one a second, after which a rank counts as dead
+SILENCE = 8  # seconds without a sign of life: a rank is dead
 
 
 class Interrupted(Exception):
-    """SIGINT or SIGTERM; what is worth keeping is on the disk. The process ends with code 128 + signal."""
+    """SIGINT or SIGTERM: the process ends with code 128 + signal."""
 
     def __init__(self, number: int, where: str):
         name = signal.Signals(number).name
@@ -261,27 +253,29 @@ class Interrupted(Exception):
         self.number = number
 
 
-def user_line(e: Exception) -> str:
-    """What is wrong and what to do, of a UserError or an OSError."""
+def user_line(e: Exception):
     if not isinstance(e, OSError):
         return str(e)
     return f"cannot use {e.filename}: {e.strerror} — check the path, its permissions and the free space"
 
 
-def place_among_ranks(env: dict[str, str]) -> tuple[int, int, int]:
-    """Rank, world size and local rank: a launcher's, or alone. Raises UserError."""
+def pairs(account: dict):
+    return " ".join(f"{k}:{v:.4f}" if isinstance(v, float) else f"{k}:{v}" for k, v in account.items())
+
+
+def place_among_ranks(env):
+    """Rank, world size and local rank. Raises UserError."""
     if "RANK" not in env and "WORLD_SIZE" not in env:
         return 0, 1, 0
-    rank, world = env.get("RANK", ""), env.get("WORLD_SIZE", "")
-    place = (rank, world, env.get("LOCAL_RANK", rank))
-    if not all(re.fullmatch("[0-9]{1,9}", value) for value in place) or int(rank) >= int(world):
+    place = env.get("RANK", ""), env.get("WORLD_SIZE", ""), env.get("LOCAL_RANK", env.get("RANK", ""))
+    if not all(re.fullmatch("[0-9]{1,9}", value) for value in place) or int(place[0]) >= int(place[1]):
         shown = "RANK={} WORLD_SIZE={} LOCAL_RANK={}".format(*place)
         raise UserError(f"{shown} is no place among ranks — launch with torchrun, or unset all three")
-    return tuple(int(value) for value in place)
+    return tuple(map(int, place))
 
 
-def choose_device(wanted: str, local: int) -> tuple[torch.device, str]:
-    """The device, and why it is no GPU. Raises UserError if CUDA is wanted in vain."""
+def choose_device(wanted: str, local: int):
+    """The device, and why it is no GPU. Raises UserError."""
     if wanted == "cpu":
         return torch.device("cpu"), "DEVICE=cpu"
     try:
@@ -297,23 +291,21 @@ def choose_device(wanted: str, local: int) -> tuple[torch.device, str]:
 
 
 class Run:
-    """A run as one of its processes sees it, under torchrun or alone."""
-
-    signal = 0  # the first SIGINT or SIGTERM that any rank received
-    warned = math.inf  # when this process has received one itself
+    signal = 0  # the first that any rank received
+    warned = math.inf  # when this process received one
     lost = None  # a rank that has died
 
-    def __init__(self, s: Settings):
+    def __init__(self, s):
         self.s = s
         self.rank, self.world, local = place_among_ranks(os.environ)
         self.device, self.no_gpu = choose_device(s.device, local)
         self.cuda = self.device.type == "cuda"
         self.dtype = torch.bfloat16 if self.cuda else torch.float32
         self.compile = self.cuda if s.compile < 0 else bool(s.compile)
-        self.graphs = False  # CUDA graphs, once the preflight has seen that they compute the same
+        self.graphs = False  # CUDA graphs, once they have computed the same
         self.output = Path(s.output_dir)
         self.log_file = None  # rank 0's; the others are silent
-        self.rehearsing = False  # in the preflight: silent, and files are set aside
+        self.rehearsing = False  # silent, and files are set aside
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, self.on_signal)
         if self.cuda:
@@ -322,19 +314,15 @@ class Run:
         if self.world > 1:
             self.connect()
 
-    def using(self, rehearsing: bool = False, **changes) -> Self:
-        """The same run with other settings, or as a rehearsal."""
+    def using(self, rehearsing=False, **changes) -> Self:
         other = copy.copy(self)
         other.s = replace(self.s, **changes)
         other.rehearsing = rehearsing
         return other
 
-    # ---- Signals and the other ranks
-
-    def on_signal(self, number: int, frame):
-        """The first signal lets the work in progress finish; another one, over 2 s later, ends the process at once.
-
-        A launcher may pass on a signal that its ranks have received as well: one right after the first is the first."""
+    def on_signal(self, number, frame):
+        """The first lets the work in progress finish; another one ends the process. One within 2 s is the first, passed
+        on by a launcher."""
         now = time.monotonic()
         if now - Run.warned > 2:
             os._exit(128 + number)
@@ -342,12 +330,11 @@ class Run:
         Run.signal = Run.signal or number
 
     @property
-    def stopping(self) -> bool:
-        """Whether work that can be interrupted should be."""
+    def stopping(self):
         return bool(Run.signal) or Run.lost is not None
 
     def connect(self):
-        """Join the other ranks. Raises UserError if the environment does not say where."""
+        """Raises UserError if the environment does not say where the other ranks are."""
         try:
             store, _, _ = next(dist.rendezvous("env://"))
         except ValueError as e:
@@ -355,13 +342,13 @@ class Run:
         backend = "cpu:gloo,cuda:nccl" if self.cuda else "gloo"
         card = self.device if self.cuda else None  # connects at once: what fails does so here
         dist.init_process_group(backend, store=store, rank=self.rank, world_size=self.world, device_id=card)
-        self.store = dist.PrefixStore("train_gpt", store.clone())  # torch waits in its own, which lets no other call in
+        self.store = dist.PrefixStore("train_gpt", store.clone())  # torch blocks its own
         self.parted = threading.Event()
         threading.Thread(target=self.watch, daemon=True).start()
 
     def watch(self):
-        """(A thread.) Show every second that this rank lives; notice another's signal, or its death."""
-        beats, missed = [0] * self.world, [0] * self.world  # counted, not timed: the whole job may have stood still
+        """(A thread.) Show every second that this rank lives; notice a signal or death elsewhere."""
+        beats, missed = [0] * self.world, [0] * self.world  # counted: the whole job may stand still
         while not self.parted.wait(1):
             try:
                 if Run.signal:
@@ -373,20 +360,19 @@ class Run:
                     missed[rank] = missed[rank] + 1 if beats[rank] == last else 0
                     if missed[rank] > SILENCE:
                         Run.lost = rank
-            except RuntimeError:  # the process that holds the store is gone
+            except RuntimeError:  # its process is gone
                 Run.lost = 0
-            if Run.lost is not None and not self.parted.wait(SILENCE):  # time for the main thread to save and to end
+            if Run.lost is not None and not self.parted.wait(SILENCE):  # the main thread may save
                 os._exit(1)
 
     def part(self):
-        """Leave the other ranks, all at once."""
         if self.world > 1:
             dist.barrier()
             self.parted.set()
             dist.destroy_process_group()
 
-    def shared(self, work: list, name: str) -> Iterator:
-        """The items of a list that all ranks have, in order; each goes to the one rank that is free for it first."""
+    def shared(self, work: list, name):
+        """Items of a list that all ranks have, each to the rank that is free for it first."""
         mine = -1
         for i, item in enumerate(work):
             if mine < i:
@@ -394,47 +380,45 @@ class Run:
             if mine == i:
                 yield item
 
-    def meet(self, place: str):
-        """Wait until every rank is at `place`, once; all go on, or all raise Interrupted. RuntimeError if one has died.
-
-        Polls, so that signals get through and no collective times out."""
-        key = f"{place} {self.rehearsing}"
-        there = self.store.add(key, 1) if self.world > 1 else 1
+    def meet(self, place):
+        """Wait for all ranks, polling: signals get through, no collective times out. Raises Interrupted, on all;
+        RuntimeError if a rank has died."""
+        there = int(self.world == 1)
         while there < self.world:
             if Run.lost is not None:
                 raise RuntimeError(f"rank {Run.lost} is gone (gloo and nccl would wait for it)")
+            there = self.store.add(f"{place} {self.rehearsing}", int(there == 0))
             time.sleep(0.02)
-            there = self.store.add(key, 0)
         number = max(self.gather(Run.signal))
         if number:
             raise Interrupted(number, f"in the {place}")
 
-    def sum(self, tensor: Tensor) -> Tensor:
-        """Sum over the ranks, in place."""
+    def sum(self, tensor: Tensor):
         if self.world > 1:
             dist.all_reduce(tensor)
         return tensor
 
-    def agree(self, seconds: float) -> tuple[float, int]:
-        """Rank 0's seconds and the highest signal of any rank, on every rank."""
+    def agree(self, seconds):
+        """Rank 0's seconds and the highest signal of any rank."""
         state = torch.tensor([seconds * (self.rank == 0), Run.signal], dtype=torch.float64)
         if self.world > 1:
             dist.all_reduce(state, dist.ReduceOp.MAX)
         return float(state[0]), int(state[1])
 
-    def gather(self, value) -> list:
-        """Every rank's value, in rank order, on every rank."""
+    def gather(self, value):
+        """Every rank's value, in rank order."""
         values = [value] * self.world
         if self.world > 1:
             dist.all_gather_object(values, value)
         return values
 
-    def together(self, work: Callable, everywhere: bool = False):
-        """Rank 0's result of `work()`, run there or everywhere; any rank's UserError or OSError is raised on all."""
+    def together(self, work: Callable, *arguments, everywhere=False):
+        """Rank 0's result of work(*arguments), run there or everywhere; UserError or OSError of a rank is raised on
+        all."""
         result = error = None
         if everywhere or self.rank == 0:
             try:
-                result = work()
+                result = work(*arguments)
             except (UserError, OSError) as e:
                 error = user_line(e)
         outcomes = self.gather((result, error))
@@ -443,22 +427,19 @@ class Run:
                 raise UserError(error)
         return outcomes[0][0]
 
-    # ---- Device, log and files
-
-    def compiled(self, function: Callable, **options) -> Callable:
+    def compiled(self, function: Callable, **options):
         return torch.compile(function, **options) if self.compile else function
 
-    def synchronize(self, lag: bool = False):
-        """Wait for the device; with `lag`, only for what was launched before the last such call.
-
-        A host at most one step ahead keeps the device busy, and its clock and deadlines mean something."""
+    def synchronize(self, lag=False):
+        """Wait for the device; with `lag`, for what came before the last such call: one step ahead, the host keeps it
+        busy."""
         if self.cuda:
             previous, self.event = self.event, torch.cuda.Event()
             self.event.record()
             (previous if lag else self.event).synchronize()
 
-    def log(self, line: str, console: bool = True):
-        """Print a line to console and train.log. A console that is gone (`| head`) does not end the run."""
+    def log(self, line, console=True):
+        """Print to console and train.log. A console that is gone (`| head`) ends nothing."""
         if not self.log_file or self.rehearsing:
             return
         try:
@@ -472,16 +453,15 @@ class Run:
             sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - open to the end
             self.log("note: the console is closed; the run goes on")
 
-    def path(self, name: str) -> Path:
-        """Where a file of the run lies; a rehearsal's lies beside it."""
+    def path(self, name):
         return self.output / (f"preflight_{name}" if self.rehearsing else name)
 
-    def write(self, name: str, write: Callable):
-        """Write a file that is always whole: the old content until the new is on the disk. Raises OSError."""
+    def write(self, name, write: Callable, **content):
+        """Write a file that is whole at any time. Raises OSError."""
         temporary = self.output / f"{name}.tmp"
         try:
             with open(temporary, "wb") as f:
-                write(f)
+                write(f, **content)
                 f.flush()
                 os.fsync(f.fileno())
             os.replace(temporary, self.path(name))
@@ -490,35 +470,42 @@ class Run:
             raise OSError(e.errno, e.strerror, str(self.path(name))) from e
 
 
-def environment(run: Run) -> dict:
-    """What a run depends on besides its source and settings."""
-    device = torch.cuda.get_device_name() if run.cuda else platform.processor() or platform.machine()
-    found = {module.__name__: module.__version__ for module in (torch, np, zstandard, sentencepiece)}
-    found |= dict(python=platform.python_version(), cuda=torch.version.cuda, device_type=run.device.type, device=device)
-    found |= dict(world_size=run.world, threads=torch.get_num_threads(), compile=run.compile)
-    return found | dict(dtype=str(run.dtype).split(".")[1])
+def environment(run):
+    versions = {module.__name__: module.__version__ for module in (torch, np, zstandard, sentencepiece)}
+    return versions | dict(
+        python=platform.python_version(),
+        cuda=torch.version.cuda,
+        device_type=run.device.type,
+        device=torch.cuda.get_device_name() if run.cuda else platform.processor() or platform.machine(),
+        world_size=run.world,
+        threads=torch.get_num_threads(),
+        compile=run.compile,
+        dtype=str(run.dtype).split(".")[1],
+    )
 
 
-def scores_its_own(s: Settings, output: Path) -> bool:
-    """Whether EVAL_ONLY's file lies in the folder of the output."""
-    return bool(s.eval_only) and Path(s.eval_only).resolve().parent == output.resolve()
+def scores_its_own(run):
+    """Whether this is another evaluation of a run's artifact: its results stand beside the run's own."""
+    return bool(run.s.eval_only) and Path(run.s.eval_only).resolve().parent == run.output.resolve()
 
 
-def open_output(run: Run) -> Run:
-    """The run with its name and folder fixed on all ranks, and its log open. Raises UserError if the folder is taken.
+def result_name(name, tag, run):
+    return name.replace(".", f"_{tag}.") if scores_its_own(run) else name
 
-    Only RESUME=1, or EVAL_ONLY of its own artifact, may go on in a folder that has results."""
-    given = run.s.output_dir
-    run_id = run.together(lambda: run.s.run_id or Path(given).name or uuid.uuid4().hex[:12])
-    run = run.using(run_id=run_id, output_dir=given or f"runs/{run_id}")
+
+def open_output(run):
+    """The run with its name, folder and log, the same on all ranks. Raises UserError if the folder has results, but for
+    RESUME=1, or EVAL_ONLY of its own artifact."""
+    s = run.s
+    run_id = run.together(lambda: s.run_id or Path(s.output_dir).name or uuid.uuid4().hex[:12])
+    run = run.using(run_id=run_id, output_dir=s.output_dir or f"runs/{run_id}")
     run.output = Path(run.s.output_dir)
 
     def prepare():
-        found = [run.output / name for name in FILES if (run.output / name).is_file() or (run.output / name).is_dir()]
-        taken = [path.name for path in found if path.stat().st_size]
-        begun = {*taken} <= {"train.log", "ttt_documents.npz"}  # an interrupted evaluation, or training before it saved
-        goes_on = run.s.resume and (begun or (not run.s.eval_only and "checkpoint.pt" in taken))
-        if taken and not goes_on and not scores_its_own(run.s, run.output):
+        taken = [name for name in FILES if run.path(name).exists() and run.path(name).stat().st_size]
+        begun = {*taken} <= {"train.log", "ttt_documents.npz"}  # nothing is saved yet
+        goes_on = s.resume and (begun or (not s.eval_only and "checkpoint.pt" in taken))
+        if taken and not goes_on and not scores_its_own(run):
             raise UserError(f"OUTPUT_DIR={run.output} holds a run's {taken[0]} — choose another, or set RESUME=1")
         run.output.mkdir(parents=True, exist_ok=True)
         run.log_file = open(run.path("train.log"), "a", encoding="utf-8")  # noqa: SIM115 - open to the end
@@ -527,14 +514,13 @@ def open_output(run: Run) -> Run:
     return run
 
 
-def describe(run: Run):
-    """Log what it takes to repeat the run; a star marks settings that the environment gave."""
-    run.log(SOURCE_BYTES.decode(), console=False)
-    for line in misspelt(os.environ):  # main() has shown them
-        run.log(line, console=False)
+def describe(run):
+    """Log what repeats the run; a star marks settings from the environment."""
+    for text in (SOURCE_BYTES.decode(), *misspelt(os.environ)):
+        run.log(text, console=False)
     for name, value in asdict(run.s).items():
         run.log(f"{'*' if name.upper() in os.environ else ' '} {name.upper()}={value}")
-    run.log(" ".join(f"{k}:{v}" for k, v in environment(run).items()))
+    run.log(pairs(environment(run)))
     if run.no_gpu:
         run.log(f"on the CPU: {run.no_gpu}")
 
@@ -549,19 +535,21 @@ SHARD_VERSION = 1
 SHARD_HEADER_BYTES = 1024
 
 
-def open_shard(path: Path) -> np.ndarray:
-    """Memory-map a shard's tokens, (n,) uint16. Raises UserError if the file is not a whole shard, OSError."""
+def open_shard(path: Path):
+    """Tokens (n,) uint16, memory-mapped. Raises UserError, OSError."""
     header = np.fromfile(path, "<i4", 3).tolist()
     magic, version, count = (header + [0, 0, 0])[:3]  # the file may be shorter
     room = (path.stat().st_size - SHARD_HEADER_BYTES) / 2
     if (magic, version) != (SHARD_MAGIC, SHARD_VERSION) or count < 1 or count != room:
-        what = f"shard {path} has magic {magic}, version {version}, announces {count} tokens and has {room:g}"
-        raise UserError(f"{what} — fetch or make it again")
+        raise UserError(
+            f"shard {path} has magic {magic}, version {version}, announces {count} tokens and has {room:g} "
+            "— fetch or make it again"
+        )
     return np.memmap(path, "<u2", "r", SHARD_HEADER_BYTES, (count,))
 
 
-def open_shards(split: str, run: Run) -> list[np.ndarray]:
-    """All shards of a split ('train' or 'val') by name, checked by all ranks together. Raises UserError."""
+def open_shards(split: str, run):
+    """Raises UserError."""
     shards = []
 
     def scan():
@@ -579,8 +567,8 @@ def open_shards(split: str, run: Run) -> list[np.ndarray]:
     return shards
 
 
-def fingerprint(shards: list[np.ndarray]) -> str:
-    """SHA-256 over each shard's size and 64 evenly spaced blocks of it."""
+def fingerprint(shards: list[np.ndarray]):
+    """SHA-256 over each shard's size and 64 blocks of it."""
     digest = hashlib.sha256()
     for shard in shards:
         digest.update(len(shard).to_bytes(8, "little"))
@@ -590,11 +578,9 @@ def fingerprint(shards: list[np.ndarray]) -> str:
 
 
 class BatchLoader:
-    """Batches of consecutive tokens, cut equally by rank and micro-step.
+    """Batch k starts at token k * TRAIN_BATCH_TOKENS of the endless stream. Raises UserError if rows do not divide."""
 
-    Batch k starts at token k * TRAIN_BATCH_TOKENS of the endless stream. Raises UserError if its rows do not divide."""
-
-    def __init__(self, shards: list[np.ndarray], run: Run):
+    def __init__(self, shards: list[np.ndarray], run):
         s = run.s
         rows = s.train_batch_tokens // s.train_seq_len
         if rows % run.world:
@@ -607,9 +593,10 @@ class BatchLoader:
         self.shards = shards
         self.ends = np.cumsum([len(shard) for shard in shards])
 
-    def read(self, start: int, rows: int) -> tuple[Tensor, Tensor]:
-        """Inputs and targets, (rows, TRAIN_SEQ_LEN) int64 each, from position `start` of the endless stream."""
-        pieces, missing = [], rows * self.run.s.train_seq_len + 1
+    def read(self, start, rows) -> tuple[Tensor, Tensor]:
+        """Inputs and targets, (rows, TRAIN_SEQ_LEN) int64 each, from `start` in the endless stream."""
+        pieces = []
+        missing = rows * self.run.s.train_seq_len + 1
         while missing:
             start %= int(self.ends[-1])
             i = int(np.searchsorted(self.ends, start, side="right"))
@@ -622,15 +609,14 @@ class BatchLoader:
         block = block.to(self.run.device, non_blocking=True).long()
         return block[:-1].view(rows, -1), block[1:].view(rows, -1)
 
-    def batch(self, step: int) -> list[tuple[Tensor, Tensor]]:
-        """This rank's micro-batches of a step: inputs and targets, (micro_rows, TRAIN_SEQ_LEN) int64 each."""
+    def batch(self, step) -> list[tuple[Tensor, Tensor]]:
         s = self.run.s
         start = step * s.train_batch_tokens + self.run.rank * self.rows * s.train_seq_len
         return list(zip(*(x.split(self.micro_rows) for x in self.read(start, self.rows)), strict=True))
 
 
 def load_tokenizer(path: str, vocab_size: int):
-    """A SentencePiece model. Raises UserError if it is damaged or of another size, OSError."""
+    """Raises UserError, OSError."""
     model = Path(path).read_bytes()
     try:
         sp = sentencepiece.SentencePieceProcessor(model_proto=model)
@@ -641,10 +627,9 @@ def load_tokenizer(path: str, vocab_size: int):
     return sp
 
 
-def target_bytes(sp, tokens: np.ndarray) -> np.ndarray:
-    """UTF-8 bytes that each target adds to the text, (len(tokens) - 1,) int16: the challenge's rule for bpb.
-
-    A byte piece is 1; control, unknown and unused ones 0; any other its length, a leading space 1, or 0 after those."""
+def target_bytes(sp, tokens: np.ndarray):
+    """UTF-8 bytes that each target adds to the text, (len(tokens) - 1,) int16, by the challenge's rule: a byte piece 1;
+    control, unknown and unused ones 0; any other its length, a leading space 1, or 0 after those."""
     ids = range(sp.vocab_size())
     silent = np.array([sp.is_control(i) or sp.is_unknown(i) or sp.is_unused(i) for i in ids])
     pieces = ["?" if sp.is_byte(i) else sp.id_to_piece(i) for i in ids]
@@ -655,17 +640,15 @@ def target_bytes(sp, tokens: np.ndarray) -> np.ndarray:
 
 
 def find_documents(tokens: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Start of each document and its number of targets, (documents,) int64 each. Every target belongs to exactly one.
-
-    A document runs from its BOS to the next one inclusive, or to the end; tokens before the first BOS are one, too."""
+    """Start of each document and its number of targets, (documents,) int64 each: from its BOS to the next one
+    inclusive, or to the end. Tokens before the first BOS are one, too."""
     starts = np.union1d([0], np.flatnonzero(tokens[:-1] == BOS))
     return starts, np.diff(starts, append=len(tokens) - 1)
 
 
 class Stream:
-    """N validation tokens on a device: `tokens` (N,) int32, `bytes` per target (N-1,) int16, and their documents.
-
-    `documents` gives the documents' starts and lengths in targets where BOS does not."""
+    """N validation tokens on a device: `tokens` (N,) int32, `bytes` per target (N-1,) int16, and their documents:
+    `starts` and `lengths` in targets, found by BOS unless given."""
 
     def __init__(self, tokens: np.ndarray, bytes_: np.ndarray, device: torch.device, documents=None):
         self.starts, self.lengths = documents or find_documents(tokens)
@@ -678,8 +661,8 @@ class Stream:
         self.fingerprint = hashlib.sha256(tokens.astype("<u2").tobytes() + bytes_.astype("<i2").tobytes()).hexdigest()
 
 
-def load_validation(run: Run) -> Stream:
-    """The validation stream, its first VAL_DOCS documents if asked. Raises UserError, OSError."""
+def load_validation(run):
+    """Raises UserError, OSError."""
     s = run.s
     sp = load_tokenizer(s.tokenizer_path, s.vocab_size)
     tokens = np.concatenate(open_shards("val", run))
@@ -694,23 +677,18 @@ def load_validation(run: Run) -> Stream:
     return Stream(tokens, bytes_, run.device)
 
 
-def synthetic_stream(lengths: list[int], run: Run) -> Stream:
-    """Documents of random tokens with these numbers of targets, a byte each: for the preflight."""
+def synthetic_stream(lengths: list[int], run):
     ends = np.cumsum(lengths)
     tokens = np.random.default_rng(0).integers(BOS + 1, run.s.vocab_size, ends[-1] + 1)
     return Stream(tokens, np.ones(ends[-1], np.int16), run.device, (ends - lengths, np.array(lengths)))
 
 
-def prepare_sample(run: Run):
+def prepare_sample(run):
     """Build the bundled sample if DATA_PATH is it and it is missing. Raises UserError."""
-
-    def build():
-        if Path(run.s.data_path).resolve() == SAMPLE and not SAMPLE.exists():
-            code = subprocess.call([sys.executable, str(SAMPLE.parent / "sample.py")], stdout=sys.stderr)
-            if code:
-                raise UserError(f"data/sample.py ended with code {code} — see its message above")
-
-    run.together(build)
+    if Path(run.s.data_path).resolve() == SAMPLE and not SAMPLE.exists():
+        code = subprocess.call([sys.executable, str(SAMPLE.parent / "sample.py")], stdout=sys.stderr)
+        if code:
+            raise UserError(f"data/sample.py ended with code {code} — see its message above")
 
 
 # ======== Model =======================================================================================================
@@ -721,8 +699,6 @@ RMS_EPS = torch.finfo(torch.float32).eps  # F.rms_norm's default; bf16's own wou
 
 
 class Past(NamedTuple):
-    """Where B chunks begin and what they attend to besides themselves."""
-
     position: int | Tensor  # tokens before the chunk
     kv: Tensor  # (B, layers, 2, kv heads, context + T, head_dim) rotated keys, and values; the chunk's own come last
 
@@ -736,28 +712,25 @@ class Lora(NamedTuple):
 
 
 def norm(x):
-    """RMS norm over the last dimension."""
     return F.rms_norm(x, (x.size(-1),), eps=RMS_EPS)
 
 
-def rotary(position, head_dim: int, base: float, dtype):
-    """cos and sin of RoPE's angles, (T, head_dim / 2), computed in float32."""
+def rotary(position, head_dim, base, dtype):
+    """cos and sin of RoPE's angles (Su et al. 2021), (T, head_dim / 2), computed in float32."""
     inverse = base ** (-torch.arange(0, head_dim, 2, device=position.device, dtype=torch.float32) / head_dim)
     angle = torch.outer(position.float(), inverse)
     return angle.cos().to(dtype), angle.sin().to(dtype)
 
 
 def apply_rotary(x, cos, sin):
-    """Rotate (…, T, head_dim), in halves layout, by RoPE's angles (Su et al. 2021)."""
+    """Rotate (…, T, head_dim), in halves layout."""
     x1, x2 = x.chunk(2, dim=-1)
     return torch.cat((x1 * cos + x2 * sin, x2 * cos - x1 * sin), dim=-1)
 
 
 class CachedAttention(torch.autograd.Function):
-    """Causal attention of q (B, heads, T, head_dim) to k and v (B, kv heads, T, head_dim) after a frozen context.
-
-    keys and values (B, kv heads, context + T, head_dim) are the cache itself: k and v become its last T entries instead
-    of being concatenated with the rest, and only q, k and v have gradients. Both kernels save out and log-sum-exp."""
+    """Causal attention of q (B, heads, T, head_dim) to k and v (B, kv heads, T, head_dim) after a frozen context: keys
+    and values (B, kv heads, context + T, head_dim), the cache itself, whose last T entries k and v become."""
 
     @staticmethod
     def forward(ctx, q, k, v, keys, values):
@@ -774,7 +747,7 @@ class CachedAttention(torch.autograd.Function):
             saved = (torch.zeros(hidden.shape, dtype=q.dtype).masked_fill_(hidden, -math.inf),)
             y, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, keys, values, attn_mask=saved[0])
         ctx.save_for_backward(q, y, lse, *saved)
-        ctx.cache = keys, values  # autograd would take another layer's write to the same tensor for one to these
+        ctx.cache = keys, values  # for autograd another layer's write would be one to these
         return y
 
     @staticmethod
@@ -790,15 +763,13 @@ class CachedAttention(torch.autograd.Function):
 
 
 def attend(q, k, v, kv):
-    """Causal attention, as CachedAttention has it; kv (B, 2, kv heads, context + T, head_dim) or None."""
+    """kv (B, 2, kv heads, context + T, head_dim), or None."""
     if kv is None:
         return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
     return CachedAttention.apply(q, k, v, kv[:, 0], kv[:, 1])
 
 
 class Linear(nn.Linear):
-    """No bias; float32 master weight, used in the dtype of its input."""
-
     def __init__(self, inputs: int, outputs: int):
         super().__init__(inputs, outputs, bias=False)
 
@@ -807,9 +778,9 @@ class Linear(nn.Linear):
 
 
 class Attention(nn.Module):
-    """The projections around causal grouped-query attention, with per-head norm and RoPE on queries and keys."""
+    """Grouped-query projections, with per-head norm and RoPE on queries and keys."""
 
-    def __init__(self, s: Settings):
+    def __init__(self, s):
         super().__init__()
         self.head_dim = s.model_dim // s.num_heads
         kv_dim = self.head_dim * s.num_kv_heads
@@ -820,7 +791,7 @@ class Attention(nn.Module):
         self.q_gain = nn.Parameter(torch.full((s.num_heads,), s.qk_gain_init))
 
     def forward(self, x, rope, lora):
-        """x (B, T, d) -> queries (B, heads, T, head_dim), keys and values (B, kv heads, T, head_dim)."""
+        """x (B, T, d) -> q (B, heads, T, head_dim), k and v (B, kv heads, T, head_dim)."""
         q, k, v = self.c_q(x), self.c_k(x), self.c_v(x)
         if lora is not None:
             low_q, low_v = (x @ lora.a.to(x.dtype).mT).chunk(2, dim=-1)  # (B, T, r) each
@@ -832,9 +803,7 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
-    """proj(relu(fc(x))^2)."""
-
-    def __init__(self, s: Settings):
+    def __init__(self, s):
         super().__init__()
         hidden = int(s.mlp_mult * s.model_dim)
         self.fc = Linear(s.model_dim, hidden)
@@ -845,11 +814,9 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """A learned mix of x with the first layer's input x0, then attention and MLP, with per-channel scales.
+    """A learned mix of x with the first layer's input x0, attention, MLP; before() and after() are compiled each."""
 
-    What stands before attention and what stands after it are two functions, so that each can be compiled."""
-
-    def __init__(self, s: Settings):
+    def __init__(self, s):
         super().__init__()
         self.attn = Attention(s)
         self.mlp = MLP(s)
@@ -858,13 +825,12 @@ class Block(nn.Module):
         self.resid_mix = nn.Parameter(torch.tensor([[1.0], [0.0]]).repeat(1, s.model_dim))
 
     def before(self, x, x0, rope, lora):
-        """x and x0 (B, T, d) -> the mixed x; queries, keys and values."""
         mix = self.resid_mix.to(x.dtype)
         x = mix[0] * x + mix[1] * x0
         return x, self.attn(norm(x), rope, lora)
 
     def after(self, x, y):
-        """The mixed x (B, T, d) and what the heads have seen, (B, heads, T, head_dim) -> x (B, T, d)."""
+        """The mixed x and the heads' output (B, heads, T, head_dim) -> x (B, T, d)."""
         x = x + self.attn_scale.to(x.dtype) * self.attn.proj(y.transpose(1, 2).flatten(2))
         return x + self.mlp_scale.to(x.dtype) * self.mlp(norm(x))
 
@@ -874,16 +840,16 @@ class Block(nn.Module):
 
 
 class BigramHash(nn.Module):
-    """Embedding of (previous token, token), hashed into a small table (thwu1's record)."""
+    """Embedding of (previous token, token), hashed (thwu1's record)."""
 
-    def __init__(self, s: Settings):
+    def __init__(self, s):
         super().__init__()
         self.embed = nn.Embedding(s.bigram_vocab_size, s.bigram_dim)
-        self.proj = Linear(s.bigram_dim, s.model_dim) if s.bigram_dim != s.model_dim else nn.Identity()
+        self.proj = nn.Identity() if s.bigram_dim == s.model_dim else Linear(s.bigram_dim, s.model_dim)
         self.scale = nn.Parameter(torch.tensor(0.05))
 
     def forward(self, ids, at, dtype):
-        """ids (B, T) at positions `at` (T,) -> (B, T, d) of `dtype`. Position 0 has the last row for itself."""
+        """ids (B, T) at positions `at` (T,) -> (B, T, d). Position 0 has the last row."""
         last_row = self.embed.num_embeddings - 1
         ids = ids.to(torch.int32)
         hashed = (36313 * ids ^ 27191 * F.pad(ids[:, :-1], (1, 0))) % last_row
@@ -891,9 +857,7 @@ class BigramHash(nn.Module):
 
 
 class SmearGate(nn.Module):
-    """Blends each position with the one before it, by a gate per channel."""
-
-    def __init__(self, s: Settings):
+    def __init__(self, s):
         super().__init__()
         self.gate = nn.Parameter(torch.zeros(s.model_dim))
 
@@ -903,11 +867,9 @@ class SmearGate(nn.Module):
 
 
 class GPT(nn.Module):
-    """The model, with float32 weights; its stream is of `dtype`."""
+    LEAD = 2  # tokens before a chunk that its first depends on: SmearGate's, and that one's bigram's
 
-    LEAD = 2  # tokens before a chunk that its first one depends on: SmearGate's predecessor, and that one's bigram
-
-    def __init__(self, s: Settings, dtype: torch.dtype = torch.float32):
+    def __init__(self, s, dtype=torch.float32):
         super().__init__()
         self.softcap = s.logit_softcap
         self.rope_base = s.rope_base
@@ -923,7 +885,7 @@ class GPT(nn.Module):
         self.init_weights(s)
 
     @torch.no_grad()
-    def init_weights(self, s: Settings):
+    def init_weights(self, s):
         for name, module in self.named_modules():
             if name.endswith(("attn.proj", "mlp.proj", "lm_head")):
                 module.weight.zero_()
@@ -932,30 +894,29 @@ class GPT(nn.Module):
         self.tok_emb.weight.normal_(0.0, s.tied_embed_init_std if s.tie_embeddings else 1.0)
         self.bigram.embed.weight.zero_()
 
-    def embed(self, ids, lead: int, position):
-        """ids (B, lead + T), the first of the T at `position` -> their embedding (B, T, d), and RoPE's cos and sin."""
+    def embed(self, ids, lead, position):
+        """ids (B, lead + T), the first of the T at `position` -> embedding (B, T, d), RoPE's cos and sin."""
         at = torch.arange(-lead, ids.size(1) - lead, device=ids.device) + position
         x = norm((self.tok_emb(ids) + self.bigram(ids, at, self.dtype)).to(self.dtype))
         x = self.smear(torch.where((at >= 0)[:, None], x, 0.0))  # nothing comes before a document
         return x[:, lead:].contiguous(), rotary(at[lead:], self.blocks[0].attn.head_dim, self.rope_base, self.dtype)
 
     def head(self, x, targets):
-        """NLL of each target in nats under the capped logits, (B, T) float32."""
         weight = self.lm_head.weight if hasattr(self, "lm_head") else self.tok_emb.weight
-        capped = F.linear(norm(x), (weight / self.softcap).to(x.dtype)).float().tanh()  # one pass less over the logits
+        capped = F.linear(norm(x), (weight / self.softcap).to(x.dtype)).float().tanh()
         nll = F.cross_entropy(self.softcap * capped.flatten(0, 1), targets.flatten(), reduction="none")
         return nll.view(targets.shape)
 
     def forward(self, ids, targets, lora=None, past: Past | None = None):
-        """NLL of each target in nats, (B, T) float32, from targets (B, T) and ids, int64.
+        """NLL of each target in nats, (B, T) float32, from targets (B, T) and ids (B, T), int64.
 
-        `lora` holds a Lora for every layer. ids are (B, T); after a `past`, to whose kv the chunk's own are written,
-        (B, LEAD + T): those before the chunk come first."""
+        `lora` holds a Lora for every layer. After a `past`, to whose kv the chunk's own are written, ids (B, LEAD + T)
+        begin before the chunk."""
         position, kv = past or (0, None)
         x, rope = self.embed(ids, ids.size(1) - targets.size(1), position)
         x0 = x.view_as(x)
         if lora:
-            x = x.requires_grad_()  # so that block 0 compiles like the others
+            x = x.requires_grad_()  # block 0 compiles like the others
         skips = []
         for i, block in enumerate(self.blocks):
             if i >= self.encoders and skips:
@@ -966,11 +927,10 @@ class GPT(nn.Module):
         return self.head(x, targets)
 
     def compile_regions(self):
-        """Compile repeated parts once instead of unrolling all layers: test-time training has many shapes.
-
-        Attention stays outside: it writes to its input, and its kernels need no compiler."""
-        torch._dynamo.config.recompile_limit = 64  # beyond it a function would silently run uncompiled
-        torch.fx.experimental._config.use_duck_shape = False  # sizes that are equal today need not be tomorrow
+        """Compile what repeats once: test-time training has many shapes. Attention writes to its input and stays
+        outside."""
+        torch._dynamo.config.recompile_limit = 64  # beyond it runs what is not compiled
+        torch.fx.experimental._config.use_duck_shape = False  # equal sizes need not stay equal
         for part in (self, *self.blocks):
             for name in ("embed", "head", "before", "after"):
                 if hasattr(part, name):
@@ -983,15 +943,12 @@ class GPT(nn.Module):
 
 
 class Recipe(NamedTuple):
-    """How a parameter is updated: `method` is "muon" or "adam"."""
-
     method: str
     lr: float
     decay: float
 
 
-def recipe(name: str, s: Settings) -> Recipe:
-    """The one table of optimiser settings, by a parameter's name."""
+def recipe(name, s):
     if name in ("tok_emb.weight", "bigram.embed.weight"):
         return Recipe("adam", s.tied_embed_lr if s.tie_embeddings else s.embed_lr, s.weight_decay)
     if name == "lm_head.weight":
@@ -1023,18 +980,12 @@ def adam_(p, g, m, v, step, lr, betas: tuple, eps: float, decay=0.0):
     p.mul_(1 - lr * decay).sub_(lr * direction)
 
 
-def aligned(n: int) -> int:
-    """`n` rounded up to 64 numbers, for wide loads."""
-    return -(-n // 64) * 64
-
-
 class Optimizer:
-    """Owns the parameters as one flat float32 buffer and their gradients as another, both (n,).
+    """Flat float32 buffers: weights, gradients, `m` first moments, `v` Adam's second, (n,) each.
 
-    Those of one recipe lie together, Muon's same-shape matrices as stacks. `m` is the first moment, `v` Adam's second;
-    `state` is what a checkpoint keeps."""
+    Parameters of one recipe lie together, Muon's same-shape matrices as stacks."""
 
-    def __init__(self, model: GPT, run: Run):
+    def __init__(self, model, run):
         self.run = run
         alike = {}
         for name, p in model.named_parameters():
@@ -1045,9 +996,11 @@ class Optimizer:
             start = end
             for p in parameters:
                 offsets.append((p, end))
-                end += p.numel() if shape else aligned(p.numel())
+                end += p.numel()
+                if not shape:
+                    end += -end % 64  # aligned, for wide loads
             self.groups.append((row, slice(start, end), (len(parameters), *shape)))
-            end = aligned(end)
+            end += -end % 64
         self.weights, self.grads, self.m, self.v = (torch.zeros(end, device=run.device) for _ in range(4))
         for p, offset in offsets:
             span = slice(offset, offset + p.numel())
@@ -1058,35 +1011,41 @@ class Optimizer:
         self.newton_schulz = run.compiled(newton_schulz)
         self.adam_ = run.compiled(adam_)
 
-    def step(self, step: int, multiplier: float):
-        """Sum the gradients over the ranks, clip, update, clear. Returns the norm before clipping."""
+    def step(self, step, multiplier):
+        """Returns the gradients' norm before clipping."""
         s = self.run.s
         gradient_norm = self.run.sum(self.grads).norm()
         if s.grad_clip_norm:
             self.grads.mul_((s.grad_clip_norm / (gradient_norm + 1e-6)).clamp_max(1.0))
         self.muon_step(step, multiplier)
         for row, span, _ in self.groups:
-            if row.method == "adam":  # full(), for a copy from the host would wait for the device
+            if row.method == "adam":  # full(): a copy from the host would wait
                 count, lr = (torch.full((), x, device=self.run.device) for x in (step + 1.0, row.lr * multiplier))
                 buffers = (x[span] for x in (self.weights, self.grads, self.m, self.v))
                 self.adam_(*buffers, count, lr, (s.beta1, s.beta2), s.adam_eps, row.decay)
         self.grads.zero_()
         return gradient_norm
 
-    def muon_step(self, step: int, multiplier: float):
-        """Nesterov momentum, then each stack orthogonalised: by equal shares, gathered while the next one runs."""
+    def muon_step(self, step, multiplier):
+        """Each stack orthogonalised by equal shares, gathered while the next one runs."""
         s = self.run.s
+        world = self.run.world
+        pending = []
         warm = min(step / s.muon_momentum_warmup_steps, 1.0) if s.muon_momentum_warmup_steps else 1.0
         momentum = s.muon_momentum_warmup_start + warm * (s.muon_momentum - s.muon_momentum_warmup_start)
-        pending = []
+        gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # torch 2.11 has the old name
         for row, span, shape in self.groups:
             if row.method == "muon":
                 g = self.grads[span]
                 g.add_(self.m[span].mul_(momentum).add_(g), alpha=momentum)
-                share = -(-shape[0] // self.run.world)
-                padded = F.pad(g.view(shape), (0, 0, 0, 0, 0, share * self.run.world - shape[0]))
+                share = -(-shape[0] // world)
+                padded = F.pad(g.view(shape), (0, 0, 0, 0, 0, share * world - shape[0]))
                 update = self.newton_schulz(padded.split(share)[self.run.rank], s.muon_backend_steps)
-                pending.append((row, span, shape[0], *self.gathered(update)))
+                work = None
+                if world > 1:
+                    mine, update = update, update.new_empty(padded.shape)
+                    work = gather(update, mine.contiguous(), async_op=True)
+                pending.append((row, span, shape[0], update, work))
         for row, span, n, update, work in pending:
             if work:
                 work.wait()
@@ -1094,16 +1053,7 @@ class Optimizer:
             step_size = lr * max(1, update.size(1) / update.size(2)) ** 0.5
             self.weights[span].mul_(1 - lr * row.decay).add_(update[:n].flatten().float(), alpha=-step_size)
 
-    def gathered(self, share):
-        """All ranks' shares of a stack, (world * share, rows, cols), and the work to wait for."""
-        if self.run.world == 1:
-            return share, None
-        gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # torch 2.11 has the old name
-        whole = share.new_empty(self.run.world * share.size(0), *share.shape[1:])
-        return whole, gather(whole, share.contiguous(), async_op=True)
-
     def restore(self, state: dict[str, Tensor]):
-        """Copy tensors into the buffers that `self.state` names."""
         for name, tensor in self.state.items():
             tensor.copy_(state[name].view_as(tensor))
         self.grads.zero_()
@@ -1114,7 +1064,7 @@ class Optimizer:
 # Its clock excludes warm-up, validation and export; the last training data, which GPTQ sees, are read within it.
 
 
-def lr_multiplier(step: int, elapsed: float, s: Settings) -> float:
+def lr_multiplier(step: int, elapsed: float, s) -> float:
     """The smaller of the wall-clock and the iteration rule, in [0, 1]. `elapsed`: seconds of training before `step`."""
     if not s.warmdown_iters:
         return 1.0
@@ -1124,8 +1074,8 @@ def lr_multiplier(step: int, elapsed: float, s: Settings) -> float:
     return max(min(rules), 0.0)
 
 
-def forward_backward(forward: Callable, micro_batches: list, share: float) -> Tensor:
-    """Accumulate the gradients of `share` times each mean NLL. Returns the sum of those terms, ()."""
+def forward_backward(forward, micro_batches: list, share: float):
+    """Returns the sum of `share` times each mean NLL, ()."""
     total = 0.0
     for x, y in micro_batches:
         loss = forward(x, y).mean() * share
@@ -1135,34 +1085,37 @@ def forward_backward(forward: Callable, micro_batches: list, share: float) -> Te
 
 
 @torch.no_grad()
-def calibrate(model: GPT, loader: BatchLoader, start: int, rows: int, run: Run) -> dict[str, Tensor]:
-    """H = E[x x'] of the inputs x of every linear layer, by its weight's name: (cols, cols) float64.
+def calibrate(model, loader: BatchLoader, start: int, tokens: int, run):
+    """H = E[x x'] of the inputs x of every linear layer, by its weight's name: (cols, cols) float64; for GPTQ alone.
+    Rows from position `start` of the training stream, each on one rank: any number of ranks agrees."""
+    if run.s.quantizer != "gptq":
+        return {}
+    sums, hooks = {}, []
 
-    Over `rows` rows from position `start` of the training stream, each on one rank; so any number of ranks agrees."""
-    layers = {f"{name}.weight": m for name, m in model.named_modules() if isinstance(m, Linear) and name != "lm_head"}
-    sums = {
-        name: torch.zeros(m.in_features, m.in_features, dtype=torch.float64, device=run.device)
-        for name, m in layers.items()
-    }
-
-    def add(total, module, inputs):
+    def add(total, layer, inputs):
         x = inputs[0].flatten(0, -2).float()
         total.add_(x.mT @ x)
 
-    hooks = [m.register_forward_pre_hook(functools.partial(add, sums[name])) for name, m in layers.items()]
+    for name, layer in model.named_modules():
+        if isinstance(layer, Linear) and name != "lm_head":
+            size = layer.in_features
+            sums[f"{name}.weight"] = total = torch.zeros(size, size, dtype=torch.float64, device=run.device)
+            hooks.append(layer.register_forward_pre_hook(functools.partial(add, total)))
+    width = run.s.train_seq_len
+    rows = -(-tokens // width)
     for row in range(run.rank, rows, run.world):
-        model(*loader.read(start + row * run.s.train_seq_len, 1))
+        model(*loader.read(start + row * width, 1))
     for hook in hooks:
         hook.remove()
-    return {name: run.sum(total) / (rows * run.s.train_seq_len) for name, total in sums.items()}
+    return {name: run.sum(total) / (rows * width) for name, total in sums.items()}
 
 
 class Trainer:
-    """A model in training, new or, with RESUME=1, from its checkpoint. Raises UserError if that is another run's."""
+    """A model in training, new or, with RESUME=1, from its checkpoint."""
 
     COUNTS = ("step", "elapsed", "averaged", "finished")
 
-    def __init__(self, shards: list[np.ndarray], run: Run):
+    def __init__(self, shards: list[np.ndarray], run):
         self.run = run
         torch.manual_seed(run.s.seed)
         self.model = GPT(run.s, run.dtype).to(run.device)
@@ -1175,61 +1128,64 @@ class Trainer:
         self.step = 0  # completed
         self.elapsed = 0.0  # seconds
         self.finished = False
-        self.schedule = run.s  # its seconds are less what calibration will take
-        self.norms: list[tuple[int, float, Tensor]] = []  # of gradients, with step and lr multiplier
+        self.schedule = run.s  # its seconds without calibration's
+        self.norms: list[tuple[int, float, Tensor]] = []  # of gradients
         path = run.path("checkpoint.pt")
         self.resumed = run.s.resume and path.exists()
         if self.resumed:
             self.resume(path)
 
-    def state(self) -> dict:
-        """What a checkpoint holds; the tensors are the live ones."""
+    def state(self):
+        """What a checkpoint holds: live tensors."""
         counts = {name: getattr(self, name) for name in self.COUNTS}
         return dict(identity=self.identity, average=self.average) | counts | self.optimizer.state
 
-    def restore(self, state: dict):
-        """The inverse of state()."""
+    def restore(self, state):
         self.optimizer.restore(state)
         self.average.copy_(state["average"].view_as(self.average))
         for name in self.COUNTS:
             setattr(self, name, type(getattr(self, name))(state[name]))
 
-    def save(self, run: Run):
-        """Rank 0 writes the checkpoint. Raises UserError if a number is not finite."""
+    def save(self, run):
+        """Raises UserError if a number is not finite."""
         self.check_norms()
         if not self.optimizer.weights.isfinite().all():
             raise UserError(f"weights not finite after step {self.step} — lower the learning rates or raise ADAM_EPS")
-        run.together(lambda: run.write("checkpoint.pt", lambda f: torch.save(self.state(), f)))  # none ends before
+        run.together(run.write, "checkpoint.pt", lambda f: torch.save(self.state(), f))  # none ends before
 
     def resume(self, path: Path):
-        """Go on from a checkpoint. Raises UserError if it is another run's or damaged."""
+        """Raises UserError."""
         try:
             state = torch.load(path, map_location="cpu", weights_only=True)
             for name, ours in self.identity.items():
                 theirs = state["identity"].get(name)
                 if theirs != ours:
-                    what = f"checkpoint {path} has another {name.upper()}: {theirs}, now {ours}"
-                    raise UserError(f"{what} — restore it, or start afresh in another OUTPUT_DIR")
+                    raise UserError(
+                        f"checkpoint {path} has another {name.upper()}: {theirs}, now {ours} "
+                        "— restore it, or start afresh in another OUTPUT_DIR"
+                    )
             self.restore(state)
         except UserError:
             raise
-        except Exception as e:  # a damaged file makes torch.load and what follows raise many kinds
+        except Exception as e:  # damage makes torch.load raise many kinds
             if isinstance(e, OSError) and e.filename:
                 raise
             raise UserError(f"checkpoint {path} is damaged ({type(e).__name__}) — delete it to start afresh") from e
 
-    def state_dict(self) -> dict[str, Tensor]:
-        """The model's float32 weights, on the CPU."""
+    def state_dict(self):
         return {name: tensor.to("cpu", copy=True) for name, tensor in self.model.state_dict().items()}
 
-    def account(self) -> dict:
-        """What log and result.json say of the training."""
-        peak = torch.cuda.max_memory_allocated() if self.run.cuda else None
-        done = dict(steps=self.step, seconds=self.elapsed, averaged=self.averaged, resumed=self.resumed)
-        return done | dict(peak_memory=peak)
+    def account(self):
+        return dict(
+            steps=self.step,
+            seconds=self.elapsed,
+            averaged=self.averaged,
+            resumed=self.resumed,
+            peak_memory=torch.cuda.max_memory_allocated() if self.run.cuda else None,
+        )
 
     def warm_up(self):
-        """Run WARMUP_STEPS steps, at least one, so that everything is compiled, and undo them."""
+        """WARMUP_STEPS steps, at least one, undone: everything is compiled."""
         before = copy.deepcopy(self.state())
         steps = max(self.run.s.warmup_steps, 1)
         for _ in range(steps):
@@ -1238,48 +1194,40 @@ class Trainer:
         self.restore(before)
         self.run.log(f"warmup_step:{steps}/{steps}")
 
-    def calibrate(self, start: int, tokens: int) -> dict[str, Tensor]:
-        """calibrate() over training tokens from position `start`; nothing for a QUANTIZER that needs none."""
-        rows = -(-tokens // self.run.s.train_seq_len)
-        return calibrate(self.model, self.loader, start, rows, self.run) if self.run.s.quantizer == "gptq" else {}
-
-    def reserve(self) -> dict[str, Tensor]:
-        """Keep free what calibration will take of MAX_WALLCLOCK_SECONDS, by the time of one and two rows on each rank.
-
-        Raises UserError if nothing is left. Returns the Hessians of these rows."""
-        s, tokens, times = self.run.s, self.run.s.train_seq_len * self.run.world, []
-        for rows in (1, 1, 2):  # the first may load kernels
-            self.run.synchronize()
+    def reserve(self):
+        """Keep free what calibration will take, by trying it. Raises UserError if no time is left. Returns Hessians."""
+        run = self.run
+        s = run.s
+        least = s.train_seq_len * run.world
+        for tokens in (least, s.calibration_tokens if s.max_wallclock_seconds else least):  # the first may load kernels
+            run.synchronize()
             began = time.perf_counter()
-            hessians = self.calibrate(0, rows * tokens)
-            self.run.synchronize()
-            times.append(time.perf_counter() - began)
-        more = max(s.calibration_tokens / tokens - 2, 0) * max(times[2] - times[1], 0)
-        seconds, _ = self.run.agree(times[2] + more)
+            hessians = calibrate(self.model, self.loader, 0, tokens, run)
+            run.synchronize()
+        seconds, _ = run.agree(time.perf_counter() - began)
         if s.max_wallclock_seconds:
             left = s.max_wallclock_seconds - 1.5 * seconds
             if left <= 0:
-                what = f"calibration takes {seconds:.1f} s of MAX_WALLCLOCK_SECONDS={s.max_wallclock_seconds}"
-                raise UserError(f"{what} — raise it, lower CALIBRATION_TOKENS, or set QUANTIZER=nearest")
+                raise UserError(
+                    f"calibration takes {seconds:.1f} s of MAX_WALLCLOCK_SECONDS={s.max_wallclock_seconds} "
+                    "— raise it, lower CALIBRATION_TOKENS, or set QUANTIZER=nearest"
+                )
             self.schedule = replace(s, max_wallclock_seconds=left)
         return hessians
 
-    def over(self) -> bool:
-        """Whether another step of mean length would pass a limit."""
-        s, seconds = self.schedule, self.elapsed * (1 + 1 / max(self.step, 1))
-        return self.step >= s.iterations or seconds >= (s.max_wallclock_seconds or math.inf)
+    def over(self):
+        limit = self.schedule.max_wallclock_seconds or math.inf
+        return self.step >= self.run.s.iterations or self.elapsed * (1 + 1 / max(self.step, 1)) >= limit
 
-    def train(self, stream: Stream) -> dict[str, Tensor]:
-        """Train until it is over, average and calibrate. Returns calibrate()'s Hessians.
-
-        Raises Interrupted once a checkpoint is written, UserError on NaN."""
+    def train(self, stream):
+        """Returns the Hessians. Raises Interrupted once a checkpoint is written, UserError on NaN."""
         run, s = self.run, self.run.s
         rows = f"rows per rank:{self.loader.rows} rows per micro-step:{self.loader.micro_rows}"
         run.log(f"training tokens:{self.loader.ends[-1]} {rows}")
         run.synchronize()
         if run.cuda:
             torch.cuda.reset_peak_memory_stats()
-        began = time.perf_counter() - self.elapsed  # moved on by whatever is not training
+        began = time.perf_counter() - self.elapsed  # moved on by what is not training
         while not self.finished:
             if self.over() or (s.val_loss_every and self.step % s.val_loss_every == 0):
                 run.synchronize()
@@ -1296,16 +1244,15 @@ class Trainer:
                 self.save(run)
             if signalled:
                 raise Interrupted(signalled, f"after step {self.step}; checkpoint in {run.path('checkpoint.pt')}")
-        return self.finish(began)
+        return self.finish()
 
-    def report(self, what: object):
-        """Log in the form that tools of the field parse."""
+    def report(self, what):
         ms = 1000 * self.elapsed
         timing = f"train_time:{ms:.0f}ms step_avg:{ms / max(self.step, 1):.2f}ms"
         self.run.log(f"step:{self.step}/{self.run.s.iterations} {what} {timing}")
 
-    def train_step(self) -> Tensor:
-        """One step and, late in the warmdown, a sample of the average. Returns this rank's part of the loss, ()."""
+    def train_step(self):
+        """One step and, late in the warmdown, a sample. Returns this rank's part of the loss, ()."""
         s = self.run.s
         multiplier = lr_multiplier(self.step, self.elapsed, self.schedule)
         batch = self.loader.batch(self.step)
@@ -1319,30 +1266,30 @@ class Trainer:
         self.check_norms(on_the_way=1)
         return loss
 
-    def check_norms(self, on_the_way: int = 0):
-        """Raise UserError if a norm is not finite; the newest `on_the_way` to the host are left for later."""
+    def check_norms(self, on_the_way=0):
+        """Raises UserError if a norm is not finite; the newest `on_the_way` are left for later."""
         self.run.synchronize(lag=on_the_way > 0)
         while len(self.norms) > on_the_way:
             step, multiplier, gradient_norm = self.norms.pop(0)
             if not gradient_norm.isfinite():
-                what = f"gradient norm {gradient_norm.item()} at step {step}"
                 where = f"lr multiplier {multiplier:.4f}, batch from token {step * self.run.s.train_batch_tokens}"
-                raise UserError(f"{what} ({where}) — lower the learning rates, or RESUME=1 from the last checkpoint")
+                raise UserError(
+                    f"gradient norm {gradient_norm.item()} at step {step} ({where}) "
+                    "— lower the learning rates, or RESUME=1 from the last checkpoint"
+                )
 
-    def finish(self, began: float) -> dict[str, Tensor]:
-        """Average the samples, calibrate, and write the last checkpoint: what a finished one needs is calibration."""
-        run, unfinished = self.run, not self.finished
+    def finish(self):
+        """Average the samples and calibrate; a checkpoint that is finished needs only the latter."""
+        run = self.run
+        unfinished = not self.finished
         self.finished = True
         outcome = "too few, the last weights are final"
         if self.averaged >= 2:
             outcome = "their mean is the final model"
             if unfinished:
                 self.optimizer.weights.copy_(self.average / self.averaged)
-        hessians = self.calibrate(
-            self.step * run.s.train_batch_tokens, run.s.calibration_tokens
-        )  # after the last batch
-        run.synchronize()
-        self.calibration = time.perf_counter() - began - self.elapsed
+        after = self.step * run.s.train_batch_tokens  # the last batch
+        hessians = calibrate(self.model, self.loader, after, run.s.calibration_tokens, run)
         run.log(f"swa: {self.averaged} checkpoints: {outcome}")
         if unfinished:
             self.save(run)
@@ -1350,30 +1297,24 @@ class Trainer:
         return hessians
 
 
-def pairs(account: dict) -> str:
-    """An account as a log line."""
-    return " ".join(f"{k}:{v:.4f}" if isinstance(v, float) else f"{k}:{v}" for k, v in account.items())
-
-
 # ======== Export ======================================================================================================
 # Prune, quantise, pack, as coarsely as the cap asks for. The artifact holds the model's configuration and its numbers,
 # sorted by kind; names, shapes and kinds follow from the configuration, so the reader knows every length beforehand.
 
 CONTROL = ("attn_scale", "mlp_scale", "resid_mix", "q_gain", "skip_weights", "smear", "bigram.scale")
-LIMITS = {"int5": 15, "int6": 31, "int8": 127}  # largest code; int5 and int6 have one more below zero
+LIMITS = {"int5": 15, "int6": 31, "int8": 127}  # largest code
 STREAMS = {"int5": "<i1", "int6": "<i1", "int8": "<i1", "scale": "<f2", "fp16": "<f2", "fp32": "<f4"}  # in file order
 MAGIC = b"PGOLFGPT"
 FORMAT = 2
 HEADER_BYTES = 60
-MOST_EXPANDED = 1 << 29  # bytes that a hostile artifact can claim
-MOST_CONFIG = 1 << 16  # bytes: parsed JSON takes up to forty times its text
-LARGEST_STRETCH = 8.0  # beyond it hardly a weight is not zero
-SLACK = 0.004  # of the cap, that a stretched artifact may leave free
-GPTQ_BLOCK = 128  # columns whose errors reach the others in one product
+MOST_EXPANDED = 1 << 29  # bytes
+MOST_CONFIG = 1 << 16  # bytes: JSON parsed may take forty times as many
+LARGEST_STRETCH = 8.0
+SLACK = 0.004  # share of the cap that may stay free
+GPTQ_BLOCK = 128  # columns
 
 
-def prune(weight: Tensor, fraction: float) -> Tensor:
-    """Zero what is below the `fraction` quantile of a large matrix's magnitudes."""
+def prune(weight: Tensor, fraction):
     if weight.ndim != 2 or weight.numel() <= 65_536 or not fraction:
         return weight
     size = weight.abs().flatten()
@@ -1381,8 +1322,8 @@ def prune(weight: Tensor, fraction: float) -> Tensor:
     return torch.where(weight.abs() < threshold, 0.0, weight)
 
 
-def kind_of(name: str, size: int, fp16_patterns: str) -> str:
-    """How a tensor of `size` numbers is stored: the first rule that fits."""
+def kind_of(name, size, fp16_patterns):
+    """The first rule that fits a tensor of `size` numbers."""
     if any(pattern in name for pattern in CONTROL):
         return "fp16" if size <= 8_192 else "fp32"
     if size <= 8_192 or any(pattern in name for pattern in fp16_patterns.split(",") if pattern):
@@ -1393,19 +1334,18 @@ def kind_of(name: str, size: int, fp16_patterns: str) -> str:
 
 
 class Stored(NamedTuple):
-    """A tensor as the artifact holds it: floats, or int8 codes (rows, cols) with an fp16 `scale` (rows,)."""
+    """Floats, or int8 codes (rows, cols) with an fp16 `scale` (rows,)."""
 
     kind: str
     values: Tensor
     scale: Tensor | None = None
 
-    def restored(self) -> Tensor:
-        """The float32 tensor that it stands for."""
+    def restored(self):
         values = self.values.float()
         return values if self.scale is None else values * self.scale.float()[:, None]
 
 
-def row_steps(weight: Tensor, kind: str, s: Settings, stretch: float = 1.0) -> Tensor:
+def row_steps(weight: Tensor, kind: str, s, stretch: float = 1.0):
     """The quantisation step of each row of a float32 matrix, (rows, 1) float32, of int5 and int6 as fp16 has it.
 
     int8: rows are clipped at their 99.99984% magnitude (the challenge's baseline). int5/int6: max|row| / 15 or 31
@@ -1420,18 +1360,18 @@ def row_steps(weight: Tensor, kind: str, s: Settings, stretch: float = 1.0) -> T
     return (sizes / limit * stretch).half().clamp_min(torch.finfo(torch.float16).tiny).float()
 
 
-def nearest(weight: Tensor, step: Tensor, limit: int) -> Tensor:
-    """Codes of weights (…, cols) under steps (…, 1), each rounded by itself."""
+def nearest(weight: Tensor, step: Tensor, limit: int):
+    """Codes of weights (…, cols) under steps (…, 1)."""
     return (weight / step).round().clamp(-limit - (limit < 127), limit)
 
 
-def gptq(weight: Tensor, step: Tensor, hessian: Tensor, limit: int) -> Tensor:
+def gptq(weight: Tensor, step: Tensor, hessian: Tensor, limit: int):
     """Codes of n matrices (n, rows, cols) under steps (n, rows, 1), that keep W x rather than W (Frantar et al. 2022).
 
     Rounding a column changes the layer's output by its error times an input. The columns still to come can undo most of
-    that, as far as their inputs are correlated with this one: row j of the Cholesky factor U of H^-1 = U'U says how the
-    best correction is spread over columns j, j + 1, … once all before j are fixed. So columns are rounded one by one,
-    those of the largest inputs first, while most others can still make up for them. `hessian` (n, cols, cols)."""
+    that, as far as their inputs are correlated: row j of the Cholesky factor U of H^-1 = U'U says how the best
+    correction is spread over columns j, j + 1, … once all before j are fixed. Columns of the largest inputs come first,
+    while most others can still make up for them. `hessian` (n, cols, cols)."""
     h = hessian.float()
     order = h.diagonal(dim1=1, dim2=2).argsort(descending=True, stable=True)  # (n, cols)
     h = h.gather(1, order[:, :, None].expand_as(h)).gather(2, order[:, None].expand_as(h))
@@ -1458,10 +1398,9 @@ def gptq(weight: Tensor, step: Tensor, hessian: Tensor, limit: int) -> Tensor:
 
 def quantize_model(
     state: dict[str, Tensor], s: Settings, hessians: dict[str, Tensor] | None = None, stretch: float = 1.0
-) -> dict[str, Stored]:
-    """Prune and quantise every tensor of a float32 state dict, in its order; those with a Hessian by GPTQ.
-
-    Matrices of one shape are rounded as one batch, on their Hessians' device."""
+):
+    """Prune and quantise every tensor of a float32 state dict, in its order; those with a Hessian by GPTQ, matrices of
+    one shape as one batch on their Hessians' device."""
     tensors, batches = {}, {}
     for name, weight in state.items():
         kind = kind_of(name, weight.numel(), s.fp16_keep_name_patterns)
@@ -1482,41 +1421,38 @@ def quantize_model(
     return tensors
 
 
-def streams_of(tensors: dict[str, Stored]) -> dict[str, list[Tensor]]:
-    """The pieces of each of an artifact's streams, in file order."""
+def streams_of(tensors: dict[str, Stored]):
     streams = {kind: [tensor.values for tensor in tensors.values() if tensor.kind == kind] for kind in STREAMS}
     return streams | dict(scale=[tensor.scale for tensor in tensors.values() if tensor.scale is not None])
 
 
-def entropy(codes: np.ndarray) -> float:
-    """Bits per code, of codes that are drawn one by one."""
+def entropy(codes: np.ndarray):
+    """Bits per code, drawn one by one."""
     p = np.bincount(codes.view(np.uint8).ravel()) / codes.size
     p = p[p > 0]
     return abs(float((p * np.log2(p)).sum()))
 
 
-def artifact_config(s: Settings) -> dict:
-    """What an artifact says of its model: with it a reader knows every name, shape and kind."""
+def artifact_config(s):
     return s.of(ModelSettings) | dict(fp16_keep_name_patterns=s.fp16_keep_name_patterns)
 
 
-def layout(s: Settings) -> dict[str, Stored]:
-    """A model's tensors as its artifact holds them, without the numbers."""
+def layout(s) -> dict[str, Stored]:
+    """A model's tensors as its artifact holds them, on the meta device."""
     with torch.device("meta"):
         return quantize_model(GPT(s).state_dict(), replace(s, prune_fraction=0.0))
 
 
-def artifact_header(frame: bytes, expanded: int) -> bytes:
-    """Magic, format, lengths of the frame and of what it expands to, SHA-256 of the frame."""
+def artifact_header(frame, expanded):
     numbers = ((FORMAT, 4), (len(frame), 8), (expanded, 8))
     return MAGIC + b"".join(n.to_bytes(size, "little") for n, size in numbers) + hashlib.sha256(frame).digest()
 
 
-def pack(tensors: dict[str, Stored], s: Settings) -> tuple[bytes, dict]:
-    """Quantised tensors -> artifact; the same input gives the same bytes.
+def pack(tensors: dict[str, Stored], s):
+    """Quantised tensors -> artifact, and what became of each stream; the same input gives the same bytes.
 
-    After the header comes one zstd-22 frame: the length of the configuration (4 bytes), the configuration as JSON, the
-    streams as byte planes. Also returns what became of each stream; the entropy of codes is in bits."""
+    After the header one zstd-22 frame: the length of the configuration (4 bytes), the configuration as JSON, the
+    streams as byte planes."""
     config = json.dumps(artifact_config(s)).encode()
     parts = {"config": np.frombuffer(len(config).to_bytes(4, "little") + config, np.uint8)[None]}
     for stream, pieces in streams_of({name: tensors[name] for name in layout(s)}).items():
@@ -1524,14 +1460,14 @@ def pack(tensors: dict[str, Stored], s: Settings) -> tuple[bytes, dict]:
             array = torch.cat([piece.flatten() for piece in pieces]).numpy().astype(STREAMS[stream])
             parts[stream] = array.view(np.uint8).reshape(-1, array.itemsize).T
     expanded = sum(planes.size for planes in parts.values())
-    # codes hold no real repeats: long matches only is smaller and four times faster than level 22's own least of 3
+    # codes hardly repeat: long matches only is smaller and four times faster
     level22 = zstandard.ZstdCompressionParameters.from_level(22, source_size=expanded, min_match=7)
     compressor = zstandard.ZstdCompressor(compression_params=level22).compressobj(size=expanded)
     frame = b""
     kinds = {}
     for stream, planes in parts.items():
         packed = b""
-        for plane in planes:  # a flush after each keeps their statistics apart
+        for plane in planes:  # flushed, for statistics of its own
             packed += compressor.compress(plane.tobytes()) + compressor.flush(zstandard.COMPRESSOBJ_FLUSH_BLOCK)
         frame += packed
         n = planes.shape[-1]
@@ -1543,10 +1479,9 @@ def pack(tensors: dict[str, Stored], s: Settings) -> tuple[bytes, dict]:
     return artifact_header(frame, expanded) + frame, kinds
 
 
-def unpack(blob: bytes, origin: str = "artifact") -> tuple[Settings, dict[str, Tensor]]:
-    """Artifact bytes -> settings with its model's configuration, and float32 state dict.
-
-    Raises UserError for anything but a whole, honest artifact, within the memory of expanded bytes and weights."""
+def unpack(blob: bytes, origin: str = "artifact"):
+    """Settings with the model's configuration, and float32 state dict. Raises UserError for anything but a whole,
+    honest artifact."""
     frame = blob[HEADER_BYTES:]
     expanded = int.from_bytes(blob[20:28], "little")
     try:
@@ -1557,7 +1492,11 @@ def unpack(blob: bytes, origin: str = "artifact") -> tuple[Settings, dict[str, T
         start = 4 + int.from_bytes(raw[:4], "little")
         if start > MOST_CONFIG:
             raise ValueError(f"a configuration of {start - 4} bytes")
-        s = settings_of(json.loads(raw[4:start]))
+        config = json.loads(raw[4:start])
+        types = {name: type(value) for name, value in artifact_config(Settings()).items()}
+        if {name: type(value) for name, value in config.items()} != types:
+            raise ValueError("the configuration is not a model's")
+        s = Settings.from_env({name.upper(): value for name, value in config.items()})
         state = restored(raw[start:], s)
         if len(raw) != expanded:
             raise ValueError(f"it does not expand to {expanded} bytes")
@@ -1569,16 +1508,8 @@ def unpack(blob: bytes, origin: str = "artifact") -> tuple[Settings, dict[str, T
     return s, state
 
 
-def settings_of(config: dict) -> Settings:
-    """Settings with an artifact's configuration, checked like the user's. Raises UserError, ValueError."""
-    types = {name: type(value) for name, value in artifact_config(Settings()).items()}
-    if {name: type(value) for name, value in config.items()} != types:
-        raise ValueError("the configuration is not a model's")
-    return Settings.from_env({name.upper(): value for name, value in config.items()})
-
-
-def restored(raw: bytes, s: Settings) -> dict[str, Tensor]:
-    """The float32 state dict from an artifact's streams. Raises ValueError if they are not as long as its model's."""
+def restored(raw, s):
+    """The float32 state dict. Raises ValueError if the streams are not as long as the model's."""
     tensors, read = layout(s), {}
     for stream, pieces in streams_of(tensors).items():
         sizes = [piece.numel() for piece in pieces]
@@ -1590,21 +1521,22 @@ def restored(raw: bytes, s: Settings) -> dict[str, Tensor]:
         raise ValueError(f"{len(raw)} bytes too many")
     state = {}
     for name, (kind, values, scale) in tensors.items():
-        scale = None if scale is None else next(read["scale"])
+        if scale is not None:
+            scale = next(read["scale"])
         state[name] = Stored(kind, next(read[kind]).view(values.shape), scale).restored()
     return state
 
 
-def fit(state: dict[str, Tensor], hessians: dict[str, Tensor], run: Run) -> tuple[float, bytes, dict]:
+def fit(state: dict[str, Tensor], hessians: dict[str, Tensor], run):
     """The least stretch of the steps whose artifact fits the cap, or the largest; with what pack() returns for it.
 
-    Packing judges. What to try next follows from the entropy of codes rounded to nearest, which takes no time."""
+    Packing judges. Until something fits, the entropy of codes rounded to nearest predicts what may, in no time."""
     cap = run.s.artifact_max_bytes
     state = {name: prune(weight, run.s.prune_fraction) for name, weight in state.items()}
     s = replace(run.s, prune_fraction=0.0)
 
     @functools.cache
-    def predicted(stretch: float) -> float:
+    def predicted(stretch):
         streams = streams_of(quantize_model(state, s, None, stretch))
         codes = [torch.cat([x.flatten() for x in streams[kind]]).numpy() for kind in LIMITS if streams[kind]]
         return sum(entropy(x) * x.size / 8 for x in codes)
@@ -1631,16 +1563,22 @@ def fit(state: dict[str, Tensor], hessians: dict[str, Tensor], run: Run) -> tupl
     return best or (stretch, blob, kinds)
 
 
-def export(state: dict[str, Tensor], hessians: dict[str, Tensor], run: Run) -> dict:
-    """Write final_model.pt and the artifact. Returns the account."""
+def export(state: dict[str, Tensor], hessians: dict[str, Tensor], run):
     began = time.perf_counter()
     run.write("final_model.pt", lambda f: torch.save(state, f))
     stretch, blob, kinds = fit(state, hessians, run)
     run.write("final_model.ptz", lambda f: f.write(blob))
-    total, cap = len(blob) + len(SOURCE_BYTES), run.s.artifact_max_bytes
-    account = dict(model_bytes=len(blob), code_bytes=len(SOURCE_BYTES), total_bytes=total, max_bytes=cap)
-    account |= dict(fits=total <= cap, stretch=stretch, seconds=time.perf_counter() - began)
-    account |= dict(sha256=hashlib.sha256(blob).hexdigest())
+    total = len(blob) + len(SOURCE_BYTES)
+    account = dict(
+        model_bytes=len(blob),
+        code_bytes=len(SOURCE_BYTES),
+        total_bytes=total,
+        max_bytes=run.s.artifact_max_bytes,
+        fits=total <= run.s.artifact_max_bytes,
+        stretch=stretch,
+        seconds=time.perf_counter() - began,
+        sha256=hashlib.sha256(blob).hexdigest(),
+    )
     for kind, row in kinds.items():
         run.log(f"export kind:{kind} {pairs(row)}")
     run.log(f"export {pairs(account)}")
@@ -1669,7 +1607,7 @@ class Score(NamedTuple):
     def __str__(self) -> str:
         return f"val_loss:{self.loss:.8f} val_bpb:{self.bpb:.8f}"
 
-    def checked(self, stream: Stream) -> Self:
+    def checked(self, stream) -> Self:
         """Itself. Raises RuntimeError if it does not cover the stream, UserError if it is not finite."""
         if (self.targets, self.bytes) != (stream.target_count, stream.byte_count):
             counts = f"{self.targets} targets and {self.bytes} bytes"
@@ -1678,17 +1616,17 @@ class Score(NamedTuple):
             raise UserError(f"the score is {self.nll} — lower the learning rates, raise ADAM_EPS, or score others")
         return self
 
-    def figure(self, protocol: str, context: str, seconds: float, **more) -> dict:
-        """The score with what is needed to read it, for result.json; `seconds` of all epochs together."""
+    def figure(self, protocol, context, seconds, **more) -> dict:
+        """For result.json; `seconds` of all epochs together."""
         reading = dict(protocol=protocol, context=context, backward_looking=True, val_loss=self.loss, val_bpb=self.bpb)
         return reading | dict(targets=self.targets, bytes=self.bytes, seconds=seconds, lacking=0) | more
 
 
-def score_windows(forward: Callable, stream: Stream, windows: tuple, width: int, lora=None, past: Past | None = None):
+def score_windows(forward, stream, windows: tuple, width: int, lora=None, past: Past | None = None):
     """Score targets [skip, length) of B windows, each (B,) int64 with its start; padded on the right to `width`.
 
-    Returns the NLL (B, width) float32, 0 where not scored, and sums of NLL, targets and bytes (B, 3) float64,
-    detached."""
+    Returns the NLL (B, width) float32, 0 where not scored, and detached sums (B, 3) float64 of NLL, targets and
+    bytes."""
     start, length, skip = windows
     column = torch.arange(-GPT.LEAD if past else 0, width, device=start.device)
     at = (start[:, None] + column).clamp(0, stream.target_count - 1)
@@ -1700,71 +1638,72 @@ def score_windows(forward: Callable, stream: Stream, windows: tuple, width: int,
     return nll, torch.stack(sums, 1)
 
 
-class Progress:
-    """A line every few seconds on this rank's work: share done, bpb so far, time left."""
+def progress_of(run, label, total):
+    """Counts tokens and final sums (n, 3), and logs now and then how far this rank is."""
+    began = printed = time.perf_counter()
+    done = 0
+    known = np.zeros(3)  # NLL, targets, bytes
 
-    def __init__(self, run: Run, label: str, total: int):
-        self.run = run
-        self.label = label
-        self.total = max(total, 1)  # tokens
-        self.done = 0
-        self.sums = np.zeros(3)  # NLL, targets, bytes
-        self.began = self.printed = time.perf_counter()
-
-    def __call__(self, tokens: int, sums: Tensor | None = None):
-        """Count tokens that went through the model, and final sums of NLL, targets and bytes (n, 3)."""
-        self.done += tokens
+    def count(tokens: int, sums: Tensor | None = None):
+        nonlocal printed, done, known
+        done += tokens
         if sums is not None:
-            self.sums += sums.sum(0).cpu().numpy()
-        if time.perf_counter() - self.printed > 5:
-            self.printed = time.perf_counter()
-            left = (self.printed - self.began) * (self.total / max(self.done, 1) - 1)
-            bpb = f" val_bpb:{Score(*self.sums).bpb:.4f}" if self.sums[2] else ""
-            self.run.log(f"{self.label}: {100 * self.done / self.total:.1f}%{bpb} left:{left:.0f}s")
+            known = known + sums.sum(0).cpu().numpy()
+        if time.perf_counter() - printed > 5:
+            printed = time.perf_counter()
+            left = (printed - began) * (max(total, 1) / max(done, 1) - 1)
+            bpb = f" val_bpb:{Score(*known).bpb:.4f}" if known[2] else ""
+            run.log(f"{label}: {100 * done / max(total, 1):.1f}%{bpb} left:{left:.0f}s")
+
+    return count
 
 
-def overlapping(stream: Stream, size: int, stride: int) -> np.ndarray:
-    """(n, 3) start, length and skip of windows every `stride` targets that score what no earlier one reached."""
+def overlapping(stream, size, stride):
+    """(n, 3) start, length and skip of windows that score what no earlier one reached."""
     start = np.arange(0, max(stream.target_count - size, 0) + stride, stride)
     length = np.minimum(size, stream.target_count - start)
     return np.stack((start, length, np.where(start > 0, size - stride, 0)), 1)
 
 
 @torch.no_grad()
-def evaluate_windows(
-    forward: Callable, stream: Stream, windows: np.ndarray, batch: int, run: Run, progress: Progress | None = None
-) -> Score:
-    """Score windows (n, 3), the first as long as any, over the ranks. With `progress`, raises Interrupted."""
+def evaluate_windows(forward, stream, windows: np.ndarray, batch: int, run, label=""):
+    """Score windows (n, 3), the first as long as any. With a label: logs, and raises Interrupted."""
+    progress = progress_of(run, label, int(windows[:, 1].sum()) // run.world)
     total = torch.zeros(3, dtype=torch.float64, device=run.device)
     mine = np.array_split(windows, run.world)[run.rank]
-    if run.compile:  # empty windows fill the last batch: one shape, one compilation
+    if run.compile:  # one shape, one compilation
         mine = np.pad(mine, ((0, -len(mine) % batch), (0, 0)))
     for i in range(0, len(mine), batch):
+        if label and run.stopping:
+            break
         part = torch.from_numpy(mine[i : i + batch]).to(run.device)
         _, sums = score_windows(forward, stream, part.unbind(1), int(windows[0, 1]))
         total += sums.sum(0)
-        if progress:
+        if label:
             progress(int(mine[i : i + batch, 1].sum()), sums)
-            if run.stopping:
-                break
-    if progress:
-        run.meet(f"{progress.label}, of which nothing is kept")
+    if label:
+        run.meet(f"{label}, of which nothing is kept")
     nll, targets, bytes_ = run.sum(total).tolist()
     return Score(nll, int(targets), int(bytes_)).checked(stream)
 
 
-def evaluate_standard(forward: Callable, stream: Stream, run: Run) -> Score:
+def evaluate_standard(forward, stream, run):
     """Rows of TRAIN_SEQ_LEN targets that do not overlap, the last one shorter."""
     size = run.s.train_seq_len
     batch = max(1, run.s.val_batch_size // (size * run.world))
     return evaluate_windows(forward, stream, overlapping(stream, size, size), batch, run)
 
 
-def evaluate_sliding(forward: Callable, stream: Stream, run: Run) -> Score:
+def evaluate_sliding(forward, stream, run):
     """Windows of TRAIN_SEQ_LEN targets every EVAL_STRIDE."""
     windows = overlapping(stream, run.s.train_seq_len, run.s.eval_stride)
-    progress = Progress(run, "sliding evaluation", int(windows[:, 1].sum()) // run.world)
-    return evaluate_windows(forward, stream, windows, run.s.eval_batch_seqs, run, progress)
+    return evaluate_windows(forward, stream, windows, run.s.eval_batch_seqs, run, "sliding evaluation")
+
+
+def time_spent(began, run):
+    """The slowest rank's seconds since `began`."""
+    seconds = max(run.gather(time.perf_counter() - began))
+    return dict(seconds=seconds, within_budget=not run.s.eval_max_seconds or seconds <= run.s.eval_max_seconds)
 
 
 # ======== Test-time training ==========================================================================================
@@ -1772,12 +1711,12 @@ def evaluate_sliding(forward: Callable, stream: Stream, run: Run) -> Score:
 # signal or other ranks decide when a document's number is made, never which one it is.
 
 TTT_BATCH = {"cpu": 4, "cuda": 128}  # documents side by side, where TTT_BATCH_SIZE=0
-STEP_FLOOR = {"cpu": 0, "cuda": 2048}  # tokens below which a step costs no less: its kernels one after another
+STEP_FLOOR = {"cpu": 0, "cuda": 2048}  # tokens; smaller steps cost no less
 LORA_EPS = 1e-10  # Adam's, for the adapters
 SAVE_EVERY = 20.0  # seconds
 
 
-def draw_lora_a(s: Settings, document: int) -> np.ndarray:
+def draw_lora_a(s, document: int):
     """A document's initial A, (layers, 2r, d) float32, Q's rows above V's: uniform in +-1/sqrt(d)."""
     shape = s.num_layers, 2 * s.ttt_lora_rank, s.model_dim
     unit = np.random.default_rng([s.seed, document]).random(shape, np.float32)
@@ -1785,9 +1724,9 @@ def draw_lora_a(s: Settings, document: int) -> np.ndarray:
 
 
 class Adapters:
-    """LoRA of B documents and its Adam state, a float32 row each: `flat`, `m`, `v` (B, n); `steps` (B,) taken."""
+    """LoRA of B documents and its Adam state: `flat`, `m`, `v` (B, n) float32; `steps` (B,) taken."""
 
-    def __init__(self, batch: int, run: Run):
+    def __init__(self, batch, run):
         s, r = run.s, run.s.ttt_lora_rank
         shapes = (2 * r, s.model_dim), (s.model_dim, r), (s.model_dim // s.num_heads * s.num_kv_heads, r)
         self.shapes = [(s.num_layers, *shape) for shape in shapes]
@@ -1804,15 +1743,14 @@ class Adapters:
         if a is not None:
             self.flat[: len(a), : self.sizes[0]] = torch.from_numpy(a.reshape(len(a), -1))
 
-    def layers(self, n: int) -> tuple[Tensor, list[Lora]]:
+    def layers(self, n):
         """The first n documents' rows as a leaf, and its views by layer."""
         leaf = self.flat[:n].detach().requires_grad_()
         parts = zip(leaf.split(self.sizes, dim=1), self.shapes, strict=True)
-        stacks = (part.unflatten(1, shape).unbind(1) for part, shape in parts)  # an unbind's backward is one copy
+        stacks = (part.unflatten(1, shape).unbind(1) for part, shape in parts)  # its backward is one copy
         return leaf, list(map(Lora, *stacks))
 
     def step(self, gradient: Tensor, lr: Tensor):
-        """One Adam step of the first len(gradient) documents."""
         n = len(gradient)
         self.steps[:n] += 1
         self.adam_(self.flat[:n], gradient, self.m[:n], self.v[:n], self.steps[:n], lr, self.betas, LORA_EPS)
@@ -1821,22 +1759,21 @@ class Adapters:
 class ContextCache:
     """Rotated keys and values of B documents: `kv` (B, layers, 2, kv heads, window + chunk, head_dim).
 
-    The chunk in progress owns the last slots. Before them lie the last `window` tokens: token t in slot
-    window - 1 - t % window, so that what there is always borders on the chunk, and a new token takes the oldest one's
-    slot. Softmax does not ask for their order."""
+    The chunk in progress owns the last slots. Before them token t of the last `window` has slot window - 1 - t %
+    window: they border on the chunk, and a new token replaces the oldest. Softmax does not ask for their order."""
 
-    def __init__(self, model: GPT, batch: int, run: Run):
-        s, attn = run.s, model.blocks[0].attn
+    def __init__(self, model, batch, run):
+        s = run.s
+        head_dim = model.blocks[0].attn.head_dim
         self.window = s.ttt_eval_seq_len - s.ttt_chunk_size
-        shape = batch, s.num_layers, 2, s.num_kv_heads, s.ttt_eval_seq_len, attn.head_dim
+        shape = batch, s.num_layers, 2, s.num_kv_heads, s.ttt_eval_seq_len, head_dim
         self.kv = torch.zeros(shape, dtype=model.dtype, device=run.device)
 
-    def slots(self, n: int, context: int, tokens: int) -> Tensor:
-        """What a chunk of so many tokens after so much context sees, of the first n documents."""
+    def slots(self, n, context, tokens):
+        """What a chunk of so many tokens after so much context sees."""
         return self.kv[:n, ..., self.window - context : self.window + tokens, :]
 
-    def push(self, n: int, position: Tensor, tokens: int):
-        """Append a chunk of the first n documents, the first of its tokens at `position`, to their context."""
+    def push(self, n, position: Tensor, tokens):
         keep = min(tokens, self.window)
         if keep:
             at = position + torch.arange(tokens - keep, tokens, device=self.kv.device)
@@ -1845,7 +1782,7 @@ class ContextCache:
 
 
 class Visit(NamedTuple):
-    """A step of test-time training but for what differs from chunk to chunk, which is on the device."""
+    """All of a step that its graph depends on."""
 
     n: int  # documents, the first of the batch
     width: int  # tokens of a window
@@ -1859,52 +1796,54 @@ class DocumentBatch:
     """Documents that advance together, longest first: those that still have chunk c are the first active[c].
 
     `sums` (1 + figures, B, 3) float64 are NLL, targets and bytes: figure 0 without adaptation, then one per epoch of
-    replay, or one for single_pass. A document's figure is complete with all its targets."""
+    replay, or one for single_pass."""
 
-    def __init__(self, model: GPT, stream: Stream, documents: np.ndarray, run: Run, deadline: float = math.inf):
-        self.model, self.stream = model, stream
-        self.run, self.deadline = run, deadline
+    def __init__(self, model, stream, documents: np.ndarray, run, deadline=math.inf):
+        self.model = model
+        self.stream = stream
+        self.run = run
+        self.deadline = deadline
         self.progress = lambda tokens: None
         self.capacity = batch = len(documents)
-        self.start, self.end = (torch.zeros(batch, dtype=torch.int64, device=run.device) for _ in range(2))
+        integers = functools.partial(torch.zeros, dtype=torch.int64, device=run.device)
+        self.start, self.end = integers(batch), integers(batch)
         self.sums = torch.zeros(1 + run.s.ttt_figures, batch, 3, dtype=torch.float64, device=run.device)
         self.adapters = Adapters(batch, run)
         self.cache = ContextCache(model, batch, run)
-        self.figure = torch.zeros(1, dtype=torch.int64, device=run.device)  # that scores count for
-        self.position = torch.zeros((), dtype=torch.int64, device=run.device)  # of the chunk's first target
+        self.figure = integers(1)  # that scores count for
+        self.position = integers(())  # of the chunk's first target
         self.lr = torch.zeros((), device=run.device)
         self.graphs = {}  # by Visit
-        if run.cuda:  # graphs share memory if they are recorded on one stream
+        if run.cuda:  # one stream: graphs share memory
             self.pool, self.recorder = torch.cuda.graph_pool_handle(), torch.cuda.Stream()
         self.load(documents)
 
     def load(self, documents: np.ndarray):
-        """Take up other documents, no more than before. Raises ValueError if they do not come longest first."""
+        """Take up no more documents than before. Raises ValueError if they do not come longest first."""
         self.documents = documents
         self.lengths = self.stream.lengths[documents]
         chunks = -(-self.lengths // self.run.s.ttt_chunk_size)
         if (np.diff(chunks) > 0).any():
             raise ValueError("documents must come longest first")
         self.active = [int((chunks > chunk).sum()) for chunk in range(chunks[0] + 1)]
-        for buffer, values in ((self.start, self.stream.starts[documents]), (self.end, self.lengths)):
-            buffer[: len(documents)] = torch.from_numpy(values)
+        self.start[: len(documents)] = torch.from_numpy(self.stream.starts[documents])
+        self.end[: len(documents)] = torch.from_numpy(self.lengths)
         self.sums.zero_()
 
-    def expired(self) -> bool:
+    def expired(self):
         return self.run.stopping or time.perf_counter() >= self.deadline
 
     def complete(self) -> np.ndarray:
-        """NLL of every figure and document, (1 + figures, B) float64, NaN where not all targets are counted."""
+        """NLL (1 + figures, B) float64, NaN where not all targets are counted."""
         nll, targets, bytes_ = self.sums[:, : len(self.lengths)].cpu().numpy().transpose(2, 0, 1)
         whole = targets == self.lengths
         if (targets > self.lengths).any() or (bytes_ != self.stream.document_bytes[self.documents])[whole].any():
             raise RuntimeError("a figure does not count each of a document's targets once")
         return np.where(whole, np.nan_to_num(nll, nan=math.inf, posinf=math.inf), math.nan)  # a score of NaN is there
 
-    def step(self, visit: Visit) -> Tensor:
-        """Visit the chunk at `position`. Returns the NLL of its windows, as score_windows() has it.
-
-        Nothing here but the shapes comes from the host: recorded once, it serves all chunks of one shape."""
+    def step(self, visit: Visit):
+        """Returns the NLL of the windows, as score_windows() has it. Only shapes come from the host: a graph of it
+        serves all chunks of one shape."""
         n, width, context, score, train, keep = visit
         leaf, lora = self.adapters.layers(n)
         end = self.end[:n].minimum(self.position + self.run.s.ttt_chunk_size)
@@ -1918,14 +1857,14 @@ class DocumentBatch:
         if score:
             self.sums[:, :n].index_add_(0, self.figure, sums[None])
         if train:
-            loss = (nll.sum(1) / sums[:, 1].float()).sum()  # documents are independent: each gets its own gradient
+            loss = (nll.sum(1) / sums[:, 1].float()).sum()  # each gets its own gradient
             self.adapters.step(torch.autograd.grad(loss, leaf)[0], self.lr)
         if keep:
             self.cache.push(n, self.position, width)
         return nll.detach()
 
     def launch(self, visit: Visit):
-        """step(visit); of a shape that has come before, by a CUDA graph: one launch instead of hundreds."""
+        """step(), by a CUDA graph from the second of a shape on: one launch instead of hundreds."""
         if not self.run.graphs or visit not in self.graphs:
             self.graphs[visit] = None
             self.step(visit)
@@ -1939,29 +1878,28 @@ class DocumentBatch:
                 graph.capture_end()
         self.graphs[visit].replay()
 
-    def visit(self, chunk: int, n: int, cached: bool, score: bool = False, train: bool = False, keep: bool = False):
-        """Score a chunk of the first n documents, train on it, append it to the context: what is asked for."""
+    def visit(self, chunk, n, cached, **asked):
         s, size = self.run.s, self.run.s.ttt_chunk_size
         first = chunk * size
         width = size if self.run.compile else min(size, int(self.lengths[0]) - first)  # compiled: one width for all
         context = min(first, self.cache.window)
         if not cached:
             width, context = min(first + width, s.ttt_eval_seq_len), None
+        wanted = dict(score=False, train=False, keep=False) | asked
         self.position.fill_(first)
-        self.launch(Visit(n, width, context, score, train, keep and cached))
-        self.progress(n * size * score)
+        self.launch(Visit(n, width, context, **wanted))
+        self.progress(n * size * wanted["score"])
         self.run.synchronize(lag=True)
 
-    def read(self, figure: int, cached: bool, train: bool):
-        """Visit every chunk from left to right, once."""
+    def read(self, figure, cached, train):
         self.figure.fill_(figure)
         for chunk, n in enumerate(self.active[:-1]):
             if self.run.stopping or (figure and self.expired()):  # the plain pass knows no deadline
                 return
-            self.visit(chunk, n, cached, score=True, train=train, keep=self.active[chunk + 1] > 0)
+            self.visit(chunk, n, cached, score=True, train=train, keep=cached and self.active[chunk + 1] > 0)
 
     def plain(self):
-        """Score without adaptation: under adapters of zeros, which change nothing, so that compiled code is shared."""
+        """Score under adapters of zeros: compiled code is shared."""
         self.adapters.begin(None)
         self.read(0, cached=True, train=False)
 
@@ -1971,14 +1909,15 @@ class DocumentBatch:
         replay: each epoch scores every chunk, then trains on it; only the first is backward-looking (PR #467).
         single_pass: each chunk is scored once, then trained on TTT_N_EPOCHS times; backward-looking throughout."""
         s, cached = self.run.s, self.run.s.ttt_context == "cached"
-        self.adapters.begin(np.stack([draw_lora_a(s, int(d)) for d in self.documents]) if a is None else a)
-        rates = [
-            s.ttt_lora_lr * 0.5 * (1 + math.cos(math.pi * epoch / s.ttt_n_epochs)) for epoch in range(s.ttt_n_epochs)
-        ]
+        if a is None:
+            a = np.stack([draw_lora_a(s, int(document)) for document in self.documents])
+        self.adapters.begin(a)
+        turns = (math.pi * epoch / s.ttt_n_epochs for epoch in range(s.ttt_n_epochs))
+        rates = [s.ttt_lora_lr * 0.5 * (1 + math.cos(turn)) for turn in turns]
         if s.ttt_protocol == "replay":
-            for epoch, rate in enumerate(rates):
+            for figure, rate in enumerate(rates, 1):
                 self.lr.fill_(rate)
-                self.read(1 + epoch, cached, train=True)
+                self.read(figure, cached, train=True)
             return
         self.figure.fill_(1)
         for chunk, go_on in enumerate(self.active[1:]):
@@ -1988,19 +1927,20 @@ class DocumentBatch:
                     return
                 self.lr.fill_(rate)
                 self.visit(chunk, go_on, cached, train=True)
-            if go_on and cached:  # the next chunk's context: this one under its final adapters
+            if go_on and cached:  # under the final adapters
                 self.visit(chunk, go_on, cached, keep=True)
 
 
-def batch_documents(lengths: np.ndarray, run: Run) -> list[np.ndarray]:
-    """Batches of like length, the same for any world size, costliest first; even a few documents make several."""
-    size = run.s.ttt_batch_size or min(TTT_BATCH[run.device.type], -(-len(lengths) // 8))
+def batch_documents(lengths: np.ndarray, run):
+    """Batches of like length, the same for any world size, costliest first."""
+    device = run.device.type
+    size = run.s.ttt_batch_size or min(TTT_BATCH[device], -(-len(lengths) // 8))
     order = np.argsort(-lengths, kind="stable")
     batches = [order[i : i + size] for i in range(0, len(order), size)]
-    return sorted(batches, key=lambda documents: -batch_cost(lengths[documents], run.s, STEP_FLOOR[run.device.type]))
+    return sorted(batches, key=lambda documents: -batch_cost(lengths[documents], run.s, STEP_FLOOR[device]))
 
 
-def batch_cost(lengths: np.ndarray, s: Settings, floor: int) -> float:
+def batch_cost(lengths: np.ndarray, s, floor: int) -> float:
     """Predicted cost of a batch's epoch (targets per document, longest first), in tokens of matrix products.
 
     Its chunks are sequential: each costs its tokens weighted by their context, never less than `floor`."""
@@ -2012,26 +1952,31 @@ def batch_cost(lengths: np.ndarray, s: Settings, floor: int) -> float:
     return float(np.maximum(tokens * (1 + 2 * context / matrices), floor).sum())
 
 
+def progress_files(tag, run):
+    return list(run.output.glob(f"ttt_progress_{tag}_*.npz"))
+
+
 class Results:
-    """What is scored: `nll` (1 + figures, D) float64 by figure and document, NaN where nothing is yet.
+    """`nll` (1 + figures, D) float64 by figure and document, NaN where nothing is known yet.
 
-    Every rank keeps a file of what it knows; RESUME reads all with its `tag`, whoever wrote them."""
+    Every rank keeps a file of what it knows; RESUME reads all with its `tag`."""
 
-    def __init__(self, stream: Stream, run: Run, tag: str, began: float):
-        self.run, self.tag = run, tag
+    def __init__(self, stream, run, tag, began):
+        self.run = run
+        self.tag = tag
         self.nll = np.full((1 + run.s.ttt_figures, len(stream.lengths)), math.nan)
         self.began = began  # moved back by the seconds of earlier sessions
         self.saved = began
 
     def load(self):
-        """Under RESUME take over what interrupted sessions have left, the same on every rank."""
-
-        def read() -> tuple[np.ndarray, float]:
-            nll, seconds = self.nll, 0.0
+        def read():
+            most = 0.0
             for path in progress_files(self.tag, self.run):
-                with contextlib.suppress(Exception), np.load(path) as kept:  # damaged in one of zip's ways: score again
-                    nll, seconds = first_known(nll, kept["nll"]), max(seconds, float(kept["seconds"]))
-            return nll, seconds
+                with contextlib.suppress(Exception), np.load(path) as kept:  # damaged: score again
+                    seconds = float(kept["seconds"])
+                    self.add(slice(None), kept["nll"])
+                    most = max(most, seconds)
+            return self.nll, most
 
         if self.run.s.resume:
             self.nll, seconds = self.run.together(read)
@@ -2039,79 +1984,68 @@ class Results:
             done = int((~np.isnan(self.nll)).all(0).sum())
             self.run.log(f"resumed the evaluation after {seconds:.1f} s: {done} documents are done")
 
-    def add(self, documents: np.ndarray, nll: np.ndarray):
-        """Take over a batch's complete figures; save now and then."""
-        self.nll[:, documents] = first_known(self.nll[:, documents], nll)
-        if time.perf_counter() - self.saved > SAVE_EVERY:
-            self.save()
+    def add(self, documents: np.ndarray | slice, nll: np.ndarray):
+        """A number is never replaced, least of all by a better one."""
+        known = self.nll[:, documents]
+        self.nll[:, documents] = np.where(np.isnan(known), nll, known)
 
-    def save(self):
-        self.saved = time.perf_counter()
-        kept = dict(nll=self.nll, seconds=self.saved - self.began)
-        self.run.write(f"ttt_progress_{self.tag}_{self.run.rank}.npz", lambda f: np.savez(f, **kept))
+    def save(self, every=0.0):
+        now = time.perf_counter()
+        if now - self.saved >= every:
+            self.saved = now
+            kept = dict(nll=self.nll, seconds=now - self.began)
+            self.run.write(f"ttt_progress_{self.tag}_{self.run.rank}.npz", np.savez, **kept)
 
     def merge(self):
-        """Every rank's numbers on all. Raises Interrupted."""
+        """Raises Interrupted."""
         self.save()
         self.run.meet("evaluation; what is finished is kept")
-        self.nll = functools.reduce(first_known, self.run.gather(self.nll))
+        self.nll, *others = self.run.gather(self.nll)
+        for nll in others:
+            self.add(slice(None), nll)
         if np.isnan(self.nll[0]).any():
             raise RuntimeError(f"{np.isnan(self.nll[0]).sum()} documents were not scored")
 
 
-def first_known(nll: np.ndarray, other: np.ndarray) -> np.ndarray:
-    """What is known, and what only the other knows: a number is never replaced, least of all by a better one."""
-    return np.where(np.isnan(nll), other, nll)
-
-
-def progress_files(tag: str, run: Run) -> list[Path]:
-    """What the ranks of this evaluation's sessions have left."""
-    return list(run.output.glob(f"ttt_progress_{tag}_*.npz"))
-
-
-def score_documents(model: GPT, stream: Stream, results: Results, deadline: float) -> list[float]:
-    """Score batches without adaptation, then with, until the deadline. Returns both ends in seconds.
-
-    A rank takes the costliest batch that is left whenever it is free, so that all end at about the same time."""
-    run, ends, batch = results.run, [], None
+def score_documents(model, stream, results: Results, deadline: float) -> list[float]:
+    """Without adaptation, then with, until the deadline; a rank takes the costliest batch that is left. Returns both
+    ends in seconds."""
+    run = results.run
+    size = run.s.ttt_chunk_size
+    batch = None
+    ends = []
     plain = "no_adaptation", slice(0, 1), DocumentBatch.plain, math.inf
     adapted = f"ttt {run.s.ttt_protocol}", slice(1, None), DocumentBatch.adapt, deadline
     batches = batch_documents(stream.lengths, run)
-    todo = [[x for x in batches if np.isnan(results.nll[figures, x]).any()] for _, figures, _, _ in (plain, adapted)]
-    for missing, (label, figures, work, until) in zip(todo, (plain, adapted), strict=True):
-        size = run.s.ttt_chunk_size
+    for label, figures, work, until in (plain, adapted):
+        missing = [documents for documents in batches if np.isnan(results.nll[figures, documents]).any()]
         chunks = sum(int((-(-stream.lengths[documents] // size)).sum()) for documents in missing)
-        progress = Progress(run, label, len(results.nll[figures]) * chunks * size // run.world)
+        progress = progress_of(run, label, len(results.nll[figures]) * chunks * size // run.world)
         for documents in run.shared(missing, label):
             if batch and len(documents) <= batch.capacity:
                 batch.load(documents)
             else:
                 batch = DocumentBatch(model, stream, documents, run)
-            batch.deadline, batch.progress = until, progress
+            batch.deadline = until
+            batch.progress = progress
             if batch.expired():
                 break
             work(batch)
             results.add(documents, batch.complete())
+            results.save(every=SAVE_EVERY)
             progress(0, batch.sums[figures.start])
         ends.append(time.perf_counter() - results.began)
     return ends
 
 
-def time_spent(began: float, run: Run) -> dict:
-    """The slowest rank's seconds since `began`, and whether they are within EVAL_MAX_SECONDS."""
-    seconds = max(run.gather(time.perf_counter() - began))
-    return dict(seconds=seconds, within_budget=not run.s.eval_max_seconds or seconds <= run.s.eval_max_seconds)
-
-
-def evaluate_ttt(model: GPT, stream: Stream, run: Run, tag: str, began: float) -> tuple[dict, Score]:
-    """Score without and with test-time training. Returns figures and the backward-looking Score. Raises Interrupted.
-
-    What a document lacks EVAL_MAX_SECONDS after `began`, the artifact's load, is its NLL without adaptation."""
-    s, protocol = run.s, f"ttt_{run.s.ttt_protocol}"
+def evaluate_ttt(model, stream, run, tag, began) -> tuple[dict, Score]:
+    """Figures and the backward-looking Score. Raises Interrupted. What a document lacks EVAL_MAX_SECONDS after `began`,
+    the artifact's load, is its NLL without adaptation."""
+    s = run.s
     results = Results(stream, run, tag, began)
     results.load()
     margin = min(2.0, 0.1 * s.eval_max_seconds)  # for gathering
-    deadline = results.began + s.eval_max_seconds - margin if s.eval_max_seconds else math.inf
+    deadline = results.began + (s.eval_max_seconds or math.inf) - margin
     ends = score_documents(model, stream, results, deadline)
     results.merge()
     plain_end, adapted_end = np.max(run.gather(ends), axis=0).tolist()
@@ -2124,7 +2058,7 @@ def evaluate_ttt(model: GPT, stream: Stream, run: Run, tag: str, began: float) -
     curve = []
     for epoch, score in enumerate(scores, 1):
         reading = dict(backward_looking=epoch == 1, lacking=int(lacking[epoch].sum()), epoch=epoch)
-        curve.append(score.figure(protocol, s.ttt_context, adapted_end - plain_end, **reading))
+        curve.append(score.figure(f"ttt_{s.ttt_protocol}", s.ttt_context, adapted_end - plain_end, **reading))
         if s.ttt_protocol == "replay":
             run.log(f"ttt_epoch:{epoch}/{s.ttt_n_epochs} {score}")
     if epoch > 1:
@@ -2133,40 +2067,52 @@ def evaluate_ttt(model: GPT, stream: Stream, run: Run, tag: str, began: float) -
     run.log(f"ttt {pairs(account | lacks)}")
     bpb = f"backward_looking_val_bpb:{scores[0].bpb:.8f} last_epoch_val_bpb:{scores[-1].bpb:.8f}"
     run.log(f"final_ttt_exact protocol:{s.ttt_protocol} context:{s.ttt_context} {bpb}")
-    arrays = dict(index=np.arange(nll.shape[1]), targets=stream.lengths, bytes=stream.document_bytes)
-    arrays |= dict(nll_no_adaptation=nll[0], nll_per_epoch=nll[1:], figures_finished=(~lacking[1:]).sum(0))
-    run.together(lambda: run.write(result_name("ttt_documents.npz", tag, run), lambda f: np.savez(f, **arrays)))
-    account |= dict(no_adaptation=plain.figure("no_adaptation", "cached", plain_end))
-    return account | dict(backward_looking=curve[0], last_epoch=curve[-1], curve=curve), scores[0]
+    arrays = dict(
+        index=np.arange(nll.shape[1]),
+        targets=stream.lengths,
+        bytes=stream.document_bytes,
+        nll_no_adaptation=nll[0],
+        nll_per_epoch=nll[1:],
+        figures_finished=(~lacking[1:]).sum(0),
+    )
+    run.together(functools.partial(run.write, result_name("ttt_documents.npz", tag, run), np.savez, **arrays))
+    figures = dict(
+        no_adaptation=plain.figure("no_adaptation", "cached", plain_end),
+        backward_looking=curve[0],
+        last_epoch=curve[-1],
+        curve=curve,
+    )
+    return account | figures, scores[0]
 
 
 # ======== Main ========================================================================================================
 # The preflight tells the story once in small before main() does, so that what a late stage can hit is hit early.
 
 
-def read_model(path: Path, run: Run) -> tuple[Settings, dict[str, Tensor], str]:
+def read_model(path: Path, run):
     """Settings, float32 state dict and SHA-256 of a .ptz, whose header fixes the model, or a .pt. Raises UserError."""
-    s, blob = run.s, path.read_bytes()
+    s = run.s
+    blob = path.read_bytes()
+    digest = hashlib.sha256(blob).hexdigest()
     if path.suffix == ".pt":
         try:
             state = torch.load(io.BytesIO(blob), map_location="cpu", weights_only=True)
             state = {str(name): tensor.float() for name, tensor in state.items()}
             if not all(tensor.isfinite().all() for tensor in state.values()):
                 raise ValueError("not finite")
-        except Exception as e:  # torch.load raises many kinds for a damaged or hostile file
+        except Exception as e:  # damage makes it raise many kinds
             what = f"EVAL_ONLY={path} is no state dict of finite weights ({type(e).__name__})"
             raise UserError(f"{what} — name a run's .ptz or .pt") from e
-    else:
-        theirs, state = unpack(blob, str(path))
-        for name, value in theirs.of(ModelSettings).items():
-            if name.upper() in os.environ and getattr(s, name) != value:
-                raise UserError(f"{name.upper()}={getattr(s, name)} but {path} has {value} — unset {name.upper()}")
-        s = replace(s, **theirs.of(ModelSettings)).checked()
-    return s, state, hashlib.sha256(blob).hexdigest()
+        return s, state, digest
+    theirs, state = unpack(blob, str(path))
+    for name, value in theirs.of(ModelSettings).items():
+        if name.upper() in os.environ and getattr(s, name) != value:
+            raise UserError(f"{name.upper()}={getattr(s, name)} but {path} has {value} — unset {name.upper()}")
+    return replace(s, **theirs.of(ModelSettings)).checked(), state, digest
 
 
-def scoring_model(run: Run) -> GPT:
-    """A frozen model, its weights still to be loaded; for test-time training compiled by regions."""
+def scoring_model(run):
+    """Frozen, its weights still to be loaded."""
     with torch.device("meta"):
         model = GPT(run.s, run.dtype)
     model.to_empty(device=run.device).requires_grad_(False)
@@ -2178,8 +2124,8 @@ def scoring_model(run: Run) -> GPT:
     return model
 
 
-def load_weights(model: GPT, state: dict[str, Tensor], origin: str):
-    """Copy a state dict's tensors into the model. Raises UserError where names or shapes differ."""
+def load_weights(model, state: dict[str, Tensor], origin: str):
+    """Raises UserError where names or shapes differ."""
     try:
         model.load_state_dict(state)
     except RuntimeError as e:
@@ -2187,8 +2133,8 @@ def load_weights(model: GPT, state: dict[str, Tensor], origin: str):
         raise UserError(f"{origin}: {what} — set NUM_LAYERS, MODEL_DIM, … to match") from e
 
 
-def cost_of_quantisation(trainer: Trainer, stream: Stream, run: Run) -> dict:
-    """Standard bpb of the final float weights and of the artifact, from their files. The trainer keeps the latter."""
+def cost_of_quantisation(trainer: Trainer, stream, run):
+    """Standard bpb of both files' weights. The trainer keeps the artifact's."""
     bpb = {}
     for weights, name in (("float", "final_model.pt"), ("artifact", "final_model.ptz")):
         _, state, _ = read_model(run.path(name), run)
@@ -2198,8 +2144,7 @@ def cost_of_quantisation(trainer: Trainer, stream: Stream, run: Run) -> dict:
     return dict(val_bpb=bpb)
 
 
-def evaluate(model: GPT, stream: Stream, run: Run, tag: str, began: float) -> tuple[dict, Score]:
-    """Score the stream with a model loaded at `began`. Returns the figures and the backward-looking Score."""
+def evaluate(model, stream, run, tag, began) -> tuple[dict, Score]:
     if run.s.ttt_enabled:
         return evaluate_ttt(model, stream, run, tag, began)
     score = evaluate_sliding(run.compiled(model, dynamic=False), stream, run)
@@ -2208,8 +2153,8 @@ def evaluate(model: GPT, stream: Stream, run: Run, tag: str, began: float) -> tu
     return account | dict(sliding=score.figure("sliding", f"stride {run.s.eval_stride}", account["seconds"])), score
 
 
-def evaluation_tag(weights: str, stream: Stream, run: Run) -> str:
-    """A short hash of all that the figures depend on, so not of ranks."""
+def evaluation_tag(weights: str, stream, run):
+    """Of all that the figures depend on, so not of ranks."""
     s = run.s
     scoring = [pair for pair in asdict(s).items() if pair[0].startswith(("ttt_", "eval_stride", "beta", "seed"))]
     machine = str(run.dtype), run.compile, torch.__version__, 0 if s.ttt_enabled else s.train_seq_len
@@ -2217,33 +2162,32 @@ def evaluation_tag(weights: str, stream: Stream, run: Run) -> str:
     return hashlib.sha256(repr(inputs).encode()).hexdigest()[:12]
 
 
-def result_name(name: str, tag: str, run: Run) -> str:
-    """A result's file name; another evaluation of an artifact in its folder leaves the run's own alone."""
-    return name.replace(".", f"_{tag}.") if scores_its_own(run.s, run.output) else name
+def preflight(trainer: Trainer | None, model, run):
+    """Every stage to come once, untrained and short, before it counts and outside both budgets. Returns the seconds of
+    each."""
+    s = run.s
+    began = time.perf_counter()
+    seconds = {}
+    small = run.using(rehearsing=True, eval_max_seconds=0.0, ttt_n_epochs=min(s.ttt_n_epochs, 2), resume=False)
 
+    def done(stage):
+        run.synchronize()
+        seconds[stage] = time.perf_counter() - began - sum(seconds.values())
 
-def preflight(trainer: Trainer | None, model: GPT, run: Run) -> dict[str, float]:
-    """Run every stage to come once, before it counts: training steps that are undone, an export of the untrained model,
-    an evaluation of synthetic tokens. Outside both budgets. Returns the seconds of each."""
     try:
-        seconds = rehearse(trainer, model, run)
+        rehearse(trainer, model, run, small, done)
     finally:
-        for path in run.output.glob("preflight_*") if run.rank == 0 else ():
-            path.unlink()
+        if run.rank == 0:
+            for path in run.output.glob("preflight_*"):
+                path.unlink()
     run.gather(None)  # no rank goes on before
     run.log("preflight " + " ".join(f"{name}:{value:.1f}s" for name, value in seconds.items()))
     return seconds
 
 
-def rehearse(trainer: Trainer | None, model: GPT, run: Run) -> dict[str, float]:
-    """The run itself, untrained and short, down to the files that it writes."""
-    s, began, seconds = run.s, time.perf_counter(), {}
-    small = run.using(rehearsing=True, eval_max_seconds=0.0, ttt_n_epochs=min(s.ttt_n_epochs, 2), resume=False)
-
-    def done(stage: str):
-        run.synchronize()
-        seconds[stage] = time.perf_counter() - began - sum(seconds.values())
-
+def rehearse(trainer: Trainer | None, model, run, small: Run, done: Callable):
+    """The run under the settings of `small`, down to the files that it writes."""
+    s = run.s
     state = None if trainer else GPT(s).state_dict()
     row = synthetic_stream([s.train_seq_len * run.world + 1], run)
     if trainer and not trainer.finished:
@@ -2254,30 +2198,30 @@ def rehearse(trainer: Trainer | None, model: GPT, run: Run) -> dict[str, float]:
         done("validation")
     if trainer:
         state, hessians = trainer.state_dict(), trainer.reserve()
-        small.together(lambda: export(state, hessians, small))
+        small.together(export, state, hessians, small)
         cost_of_quantisation(trainer, row, small)
         load_weights(trainer.model, state, "the weights before")
         _, state, _ = read_model(small.path("final_model.ptz"), small)
         done("export")
     load_weights(model, state, "the untrained model")
-    longest = s.ttt_eval_seq_len + s.ttt_chunk_size  # more than a window of context
+    lengths = [s.train_seq_len + s.eval_stride * run.world]  # a window for every rank
+    if s.ttt_enabled:
+        lengths = [s.ttt_eval_seq_len + s.ttt_chunk_size, s.ttt_chunk_size + 1]  # more than a window of context
     if s.ttt_enabled and run.compile:
-        rehearse_adaptation(model, longest, small)
+        rehearse_adaptation(model, lengths[0], small)
         run.graphs = small.graphs
         if run.cuda and not run.graphs:
             run.log("note: CUDA graphs do not compute what they record here; every step is launched kernel by kernel")
-    sliding = [s.train_seq_len + s.eval_stride * run.world]  # a window for every rank
-    stream = synthetic_stream([longest, s.ttt_chunk_size + 1] if s.ttt_enabled else sliding, run)
+    stream = synthetic_stream(lengths, run)
     tag = evaluation_tag("untrained", stream, small)
     figures, _ = evaluate(model, stream, small, tag, time.perf_counter())
     result = figures | asdict(s) | environment(run) | (trainer.account() if trainer else {})
-    small.together(lambda: finish(result, tag, small))
+    small.together(finish, result, tag, small)
     done("evaluation")
-    return seconds
 
 
-def rehearse_adaptation(model: GPT, longest: int, run: Run):
-    """Compile every shape: a batch whose documents end one after another, and a single one. Try CUDA graphs on both."""
+def rehearse_adaptation(model, longest: int, run):
+    """Compile every shape: documents that end one after another, and a single one. Try CUDA graphs on both."""
     for size in (run.s.ttt_batch_size or TTT_BATCH[run.device.type], 1):
         figures = []
         stream = synthetic_stream([longest // (1 + 3 * i // size) for i in range(size)], run)
@@ -2293,14 +2237,14 @@ def rehearse_adaptation(model: GPT, longest: int, run: Run):
             return
 
 
-def main() -> int:
-    """Load, train, export, reload, evaluate, report. Returns the exit code."""
-    if os.environ.get("RANK", "0") == "0":  # first of all: what fails below may fail for their sake
+def main():
+    """Returns the exit code."""
+    if os.environ.get("RANK", "0") == "0":  # first of all: what fails may fail for them
         for line in misspelt(os.environ):
             print(line, flush=True)
     run = Run(Settings.from_env(os.environ))
-    prepare_sample(run)
-    if run.s.eval_only:  # its header decides the vocabulary that the data must have
+    run.together(prepare_sample, run)
+    if run.s.eval_only:  # its header decides the vocabulary
         settings, _, _ = read_model(Path(run.s.eval_only), run)
         run = run.using(**settings.of(ModelSettings))
     stream = load_validation(run)
@@ -2315,8 +2259,7 @@ def main() -> int:
         if trainer.resumed:
             run.log(f"resumed from {run.path('checkpoint.pt')} at step {trainer.step}")
     model = scoring_model(run)
-    result = dict(schema_version=2, run_id=run.s.run_id, seed=run.s.seed, settings=asdict(run.s))
-    result |= dict(preflight=preflight(trainer, model, run))
+    seconds = preflight(trainer, model, run)
     if trainer:
         hessians = trainer.train(stream)
         artifact = run.together(lambda: export(trainer.state_dict(), hessians, run))
@@ -2329,38 +2272,54 @@ def main() -> int:
     run.log(f"evaluating {path}, {'quantised' if quantised else 'unquantised'} weights: {run.s.of(ModelSettings)}")
     tag = evaluation_tag(digest, stream, run)
     figures, score = evaluate(model, stream, run, tag, began)
-    result |= dict(overridden=sorted(f.name for f in fields(run.s) if f.name.upper() in os.environ))
-    result |= dict(source_sha256=SOURCE_SHA256, source_bytes=len(SOURCE_BYTES), weights_sha256=digest)
-    result |= dict(environment=environment(run), world_size=run.world, quantised=quantised)
-    result |= dict(data=dict(train=trainer and trainer.identity["data"], validation=stream.fingerprint))
-    result |= dict(training=trainer and trainer.account(), artifact=artifact, evaluation=figures)
-    run.together(lambda: finish(result | dict(val_loss=score.loss, val_bpb=score.bpb), tag, run))
+    result = dict(
+        schema_version=2,
+        run_id=run.s.run_id,
+        seed=run.s.seed,
+        settings=asdict(run.s),
+        preflight=seconds,
+        overridden=sorted(f.name for f in fields(run.s) if f.name.upper() in os.environ),
+        source_sha256=SOURCE_SHA256,
+        source_bytes=len(SOURCE_BYTES),
+        weights_sha256=digest,
+        environment=environment(run),
+        world_size=run.world,
+        quantised=quantised,
+        data=dict(train=trainer and trainer.identity["data"], validation=stream.fingerprint),
+        training=trainer and trainer.account(),
+        artifact=artifact,
+        evaluation=figures,
+        val_loss=score.loss,
+        val_bpb=score.bpb,
+    )
+    run.together(finish, result, tag, run)
     run.log(f"final_int8_zlib_roundtrip_exact {score}")
     run.part()
     return 3 if artifact and not artifact["fits"] else 0
 
 
-def finish(result: dict, tag: str, run: Run):
+def finish(result: dict, tag, run):
     """Write the result, after which no interruption can cost the evaluation."""
     run.write(result_name("result.json", tag, run), lambda f: f.write(json.dumps(result, indent=1).encode()))
     for path in progress_files(tag, run):
         path.unlink()
 
 
-def entry() -> int:
-    """Run main() and turn its exceptions into one line and an exit code."""
+def entry():
     try:
         return main()
     except (UserError, Interrupted, OSError, RuntimeError) as e:
         crashed = isinstance(e, RuntimeError)
         if os.environ.get("RANK", "0") != "0" and (not crashed or re.search("gloo|nccl", str(e), re.I)):
-            signal.signal(signal.SIGTERM, signal.SIG_DFL)  # rank 0 says the same, or a rank's end broke a collective:
-            time.sleep(3)  # leave the last word to the cause
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)  # rank 0 says the same, or the rank that broke a collective
+            time.sleep(3)
         if crashed:
             raise
-        stopped = isinstance(e, Interrupted)
-        print(f"stopped by {e}" if stopped else f"error: {user_line(e)}", file=sys.stderr, flush=True)
-        return 128 + e.number if stopped else 2
+        if isinstance(e, Interrupted):
+            print(f"stopped by {e}", file=sys.stderr, flush=True)
+            return 128 + e.number
+        print(f"error: {user_line(e)}", file=sys.stderr, flush=True)
+        return 2
 
 
 if __name__ == "__main__":

@@ -398,8 +398,7 @@ def bench_export(run: t.Run, args) -> None:
         tokens = changed.calibration_tokens
         if changed.quantizer == "gptq" and tokens not in hessians:
             t.load_weights(model, state, "the run")
-            start, rows = kept["step"] * s.train_batch_tokens, -(-tokens // s.train_seq_len)
-            hessians = {tokens: t.calibrate(model, loader, start, rows, run)}
+            hessians = {tokens: t.calibrate(model, loader, kept["step"] * s.train_batch_tokens, tokens, run)}
         began = time.perf_counter()
         tensors = t.quantize_model(
             state, changed, hessians.get(tokens) if changed.quantizer == "gptq" else None, stretch

@@ -325,10 +325,11 @@ def test_under_a_wall_clock_cap_ranks_stop_in_time_and_with_equal_weights(tmp_pa
 def slow_calibration() -> None:
     """50 ms for every row of calibration; what the last call took is printed."""
 
-    def calibrate(model, loader, start, rows, run, inner=train_gpt.calibrate):
+    def calibrate(model, loader, start, tokens, run, inner=train_gpt.calibrate):
+        rows = -(-tokens // run.s.train_seq_len)
         began = time.perf_counter()
         time.sleep(0.05 * -(-rows // run.world))
-        hessians = inner(model, loader, start, rows, run)
+        hessians = inner(model, loader, start, tokens, run)
         print(f"calibration rows:{rows} seconds:{time.perf_counter() - began:.4f}", flush=True)
         return hessians
 

@@ -98,10 +98,12 @@ def test_a_folder_that_cannot_be_made_is_one_line_that_names_it(tmp_path):
 def fill_the_disk(name: str) -> None:
     """The disk is full for one file of rank 0."""
 
-    def write(run, file, work, inner=train_gpt.Run.write):
+    inner = train_gpt.Run.write
+
+    def write(run, file, *work, **values):
         if file == name and run.rank == 0:
             raise OSError(28, os.strerror(28), str(run.path(file)))
-        inner(run, file, work)
+        inner(run, file, *work, **values)
 
     train_gpt.Run.write = write
 
