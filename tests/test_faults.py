@@ -74,7 +74,7 @@ def test_a_run_killed_at_random_moments_ends_byte_identical(tmp_path, whole, see
     rng, kills = random.Random(seed), 0
     for _ in range(7):
         life = runs.Run(tmp_path, RESUME=1, **LONG)
-        time.sleep(rng.uniform(0.05, 0.8))
+        time.sleep(rng.uniform(0.05, 0.4))
         life.kill()
         kills += life.wait() == 128 + signal.SIGKILL
     assert same_end(runs.run(tmp_path, RESUME=1, **LONG), whole) and kills
