@@ -83,6 +83,8 @@ def setting(default, doc: str, low=-math.inf, high=math.inf, choices=None, form=
 
 @dataclass(frozen=True)
 class ModelSettings:
+    """A model's shapes and arithmetic."""
+
     vocab_size: int = setting(1024, "vocabulary", 260, 65536)
     num_layers: int = setting(10, "transformer blocks", 2, 256, tiny=4)
     model_dim: int = setting(512, "width", 8, 16384, tiny=96)
@@ -98,6 +100,8 @@ class ModelSettings:
 
 @dataclass(frozen=True)
 class TrainSettings(ModelSettings):
+    """What the trained weights depend on besides."""
+
     seed: int = setting(42, "of weights and adapters", 0, 2**32 - 1)
     qk_gain_init: float = setting(1.5, "initial gain of queries")
     tied_embed_init_std: float = setting(0.005, "initial std of the tied embedding", 0.0)
@@ -127,6 +131,8 @@ class TrainSettings(ModelSettings):
 
 @dataclass(frozen=True)
 class Settings(TrainSettings):
+    """What one session does besides."""
+
     preset: str = setting("record", "tiny: on the bundled sample", choices=("record", "tiny"))
     device: str = setting("cuda", "auto: what there is", choices=("cuda", "cpu", "auto"), tiny="auto")
     data_path: str = setting("./data/datasets/fineweb10B_sp1024", "folder of fineweb_*_*.bin", tiny=f"{SAMPLE}")
@@ -254,12 +260,14 @@ class Interrupted(Exception):
 
 
 def user_line(e: Exception):
+    """What is wrong and what to do, of a UserError or an OSError."""
     if not isinstance(e, OSError):
         return str(e)
     return f"cannot use {e.filename}: {e.strerror} — check the path, its permissions and the free space"
 
 
 def pairs(account: dict):
+    """An account as a log line."""
     return " ".join(f"{k}:{v:.4f}" if isinstance(v, float) else f"{k}:{v}" for k, v in account.items())
 
 
@@ -291,6 +299,8 @@ def choose_device(wanted: str, local: int):
 
 
 class Run:
+    """A run as one of its processes sees it, under torchrun or alone."""
+
     signal = 0  # the first that any rank received
     warned = math.inf  # when this process received one
     lost = None  # a rank that has died
@@ -471,6 +481,7 @@ class Run:
 
 
 def environment(run):
+    """What a run depends on besides its source and settings."""
     versions = {module.__name__: module.__version__ for module in (torch, np, zstandard, sentencepiece)}
     return versions | dict(
         python=platform.python_version(),
@@ -490,6 +501,7 @@ def scores_its_own(run):
 
 
 def result_name(name, tag, run):
+    """A result's file name; another evaluation of an artifact in its folder leaves the run's own alone."""
     return name.replace(".", f"_{tag}.") if scores_its_own(run) else name
 
 
@@ -678,6 +690,7 @@ def load_validation(run):
 
 
 def synthetic_stream(lengths: list[int], run):
+    """Documents of random tokens with these numbers of targets, a byte each: for the preflight."""
     ends = np.cumsum(lengths)
     tokens = np.random.default_rng(0).integers(BOS + 1, run.s.vocab_size, ends[-1] + 1)
     return Stream(tokens, np.ones(ends[-1], np.int16), run.device, (ends - lengths, np.array(lengths)))
@@ -699,6 +712,8 @@ RMS_EPS = torch.finfo(torch.float32).eps  # F.rms_norm's default; bf16's own wou
 
 
 class Past(NamedTuple):
+    """Where B chunks begin and what they attend to besides themselves."""
+
     position: int | Tensor  # tokens before the chunk
     kv: Tensor  # (B, layers, 2, kv heads, context + T, head_dim) rotated keys, and values; the chunk's own come last
 
@@ -712,6 +727,7 @@ class Lora(NamedTuple):
 
 
 def norm(x):
+    """RMS norm over the last dimension."""
     return F.rms_norm(x, (x.size(-1),), eps=RMS_EPS)
 
 
@@ -770,6 +786,8 @@ def attend(q, k, v, kv):
 
 
 class Linear(nn.Linear):
+    """No bias; float32 master weight, used in the dtype of its input."""
+
     def __init__(self, inputs: int, outputs: int):
         super().__init__(inputs, outputs, bias=False)
 
@@ -803,6 +821,8 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
+    """proj(relu(fc(x))^2)."""
+
     def __init__(self, s):
         super().__init__()
         hidden = int(s.mlp_mult * s.model_dim)
@@ -857,6 +877,8 @@ class BigramHash(nn.Module):
 
 
 class SmearGate(nn.Module):
+    """Blends each position with the one before it, by a gate per channel."""
+
     def __init__(self, s):
         super().__init__()
         self.gate = nn.Parameter(torch.zeros(s.model_dim))
@@ -867,6 +889,8 @@ class SmearGate(nn.Module):
 
 
 class GPT(nn.Module):
+    """The model, with float32 weights; its stream is of `dtype`."""
+
     LEAD = 2  # tokens before a chunk that its first depends on: SmearGate's, and that one's bigram's
 
     def __init__(self, s, dtype=torch.float32):
@@ -943,12 +967,15 @@ class GPT(nn.Module):
 
 
 class Recipe(NamedTuple):
+    """How a parameter is updated: `method` is "muon" or "adam"."""
+
     method: str
     lr: float
     decay: float
 
 
 def recipe(name, s):
+    """The one table of optimiser settings, by a parameter's name."""
     if name in ("tok_emb.weight", "bigram.embed.weight"):
         return Recipe("adam", s.tied_embed_lr if s.tie_embeddings else s.embed_lr, s.weight_decay)
     if name == "lm_head.weight":
@@ -1315,6 +1342,7 @@ GPTQ_BLOCK = 128  # columns
 
 
 def prune(weight: Tensor, fraction):
+    """Zero what is below the `fraction` quantile of a large matrix's magnitudes."""
     if weight.ndim != 2 or weight.numel() <= 65_536 or not fraction:
         return weight
     size = weight.abs().flatten()
@@ -1422,6 +1450,7 @@ def quantize_model(
 
 
 def streams_of(tensors: dict[str, Stored]):
+    """The pieces of each of an artifact's streams, in file order."""
     streams = {kind: [tensor.values for tensor in tensors.values() if tensor.kind == kind] for kind in STREAMS}
     return streams | dict(scale=[tensor.scale for tensor in tensors.values() if tensor.scale is not None])
 
@@ -1434,6 +1463,7 @@ def entropy(codes: np.ndarray):
 
 
 def artifact_config(s):
+    """What an artifact says of its model: with it a reader knows every name, shape and kind."""
     return s.of(ModelSettings) | dict(fp16_keep_name_patterns=s.fp16_keep_name_patterns)
 
 
@@ -1444,6 +1474,7 @@ def layout(s) -> dict[str, Stored]:
 
 
 def artifact_header(frame, expanded):
+    """Magic, format, lengths of the frame and of what it expands to, SHA-256 of the frame."""
     numbers = ((FORMAT, 4), (len(frame), 8), (expanded, 8))
     return MAGIC + b"".join(n.to_bytes(size, "little") for n, size in numbers) + hashlib.sha256(frame).digest()
 
@@ -1564,6 +1595,7 @@ def fit(state: dict[str, Tensor], hessians: dict[str, Tensor], run):
 
 
 def export(state: dict[str, Tensor], hessians: dict[str, Tensor], run):
+    """Write final_model.pt and the artifact. Returns the account."""
     began = time.perf_counter()
     run.write("final_model.pt", lambda f: torch.save(state, f))
     stretch, blob, kinds = fit(state, hessians, run)
@@ -1953,6 +1985,7 @@ def batch_cost(lengths: np.ndarray, s, floor: int) -> float:
 
 
 def progress_files(tag, run):
+    """What the ranks of this evaluation's sessions have left."""
     return list(run.output.glob(f"ttt_progress_{tag}_*.npz"))
 
 
@@ -2145,6 +2178,7 @@ def cost_of_quantisation(trainer: Trainer, stream, run):
 
 
 def evaluate(model, stream, run, tag, began) -> tuple[dict, Score]:
+    """Score the stream with a model loaded at `began`. Returns the figures and the backward-looking Score."""
     if run.s.ttt_enabled:
         return evaluate_ttt(model, stream, run, tag, began)
     score = evaluate_sliding(run.compiled(model, dynamic=False), stream, run)
@@ -2306,6 +2340,7 @@ def finish(result: dict, tag, run):
 
 
 def entry():
+    """Run main() and turn its exceptions into one line and an exit code."""
     try:
         return main()
     except (UserError, Interrupted, OSError, RuntimeError) as e:
