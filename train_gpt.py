@@ -1154,6 +1154,7 @@ class Trainer:
         self.averaged = 0
         self.step = 0  # completed
         self.elapsed = 0.0  # seconds
+        self.calibration = 0.0  # seconds, after those
         self.finished = False
         self.schedule = run.s  # its seconds without calibration's
         self.norms: list[tuple[int, float, Tensor]] = []  # of gradients
@@ -1206,6 +1207,7 @@ class Trainer:
         return dict(
             steps=self.step,
             seconds=self.elapsed,
+            calibration=self.calibration,
             averaged=self.averaged,
             resumed=self.resumed,
             peak_memory=torch.cuda.max_memory_allocated() if self.run.cuda else None,
@@ -1243,8 +1245,10 @@ class Trainer:
         return hessians
 
     def over(self):
+        """Whether another step of mean length would pass a limit; on a GPU the clock is a step behind."""
         limit = self.schedule.max_wallclock_seconds or math.inf
-        return self.step >= self.run.s.iterations or self.elapsed * (1 + 1 / max(self.step, 1)) >= limit
+        ahead = (1 + self.run.cuda) / max(self.step, 1)
+        return self.step >= self.run.s.iterations or self.elapsed * (1 + ahead) >= limit
 
     def train(self, stream):
         """Returns the Hessians. Raises Interrupted once a checkpoint is written, UserError on NaN."""
@@ -1316,7 +1320,11 @@ class Trainer:
             if unfinished:
                 self.optimizer.weights.copy_(self.average / self.averaged)
         after = self.step * run.s.train_batch_tokens  # the last batch
+        run.synchronize()
+        began = time.perf_counter()
         hessians = calibrate(self.model, self.loader, after, run.s.calibration_tokens, run)
+        run.synchronize()
+        self.calibration = time.perf_counter() - began
         run.log(f"swa: {self.averaged} checkpoints: {outcome}")
         if unfinished:
             self.save(run)
