@@ -14,18 +14,16 @@ For OpenAI's Parameter Golf, after thwu1's 1.1428-bpb record and PR #467 of open
   labelled *backward-looking* only if each token was scored before any update had seen it.
 
 Map. A section calls only what stands above it. Everywhere `s` is Settings, `run` a Run, `stream` a Stream.
-
-    section             what it holds                                                     pinned by tests/test_*
-    Configuration       Settings.from_env: the environment, each value checked            command_line
-    Run                 settings, rank, device, log and files, the ranks' agreements      faults, resume
-    Data                open_shards -> BatchLoader (training), load_validation -> Stream  faults, fuzz, evaluation
-    Model               GPT.forward(ids, targets, lora, past) -> NLL of every target      model, golden
-    Optimiser           Optimizer.step: clip, Muon (newton_schulz), AdamW (adam_)         optimiser
-    Training            Trainer.train: BatchLoader -> GPT -> Optimizer, SWA; calibrate    training, faults
-    Export              quantize_model (gptq, nearest) -> pack -> artifact -> unpack      container, gptq, golden
-    Evaluation          score_windows <- evaluate_standard, evaluate_sliding              evaluation, golden
-    Test-time training  DocumentBatch: score_windows under Adapters, after ContextCache   ttt, golden, device_paths
-    Main                preflight: all of it in small; then the run itself                preflight, command_line
+    Configuration: Settings.from_env, the environment with each value checked [tests/test_command_line.py]
+    Run: settings, rank, device, log and files, what the ranks agree on [test_faults, test_resume]
+    Data: open_shards -> BatchLoader for training; load_validation -> Stream [test_faults, test_fuzz, test_evaluation]
+    Model: GPT.forward(ids, targets, lora, past) -> NLL of every target [test_model, test_golden]
+    Optimiser: Optimizer.step clips, then Muon (newton_schulz) and AdamW (adam_) [test_optimiser]
+    Training: Trainer.train = BatchLoader -> GPT -> Optimizer, SWA; calibrate -> Hessians [test_training, test_faults]
+    Export: quantize_model (gptq, nearest) -> pack -> artifact -> unpack [test_container, test_gptq, test_golden]
+    Evaluation: score_windows, under evaluate_standard and evaluate_sliding [test_evaluation, test_golden]
+    Test-time training: DocumentBatch = score_windows with Adapters, keys and values kept [test_ttt, test_golden]
+    Main: preflight, which does all of it in small; then the run itself [test_preflight, test_device_paths]
 """
 
 import contextlib
@@ -33,22 +31,19 @@ import copy
 import difflib
 import functools
 import hashlib
-import io
 import json
 import math
 import os
-import platform
 import re
 import signal
+import struct
 import subprocess
 import sys
-import threading
 import time
-import uuid
 from collections.abc import Callable
 from dataclasses import Field, asdict, dataclass, field, fields, replace
 from pathlib import Path
-from typing import NamedTuple, Self
+from typing import NamedTuple
 
 import numpy as np
 import sentencepiece
@@ -64,7 +59,7 @@ SOURCE_BYTES = SOURCE.read_bytes()  # read once: the file may change
 SOURCE_SHA256 = hashlib.sha256(SOURCE_BYTES).hexdigest()
 SAMPLE = SOURCE.parent / "data" / "sample"
 
-# ======== Configuration ===============================================================================================
+# ======== Configuration ========
 # Every setting is an environment variable: the field's name in capitals. Three classes say what a value determines: the
 # model (the artifact's header), the trained weights (what a checkpoint must match), or this session alone.
 
@@ -73,11 +68,8 @@ class UserError(Exception):
     """`what is wrong — what to do`: the process ends with code 2."""
 
 
-TEXT = ".*", "printable text"
-
-
-def setting(default, doc: str, low=-math.inf, high=math.inf, choices=None, form=TEXT, tiny=None):
-    """A field, documented: range, choices or form (a pattern, in words), and value under PRESET=tiny."""
+def setting(default, doc: str, low=-math.inf, high=math.inf, choices=None, form=".*", tiny=None):
+    """A field, documented: range, choices or form (a pattern), and its value under PRESET=tiny."""
     return field(default=default, metadata=dict(doc=doc, low=low, high=high, choices=choices, form=form, tiny=tiny))
 
 
@@ -104,7 +96,7 @@ class TrainSettings(ModelSettings):
 
     seed: int = setting(42, "of weights and adapters", 0, 2**32 - 1)
     qk_gain_init: float = setting(1.5, "initial gain of queries")
-    tied_embed_init_std: float = setting(0.005, "initial std of the tied embedding", 0.0)
+    tied_embed_init_std: float = setting(0.005, "initial std of the tied embedding", 1e-9)
     iterations: int = setting(20_000, "most optimiser steps", 0, tiny=160)
     warmdown_iters: int = setting(3_500, "steps of the final decay to zero", 0, tiny=80)
     max_wallclock_seconds: float = setting(600.0, "training time; 0: no limit", 0.0, tiny=0.0)
@@ -145,7 +137,7 @@ class Settings(TrainSettings):
     resume: bool = setting(False, "go on with OUTPUT_DIR's interrupted run")
     checkpoint_every: int = setting(0, "steps between checkpoints; 0: only when stopped and last", 0)
     compile: int = setting(-1, "torch.compile; -1: on CUDA only", choices=(-1, 0, 1))
-    warmup_steps: int = setting(20, "steps of the preflight, undone; at least one", 0, tiny=2)
+    warmup_steps: int = setting(20, "steps of the preflight, undone; 0 counts as 1", 0, tiny=2)
     micro_batch_tokens: int = setting(98_304, "most tokens of a rank at once", 1, tiny=2_048)
     val_loss_every: int = setting(500, "steps between validations; 0: only last", 0, tiny=80)
     val_batch_size: int = setting(524_288, "tokens per validation batch, all ranks", 1, tiny=8_192)
@@ -155,8 +147,8 @@ class Settings(TrainSettings):
     quantizer: str = setting("gptq", "rounding of int5 and int6", choices=("gptq", "nearest"))
     quant_sigmas: str = setting(
         "0",
-        "steps of int5,int6: k * rms(row) / 15,31; 0: max|row| / 15,31",
-        form=(r"0|[1-9]\d?(\.\d+)?,[1-9]\d?(\.\d+)?", "0 or two numbers k5,k6 from 1 to 99"),
+        "0 or two numbers k5,k6 from 1 to 99: int5,int6 in steps of max|row| or k * rms(row) over 15,31",
+        form=r"0|[1-9]\d?(\.\d+)?,[1-9]\d?(\.\d+)?",
     )
     calibration_tokens: int = setting(262_144, "training tokens that GPTQ sees", 1, tiny=32_768)
     artifact_max_bytes: int = setting(16_000_000, "artifact and this file together", 1)
@@ -175,8 +167,8 @@ class Settings(TrainSettings):
     ttt_batch_size: int = setting(0, "documents at once; 0: by device", 0)
 
     @classmethod
-    def from_env(cls, env: dict[str, str]) -> Self:
-        """Raises UserError naming the variable, its value and what is allowed."""
+    def from_env(cls, env: dict[str, str]):
+        """Raises UserError naming the variable, its value and what is allowed, or two values that clash."""
         values = {}
         for f in fields(cls):
             if f.name.upper() in env:
@@ -185,29 +177,29 @@ class Settings(TrainSettings):
                 values[f.name] = f.metadata["tiny"]
         return cls(**values).checked()
 
-    def checked(self) -> Self:
+    def checked(self):
         """Itself. Raises UserError for two allowed values that cannot work together."""
-        for bad, problem in (
-            (self.model_dim % self.num_heads, "MODEL_DIM does not divide by NUM_HEADS"),
-            (self.num_heads % self.num_kv_heads, "NUM_HEADS does not divide by NUM_KV_HEADS"),
-            (self.model_dim // self.num_heads % 2, "MODEL_DIM over NUM_HEADS is odd and RoPE needs pairs"),
-            (self.train_batch_tokens % self.train_seq_len, "TRAIN_BATCH_TOKENS does not divide by TRAIN_SEQ_LEN"),
-            (self.micro_batch_tokens < self.train_seq_len, "MICRO_BATCH_TOKENS is less than TRAIN_SEQ_LEN"),
-            (self.eval_stride > self.train_seq_len, "EVAL_STRIDE exceeds TRAIN_SEQ_LEN"),
-            (self.ttt_chunk_size > self.ttt_eval_seq_len, "TTT_CHUNK_SIZE exceeds TTT_EVAL_SEQ_LEN"),
-            (self.tie_embeddings and not self.tied_embed_init_std, "TIE_EMBEDDINGS cannot use TIED_EMBED_INIT_STD"),
+        for one, rule, other in (
+            ("model_dim", "an even multiple of", "num_heads"),  # RoPE turns pairs
+            ("num_heads", "a multiple of", "num_kv_heads"),
+            ("train_batch_tokens", "a multiple of", "train_seq_len"),
+            ("micro_batch_tokens", "at least", "train_seq_len"),
+            ("train_seq_len", "at least", "eval_stride"),
+            ("ttt_eval_seq_len", "at least", "ttt_chunk_size"),
         ):
-            if bad:
-                named = re.sub("[A-Z_]{6,}", lambda name: f"{name[0]}={+getattr(self, name[0].lower())}", problem)
-                raise UserError(f"{named} — change one of the two")
+            a, b = getattr(self, one), getattr(self, other)
+            if not {"an even multiple of": a % (2 * b) == 0, "a multiple of": a % b == 0, "at least": a >= b}[rule]:
+                raise UserError(f"{one.upper()}={a} is not {rule} {other.upper()}={b} — change one of the two")
         return self
 
     def of(self, kind: type):
+        """The values that one of the three classes names."""
         return {f.name: getattr(self, f.name) for f in fields(kind)}
 
     @property
     def ttt_figures(self):
-        return {"replay": self.ttt_n_epochs, "single_pass": 1}[self.ttt_protocol]
+        """Scores that adaptation gives each document: one per epoch of replay, one for single_pass."""
+        return self.ttt_n_epochs if self.ttt_protocol == "replay" else 1
 
 
 def parse_setting(f: Field, raw):
@@ -218,13 +210,13 @@ def parse_setting(f: Field, raw):
     if choices:
         allowed = f"one of {', '.join(map(str, choices))}"
     elif kind is str:
-        allowed = rule["form"][1]
+        allowed = "printable text of the form documented"
     try:
         value = int(raw) if kind is bool else kind(raw)
         if choices:
             good = value in choices
         elif kind is str:
-            good = value.isprintable() and re.fullmatch(rule["form"][0], value)
+            good = value.isprintable() and re.fullmatch(rule["form"], value)
         else:
             good = abs(value) < 3e38 and rule["low"] <= value <= rule["high"]  # float32 holds it
     except (ValueError, TypeError, OverflowError):
@@ -235,35 +227,30 @@ def parse_setting(f: Field, raw):
     return kind(value)
 
 
-def misspelt(env: dict[str, str]):
+def misspelt(env: dict[str, str]) -> list[str]:
     """Warnings of variables spelt almost like a setting."""
     known = [f.name.upper() for f in fields(Settings)]
     near = {name: difflib.get_close_matches(name, known, 1, 0.85) for name in sorted(env) if name not in known}
     return [f"warning: {name} is not a setting — did you mean {match[0]}?" for name, match in near.items() if match]
 
 
-# ======== Run =========================================================================================================
-# What always travels together: settings, place among the ranks, device, folder and log. A rank waits for others only
-# where a signal can reach it, and where it learns that another has died.
+# ======== Run ========
+# What always travels together: settings, place among the ranks, device, folder and log. A rank that may have to wait
+# long for others polls, so that a signal reaches it; if one dies, torchrun ends the others.
 
+PATIENCE = 10  # seconds
 FILES = ("train.log", "checkpoint.pt", "final_model.pt", "final_model.ptz", "ttt_documents.npz", "result.json")
-SILENCE = 8  # seconds without a sign of life: a rank is dead
 
 
 class Interrupted(Exception):
-    """SIGINT or SIGTERM: the process ends with code 128 + signal."""
-
-    def __init__(self, number: int, where: str):
-        name = signal.Signals(number).name
-        super().__init__(f"{name} {where} — the same command with RESUME=1 and the same OUTPUT_DIR goes on")
-        self.number = number
+    """SIGINT or SIGTERM, and where it was noticed: the process ends with code 128 + signal."""
 
 
 def user_line(e: Exception):
     """What is wrong and what to do, of a UserError or an OSError."""
     if not isinstance(e, OSError):
         return str(e)
-    return f"cannot use {e.filename}: {e.strerror} — check the path, its permissions and the free space"
+    return f"cannot use {e.filename}: {e.strerror or e} — check the path, its permissions and the free space"
 
 
 def pairs(account: dict):
@@ -272,14 +259,19 @@ def pairs(account: dict):
 
 
 def place_among_ranks(env):
-    """Rank, world size and local rank. Raises UserError."""
-    if "RANK" not in env and "WORLD_SIZE" not in env:
-        return 0, 1, 0
-    place = env.get("RANK", ""), env.get("WORLD_SIZE", ""), env.get("LOCAL_RANK", env.get("RANK", ""))
-    if not all(re.fullmatch("[0-9]{1,9}", value) for value in place) or int(place[0]) >= int(place[1]):
-        shown = "RANK={} WORLD_SIZE={} LOCAL_RANK={}".format(*place)
-        raise UserError(f"{shown} is no place among ranks — launch with torchrun, or unset all three")
-    return tuple(map(int, place))
+    """Rank, world size, local rank, and the ranks' store (alone: None). Raises UserError."""
+    store = None
+    try:
+        if ("RANK" in env) != ("WORLD_SIZE" in env):
+            raise ValueError("one of RANK and WORLD_SIZE is missing")
+        rank, world = int(env.get("RANK", 0)), int(env.get("WORLD_SIZE", 1))
+        if not 0 <= rank < world:
+            raise ValueError(f"RANK={rank} is not below WORLD_SIZE={world}")
+        if world > 1:
+            store, _, _ = next(dist.rendezvous("env://"))
+        return rank, world, int(env.get("LOCAL_RANK", rank)), store
+    except ValueError as e:
+        raise UserError(f"no place among ranks: {e} — launch with torchrun, or unset RANK and WORLD_SIZE") from e
 
 
 def choose_device(wanted: str, local: int):
@@ -303,11 +295,10 @@ class Run:
 
     signal = 0  # the first that any rank received
     warned = math.inf  # when this process received one
-    lost = None  # a rank that has died
 
     def __init__(self, s):
         self.s = s
-        self.rank, self.world, local = place_among_ranks(os.environ)
+        self.rank, self.world, local, self.store = place_among_ranks(os.environ)
         self.device, self.no_gpu = choose_device(s.device, local)
         self.cuda = self.device.type == "cuda"
         self.dtype = torch.bfloat16 if self.cuda else torch.float32
@@ -322,9 +313,13 @@ class Run:
             torch.cuda.set_device(self.device)
             self.event = torch.cuda.Event()  # of the last synchronize()
         if self.world > 1:
-            self.connect()
+            backend = "cpu:gloo,cuda:nccl" if self.cuda else "gloo"
+            card = self.device if self.cuda else None  # connects at once: what fails does so here
+            place = dict(store=self.store, rank=self.rank, world_size=self.world)
+            dist.init_process_group(backend, device_id=card, **place)
 
-    def using(self, rehearsing=False, **changes) -> Self:
+    def using(self, rehearsing=False, **changes):
+        """A copy with other settings."""
         other = copy.copy(self)
         other.s = replace(self.s, **changes)
         other.rehearsing = rehearsing
@@ -339,48 +334,6 @@ class Run:
         Run.warned = min(Run.warned, now)
         Run.signal = Run.signal or number
 
-    @property
-    def stopping(self):
-        return bool(Run.signal) or Run.lost is not None
-
-    def connect(self):
-        """Raises UserError if the environment does not say where the other ranks are."""
-        try:
-            store, _, _ = next(dist.rendezvous("env://"))
-        except ValueError as e:
-            raise UserError(f"WORLD_SIZE={self.world} but {e} — launch with torchrun") from e
-        backend = "cpu:gloo,cuda:nccl" if self.cuda else "gloo"
-        card = self.device if self.cuda else None  # connects at once: what fails does so here
-        dist.init_process_group(backend, store=store, rank=self.rank, world_size=self.world, device_id=card)
-        self.store = dist.PrefixStore("train_gpt", store.clone())  # torch blocks its own
-        self.parted = threading.Event()
-        threading.Thread(target=self.watch, daemon=True).start()
-
-    def watch(self):
-        """(A thread.) Show every second that this rank lives; notice a signal or death elsewhere."""
-        beats, missed = [0] * self.world, [0] * self.world  # counted: the whole job may stand still
-        while not self.parted.wait(1):
-            try:
-                if Run.signal:
-                    self.store.set("signal", str(Run.signal))
-                elif self.store.check(["signal"]):
-                    Run.signal = int(self.store.get("signal"))
-                for rank, last in enumerate(beats):
-                    beats[rank] = self.store.add(f"beats of {rank}", int(rank == self.rank))
-                    missed[rank] = missed[rank] + 1 if beats[rank] == last else 0
-                    if missed[rank] > SILENCE:
-                        Run.lost = rank
-            except RuntimeError:  # its process is gone
-                Run.lost = 0
-            if Run.lost is not None and not self.parted.wait(SILENCE):  # the main thread may save
-                os._exit(1)
-
-    def part(self):
-        if self.world > 1:
-            dist.barrier()
-            self.parted.set()
-            dist.destroy_process_group()
-
     def shared(self, work: list, name):
         """Items of a list that all ranks have, each to the rank that is free for it first."""
         mine = -1
@@ -391,29 +344,42 @@ class Run:
                 yield item
 
     def meet(self, place):
-        """Wait for all ranks, polling: signals get through, no collective times out. Raises Interrupted, on all;
-        RuntimeError if a rank has died."""
+        """Wait for all ranks, polling: signals get through, no collective times out. Raises Interrupted, on all, if one
+        was told to stop; it waits PATIENCE seconds for the others."""
         there = int(self.world == 1)
-        while there < self.world:
-            if Run.lost is not None:
-                raise RuntimeError(f"rank {Run.lost} is gone (gloo and nccl would wait for it)")
+        waits = PATIENCE / 0.02
+        left = False  # has one stopped waiting?
+        while there < self.world and waits > 0 and not left:
             there = self.store.add(f"{place} {self.rehearsing}", int(there == 0))
+            left = self.store.check(["left"])
             time.sleep(0.02)
-        number = max(self.gather(Run.signal))
-        if number:
-            raise Interrupted(number, f"in the {place}")
+            waits -= bool(Run.signal)
+        if left:
+            Run.signal = int(self.store.get("left"))
+        elif there == self.world:
+            Run.signal = max(self.gather(Run.signal))
+        else:
+            self.store.set("left", str(Run.signal))
+        if Run.signal:
+            raise Interrupted(Run.signal, f"in the {place}")
 
-    def sum(self, tensor: Tensor):
+    def part(self):
+        """Leave the other ranks, once all are here."""
         if self.world > 1:
-            dist.all_reduce(tensor)
+            dist.barrier()
+            dist.destroy_process_group()
+
+    def sum(self, tensor, operation=dist.ReduceOp.SUM):
+        """Over the ranks, in place."""
+        if self.world > 1:
+            dist.all_reduce(tensor, operation)
         return tensor
 
     def agree(self, seconds):
         """Rank 0's seconds and the highest signal of any rank."""
-        state = torch.tensor([seconds * (self.rank == 0), Run.signal], dtype=torch.float64)
-        if self.world > 1:
-            dist.all_reduce(state, dist.ReduceOp.MAX)
-        return float(state[0]), int(state[1])
+        mine = torch.tensor([seconds * (self.rank == 0), Run.signal], dtype=torch.float64)
+        elapsed, number = self.sum(mine, dist.ReduceOp.MAX).tolist()
+        return elapsed, int(number)
 
     def gather(self, value):
         """Every rank's value, in rank order."""
@@ -423,8 +389,7 @@ class Run:
         return values
 
     def together(self, work: Callable, *arguments, everywhere=False):
-        """Rank 0's result of work(*arguments), run there or everywhere; UserError or OSError of a rank is raised on
-        all."""
+        """Rank 0's work(*arguments), done there or everywhere; a UserError or OSError of any rank is raised on all."""
         result = error = None
         if everywhere or self.rank == 0:
             try:
@@ -441,7 +406,7 @@ class Run:
         return torch.compile(function, **options) if self.compile else function
 
     def synchronize(self, lag=False):
-        """Wait for the device; with `lag`, for what came before the last such call: one step ahead, the host keeps it
+        """Wait for the device; with `lag`, for what came before the last such call: a step ahead, the host keeps it
         busy."""
         if self.cuda:
             previous, self.event = self.event, torch.cuda.Event()
@@ -464,6 +429,7 @@ class Run:
             self.log("note: the console is closed; the run goes on")
 
     def path(self, name):
+        """Of a file in OUTPUT_DIR."""
         return self.output / (f"preflight_{name}" if self.rehearsing else name)
 
     def write(self, name, write: Callable, **content):
@@ -477,39 +443,27 @@ class Run:
             os.replace(temporary, self.path(name))
         except OSError as e:
             temporary.unlink(missing_ok=True)
-            raise OSError(e.errno, e.strerror, str(self.path(name))) from e
+            raise OSError(e.errno, e.strerror or str(e), str(self.path(name))) from e
 
 
 def environment(run):
     """What a run depends on besides its source and settings."""
-    versions = {module.__name__: module.__version__ for module in (torch, np, zstandard, sentencepiece)}
-    return versions | dict(
-        python=platform.python_version(),
-        cuda=torch.version.cuda,
-        device_type=run.device.type,
-        device=torch.cuda.get_device_name() if run.cuda else platform.processor() or platform.machine(),
-        world_size=run.world,
-        threads=torch.get_num_threads(),
-        compile=run.compile,
-        dtype=str(run.dtype).split(".")[1],
-    )
+    found = {module.__name__: module.__version__ for module in (torch, np, zstandard, sentencepiece)}
+    found |= dict(python=sys.version.split()[0], cuda=torch.version.cuda, device_type=run.device.type)
+    found |= dict(device=torch.cuda.get_device_name() if run.cuda else os.uname().machine, world_size=run.world)
+    return found | dict(threads=torch.get_num_threads(), compile=run.compile, dtype=str(run.dtype).split(".")[1])
 
 
 def scores_its_own(run):
-    """Whether this is another evaluation of a run's artifact: its results stand beside the run's own."""
+    """Whether this is another evaluation of a run's artifact: its results get names of their own beside the run's."""
     return bool(run.s.eval_only) and Path(run.s.eval_only).resolve().parent == run.output.resolve()
-
-
-def result_name(name, tag, run):
-    """A result's file name; another evaluation of an artifact in its folder leaves the run's own alone."""
-    return name.replace(".", f"_{tag}.") if scores_its_own(run) else name
 
 
 def open_output(run):
     """The run with its name, folder and log, the same on all ranks. Raises UserError if the folder has results, but for
     RESUME=1, or EVAL_ONLY of its own artifact."""
     s = run.s
-    run_id = run.together(lambda: s.run_id or Path(s.output_dir).name or uuid.uuid4().hex[:12])
+    run_id = run.together(lambda: s.run_id or Path(s.output_dir).name or os.urandom(6).hex())
     run = run.using(run_id=run_id, output_dir=s.output_dir or f"runs/{run_id}")
     run.output = Path(run.s.output_dir)
 
@@ -526,18 +480,7 @@ def open_output(run):
     return run
 
 
-def describe(run):
-    """Log what repeats the run; a star marks settings from the environment."""
-    for text in (SOURCE_BYTES.decode(), *misspelt(os.environ)):
-        run.log(text, console=False)
-    for name, value in asdict(run.s).items():
-        run.log(f"{'*' if name.upper() in os.environ else ' '} {name.upper()}={value}")
-    run.log(pairs(environment(run)))
-    if run.no_gpu:
-        run.log(f"on the CPU: {run.no_gpu}")
-
-
-# ======== Data ========================================================================================================
+# ======== Data ========
 # Shards are memory-mapped token streams. Training reads the endless concatenation of its shards; validation is one
 # stream of N tokens and N - 1 targets, each with the bytes that it adds to the text, cut into documents at BOS.
 
@@ -553,19 +496,17 @@ def open_shard(path: Path):
     magic, version, count = (header + [0, 0, 0])[:3]  # the file may be shorter
     room = (path.stat().st_size - SHARD_HEADER_BYTES) / 2
     if (magic, version) != (SHARD_MAGIC, SHARD_VERSION) or count < 1 or count != room:
-        raise UserError(
-            f"shard {path} has magic {magic}, version {version}, announces {count} tokens and has {room:g} "
-            "— fetch or make it again"
-        )
+        found = f"magic {magic}, version {version}, announces {count} tokens and has {room:g}"
+        raise UserError(f"shard {path} has {found} — fetch or make it again")
     return np.memmap(path, "<u2", "r", SHARD_HEADER_BYTES, (count,))
 
 
 def open_shards(split: str, run):
-    """Raises UserError."""
+    """The shards of a split, whose tokens are all in the vocabulary. Raises UserError."""
     shards = []
 
     def scan():
-        shards.extend(open_shard(path) for path in sorted(Path(run.s.data_path).glob(f"fineweb_{split}_*.bin")))
+        shards.extend(map(open_shard, sorted(Path(run.s.data_path).glob(f"fineweb_{split}_*.bin"))))
         if not shards:
             where = f"fineweb_{split}_*.bin in {run.s.data_path}"
             raise UserError(f"no {where} — set DATA_PATH, or run data/fineweb.py or data/text.py")
@@ -593,35 +534,34 @@ class BatchLoader:
     """Batch k starts at token k * TRAIN_BATCH_TOKENS of the endless stream. Raises UserError if rows do not divide."""
 
     def __init__(self, shards: list[np.ndarray], run):
+        self.run = run
         s = run.s
+        self.shards = shards
+        self.ends = np.cumsum([len(shard) for shard in shards])
         rows = s.train_batch_tokens // s.train_seq_len
         if rows % run.world:
             what = f"TRAIN_BATCH_TOKENS/TRAIN_SEQ_LEN={rows} rows do not divide by WORLD_SIZE={run.world}"
             raise UserError(f"{what} — change one of them")
-        self.run = run
         self.rows = rows // run.world  # of this rank
         most = min(self.rows, s.micro_batch_tokens // s.train_seq_len)
         self.micro_rows = max(n for n in range(1, most + 1) if self.rows % n == 0)
-        self.shards = shards
-        self.ends = np.cumsum([len(shard) for shard in shards])
 
-    def read(self, start, rows) -> tuple[Tensor, Tensor]:
+    def read(self, start, rows):
         """Inputs and targets, (rows, TRAIN_SEQ_LEN) int64 each, from `start` in the endless stream."""
-        pieces = []
+        at = start % int(self.ends[-1])
+        first = int(np.searchsorted(self.ends, at, side="right"))
+        pieces = [self.shards[first][at - int(self.ends[first]) :]]  # a negative index: from the end
         missing = rows * self.run.s.train_seq_len + 1
-        while missing:
-            start %= int(self.ends[-1])
-            i = int(np.searchsorted(self.ends, start, side="right"))
-            pieces.append(self.shards[i][start - int(self.ends[i]) :][:missing])  # a negative index: from the end
-            start += len(pieces[-1])
-            missing -= len(pieces[-1])
-        block = torch.from_numpy(np.concatenate(pieces).astype(np.int32))
+        while sum(map(len, pieces)) < missing:
+            pieces.append(self.shards[(first + len(pieces)) % len(self.shards)])
+        block = torch.from_numpy(np.concatenate([piece[:missing] for piece in pieces])[:missing].astype(np.int32))
         if self.run.cuda:
             block = block.pin_memory()
         block = block.to(self.run.device, non_blocking=True).long()
         return block[:-1].view(rows, -1), block[1:].view(rows, -1)
 
-    def batch(self, step) -> list[tuple[Tensor, Tensor]]:
+    def batch(self, step):
+        """This rank's micro-batches of a step."""
         s = self.run.s
         start = step * s.train_batch_tokens + self.run.rank * self.rows * s.train_seq_len
         return list(zip(*(x.split(self.micro_rows) for x in self.read(start, self.rows)), strict=True))
@@ -651,7 +591,7 @@ def target_bytes(sp, tokens: np.ndarray):
     return length[target] + (spaced[target] & ~silent[before])
 
 
-def find_documents(tokens: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def find_documents(tokens: np.ndarray):
     """Start of each document and its number of targets, (documents,) int64 each: from its BOS to the next one
     inclusive, or to the end. Tokens before the first BOS are one, too."""
     starts = np.union1d([0], np.flatnonzero(tokens[:-1] == BOS))
@@ -674,7 +614,7 @@ class Stream:
 
 
 def load_validation(run):
-    """Raises UserError, OSError."""
+    """The first VAL_DOCS documents. Raises UserError, OSError."""
     s = run.s
     sp = load_tokenizer(s.tokenizer_path, s.vocab_size)
     tokens = np.concatenate(open_shards("val", run))
@@ -704,7 +644,7 @@ def prepare_sample(run):
             raise UserError(f"data/sample.py ended with code {code} — see its message above")
 
 
-# ======== Model =======================================================================================================
+# ======== Model ========
 # One forward pass serves training, scoring and adaptation. It returns the NLL of every target; what adaptation needs
 # besides (LoRA in every layer, a context of cached keys and values) are two optional arguments.
 
@@ -744,45 +684,55 @@ def apply_rotary(x, cos, sin):
     return torch.cat((x1 * cos + x2 * sin, x2 * cos - x1 * sin), dim=-1)
 
 
-class CachedAttention(torch.autograd.Function):
-    """Causal attention of q (B, heads, T, head_dim) to k and v (B, kv heads, T, head_dim) after a frozen context: keys
-    and values (B, kv heads, context + T, head_dim), the cache itself, whose last T entries k and v become."""
+def flash(q, k, v, causal: bool):
+    """Output (B, heads, T, head_dim), log-sum-exp (B, heads, T) and what the kernel's backward asks for besides."""
+    if not q.is_cuda:
+        return *torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, causal), (0.0, causal)
+    y, lse, *rest, seed, offset, _ = torch.ops.aten._scaled_dot_product_flash_attention(q, k, v, 0.0, causal)
+    return y, lse, (*rest, 0.0, causal, seed, offset)
+
+
+class ContextAttention(torch.autograd.Function):
+    """Causal attention of q (B, heads, T, head_dim) to k and v (B, kv heads, T, head_dim) and to all of a frozen
+    context before them, keys and values (B, kv heads, C, head_dim).
+
+    Two kernels, one softmax: outputs over disjoint keys are averaged by their shares of the sum of exponentials, and
+    each kernel's backward, given the joint output and log-sum-exp, yields its part of the gradient. Towards the context
+    there is no mask, so the query heads of a key head are rows of one head: nothing is expanded to `heads` keys."""
 
     @staticmethod
     def forward(ctx, q, k, v, keys, values):
-        keys[:, :, -k.size(2) :] = k
-        values[:, :, -k.size(2) :] = v
-        if q.is_cuda:  # causality is aligned with the last key
-            y, lse, *rest, seed, offset, _ = torch.ops.aten._scaled_dot_product_flash_attention(
-                q, keys, values, 0.0, True
-            )
-            ctx.rest = *rest, 0.0, True, seed, offset
-            saved = ()
-        else:
-            hidden = torch.ones(q.size(2), keys.size(2), dtype=torch.bool).triu(1 + keys.size(2) - q.size(2))
-            saved = (torch.zeros(hidden.shape, dtype=q.dtype).masked_fill_(hidden, -math.inf),)
-            y, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, keys, values, attn_mask=saved[0])
-        ctx.save_for_backward(q, y, lse, *saved)
-        ctx.cache = keys, values  # for autograd another layer's write would be one to these
+        near, lse, ctx.near = flash(q, k, v, True)
+        far, far_lse, ctx.far = flash(q.reshape(*keys.shape[:2], -1, q.size(3)), keys, values, False)
+        far_lse = far_lse.reshape(lse.shape)
+        lse = torch.logaddexp(lse, far_lse)
+        y = near.lerp(far.reshape(q.shape), (far_lse - lse).exp().to(q.dtype)[..., None])
+        ctx.save_for_backward(q, k, v, y, lse)
+        ctx.context = keys, values  # autograd would take the next chunk's entry into the cache for a change of these
         return y
 
     @staticmethod
     def backward(ctx, gradient):
-        q, y, lse, *mask = ctx.saved_tensors
-        if q.is_cuda:
-            backward = torch.ops.aten._scaled_dot_product_flash_attention_backward
-            grads = backward(gradient, q, *ctx.cache, y, lse, *ctx.rest)
-        else:
-            backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
-            grads = backward(gradient, q, *ctx.cache, y, lse, 0.0, False, attn_mask=mask[0])
-        return grads[0], *(x[:, :, -q.size(2) :] for x in grads[1:]), None, None
+        q, k, v, y, lse = ctx.saved_tensors
+        name = "_scaled_dot_product_flash_attention" + ("" if q.is_cuda else "_for_cpu") + "_backward"
+        kernel = getattr(torch.ops.aten, name)
+        rows = *ctx.context[0].shape[:2], -1
+        near, dk, dv = kernel(gradient, q, k, v, y, lse, *ctx.near)
+        gradient, joint, y = (x.reshape(*rows, x.size(3)) for x in (gradient, q, y))
+        far, _, _ = kernel(gradient, joint, *ctx.context, y, lse.reshape(rows), *ctx.far)
+        return near + far.reshape(q.shape), dk, dv, None, None
 
 
 def attend(q, k, v, kv):
-    """kv (B, 2, kv heads, context + T, head_dim), or None."""
-    if kv is None:
-        return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
-    return CachedAttention.apply(q, k, v, kv[:, 0], kv[:, 1])
+    """Causal attention, after the context in kv (B, 2, kv heads, context + T, head_dim) if given, whose last T entries
+    k and v become."""
+    if kv is not None:
+        context = kv.size(3) - k.size(2)
+        kv[:, 0, :, context:] = k.detach()
+        kv[:, 1, :, context:] = v.detach()
+        if context:
+            return ContextAttention.apply(q, k, v, kv[:, 0, :, :context], kv[:, 1, :, :context])
+    return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
 
 
 class Linear(nn.Linear):
@@ -938,9 +888,9 @@ class GPT(nn.Module):
         begin before the chunk."""
         position, kv = past or (0, None)
         x, rope = self.embed(ids, ids.size(1) - targets.size(1), position)
-        x0 = x.view_as(x)
+        x0 = x.view_as(x)  # another tensor: only x gets a gradient
         if lora:
-            x = x.requires_grad_()  # block 0 compiles like the others
+            x = x.requires_grad_()  # for block 0 to compile like the others
         skips = []
         for i, block in enumerate(self.blocks):
             if i >= self.encoders and skips:
@@ -953,7 +903,7 @@ class GPT(nn.Module):
     def compile_regions(self):
         """Compile what repeats once: test-time training has many shapes. Attention writes to its input and stays
         outside."""
-        torch._dynamo.config.recompile_limit = 64  # beyond it runs what is not compiled
+        torch._dynamo.config.recompile_limit = 64  # beyond it: eager
         torch.fx.experimental._config.use_duck_shape = False  # equal sizes need not stay equal
         for part in (self, *self.blocks):
             for name in ("embed", "head", "before", "after"):
@@ -961,28 +911,20 @@ class GPT(nn.Module):
                     setattr(part, name, torch.compile(getattr(part, name), dynamic=True))
 
 
-# ======== Optimiser ===================================================================================================
+# ======== Optimiser ========
 # Muon for the matrices of the blocks, AdamW for the rest. All parameters are views into one flat buffer, all gradients
 # into another: norm, all-reduce, averaging and checkpoint are one operation each.
 
 
-class Recipe(NamedTuple):
-    """How a parameter is updated: `method` is "muon" or "adam"."""
-
-    method: str
-    lr: float
-    decay: float
-
-
 def recipe(name, s):
-    """The one table of optimiser settings, by a parameter's name."""
+    """The one table of optimiser settings, by a parameter's name: method, learning rate, weight decay."""
     if name in ("tok_emb.weight", "bigram.embed.weight"):
-        return Recipe("adam", s.tied_embed_lr if s.tie_embeddings else s.embed_lr, s.weight_decay)
+        return "adam", s.tied_embed_lr if s.tie_embeddings else s.embed_lr, s.weight_decay
     if name == "lm_head.weight":
-        return Recipe("adam", s.head_lr, 0.0)
+        return "adam", s.head_lr, 0.0
     if name.endswith(".weight"):
-        return Recipe("muon", s.matrix_lr, s.weight_decay)
-    return Recipe("adam", s.scalar_lr, s.weight_decay)
+        return "muon", s.matrix_lr, s.weight_decay
+    return "adam", s.scalar_lr, s.weight_decay
 
 
 def newton_schulz(g, steps: int = 5):
@@ -1017,20 +959,17 @@ class Optimizer:
         alike = {}
         for name, p in model.named_parameters():
             row = recipe(name, run.s)
-            alike.setdefault((row, p.shape if row.method == "muon" else ()), []).append(p)
-        self.groups, offsets, end = [], [], 0
+            alike.setdefault((row, p.shape if row[0] == "muon" else ()), []).append(p)
+        self.groups, places, end = [], [], 0
         for (row, shape), parameters in alike.items():
             start = end
             for p in parameters:
-                offsets.append((p, end))
-                end += p.numel()
-                if not shape:
-                    end += -end % 64  # aligned, for wide loads
-            self.groups.append((row, slice(start, end), (len(parameters), *shape)))
+                places.append((p, slice(end, end + p.numel())))
+                end += p.numel() if shape else -(-p.numel() // 64) * 64  # aligned, for wide loads
+            self.groups.append((*row, slice(start, end), (len(parameters), *shape)))
             end += -end % 64
         self.weights, self.grads, self.m, self.v = (torch.zeros(end, device=run.device) for _ in range(4))
-        for p, offset in offsets:
-            span = slice(offset, offset + p.numel())
+        for p, span in places:
             self.weights[span].copy_(p.detach().flatten())
             p.data = self.weights[span].view(p.shape)
             p.grad = self.grads[span].view(p.shape)
@@ -1045,11 +984,11 @@ class Optimizer:
         if s.grad_clip_norm:
             self.grads.mul_((s.grad_clip_norm / (gradient_norm + 1e-6)).clamp_max(1.0))
         self.muon_step(step, multiplier)
-        for row, span, _ in self.groups:
-            if row.method == "adam":  # full(): a copy from the host would wait
-                count, lr = (torch.full((), x, device=self.run.device) for x in (step + 1.0, row.lr * multiplier))
+        for method, lr, decay, span, _ in self.groups:
+            if method == "adam":  # full(): a copy from the host would wait
+                count, lr = (torch.full((), x, device=self.run.device) for x in (step + 1.0, lr * multiplier))
                 buffers = (x[span] for x in (self.weights, self.grads, self.m, self.v))
-                self.adam_(*buffers, count, lr, (s.beta1, s.beta2), s.adam_eps, row.decay)
+                self.adam_(*buffers, count, lr, (s.beta1, s.beta2), s.adam_eps, decay)
         self.grads.zero_()
         return gradient_norm
 
@@ -1061,8 +1000,8 @@ class Optimizer:
         warm = min(step / s.muon_momentum_warmup_steps, 1.0) if s.muon_momentum_warmup_steps else 1.0
         momentum = s.muon_momentum_warmup_start + warm * (s.muon_momentum - s.muon_momentum_warmup_start)
         gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # torch 2.11 has the old name
-        for row, span, shape in self.groups:
-            if row.method == "muon":
+        for method, lr, decay, span, shape in self.groups:
+            if method == "muon":
                 g = self.grads[span]
                 g.add_(self.m[span].mul_(momentum).add_(g), alpha=momentum)
                 share = -(-shape[0] // world)
@@ -1072,26 +1011,20 @@ class Optimizer:
                 if world > 1:
                     mine, update = update, update.new_empty(padded.shape)
                     work = gather(update, mine.contiguous(), async_op=True)
-                pending.append((row, span, shape[0], update, work))
-        for row, span, n, update, work in pending:
+                pending.append((lr * multiplier, decay, span, shape[0], update, work))
+        for lr, decay, span, n, update, work in pending:
             if work:
                 work.wait()
-            lr = row.lr * multiplier
             step_size = lr * max(1, update.size(1) / update.size(2)) ** 0.5
-            self.weights[span].mul_(1 - lr * row.decay).add_(update[:n].flatten().float(), alpha=-step_size)
-
-    def restore(self, state: dict[str, Tensor]):
-        for name, tensor in self.state.items():
-            tensor.copy_(state[name].view_as(tensor))
-        self.grads.zero_()
+            self.weights[span].mul_(1 - lr * decay).add_(update[:n].flatten().float(), alpha=-step_size)
 
 
-# ======== Training ====================================================================================================
+# ======== Training ========
 # Learning rate, averaging and the end follow from the elapsed seconds that rank 0 announces, so ranks never diverge.
 # Its clock excludes warm-up, validation and export; the last training data, which GPTQ sees, are read within it.
 
 
-def lr_multiplier(step: int, elapsed: float, s) -> float:
+def lr_multiplier(step: int, elapsed: float, s):
     """The smaller of the wall-clock and the iteration rule, in [0, 1]. `elapsed`: seconds of training before `step`."""
     if not s.warmdown_iters:
         return 1.0
@@ -1102,7 +1035,7 @@ def lr_multiplier(step: int, elapsed: float, s) -> float:
 
 
 def forward_backward(forward, micro_batches: list, share: float):
-    """Returns the sum of `share` times each mean NLL, ()."""
+    """Add to the gradients; returns the sum of `share` times each mean NLL, ()."""
     total = 0.0
     for x, y in micro_batches:
         loss = forward(x, y).mean() * share
@@ -1114,10 +1047,12 @@ def forward_backward(forward, micro_batches: list, share: float):
 @torch.no_grad()
 def calibrate(model, loader: BatchLoader, start: int, tokens: int, run):
     """H = E[x x'] of the inputs x of every linear layer, by its weight's name: (cols, cols) float64; for GPTQ alone.
+
     Rows from position `start` of the training stream, each on one rank: any number of ranks agrees."""
     if run.s.quantizer != "gptq":
         return {}
-    sums, hooks = {}, []
+    sums = {}
+    hooks = []
 
     def add(total, layer, inputs):
         x = inputs[0].flatten(0, -2).float()
@@ -1140,8 +1075,6 @@ def calibrate(model, loader: BatchLoader, start: int, tokens: int, run):
 class Trainer:
     """A model in training, new or, with RESUME=1, from its checkpoint."""
 
-    COUNTS = ("step", "elapsed", "averaged", "finished")
-
     def __init__(self, shards: list[np.ndarray], run):
         self.run = run
         torch.manual_seed(run.s.seed)
@@ -1151,13 +1084,12 @@ class Trainer:
         self.loader = BatchLoader(shards, run)
         self.identity = dict(source=SOURCE_SHA256, data=fingerprint(shards)) | run.s.of(TrainSettings)
         self.average = torch.zeros_like(self.optimizer.weights)  # a sum of `averaged` samples
-        self.averaged = 0
-        self.step = 0  # completed
-        self.elapsed = 0.0  # seconds
-        self.calibration = 0.0  # seconds, after those
+        self.tensors = self.optimizer.state | dict(average=self.average)
+        self.step = self.averaged = 0  # steps completed
+        self.elapsed = self.calibration = 0.0  # seconds, the latter's after the former's
         self.finished = False
         self.schedule = run.s  # its seconds without calibration's
-        self.norms: list[tuple[int, float, Tensor]] = []  # of gradients
+        self.norms = []  # of gradients, (step, multiplier, norm), still unchecked
         path = run.path("checkpoint.pt")
         self.resumed = run.s.resume and path.exists()
         if self.resumed:
@@ -1165,53 +1097,51 @@ class Trainer:
 
     def state(self):
         """What a checkpoint holds: live tensors."""
-        counts = {name: getattr(self, name) for name in self.COUNTS}
-        return dict(identity=self.identity, average=self.average) | counts | self.optimizer.state
+        counts = {name: getattr(self, name) for name in ("step", "averaged", "elapsed", "finished")}
+        return counts | self.tensors | dict(identity=self.identity)
 
-    def restore(self, state):
-        self.optimizer.restore(state)
-        self.average.copy_(state["average"].view_as(self.average))
-        for name in self.COUNTS:
-            setattr(self, name, type(getattr(self, name))(state[name]))
+    def restore(self, state: dict):
+        """Take over what state() gave."""
+        for name, value in self.state().items():
+            if name in self.tensors:
+                value.copy_(state[name].view_as(value))
+            elif name != "identity":
+                setattr(self, name, type(value)(state[name]))
+        self.optimizer.grads.zero_()
 
     def save(self, run):
         """Raises UserError if a number is not finite."""
         self.check_norms()
         if not self.optimizer.weights.isfinite().all():
             raise UserError(f"weights not finite after step {self.step} — lower the learning rates or raise ADAM_EPS")
-        run.together(run.write, "checkpoint.pt", lambda f: torch.save(self.state(), f))  # none ends before
+        run.together(
+            run.write, "checkpoint.pt", lambda f: torch.save(self.state(), f)
+        )  # no rank ends before it is written
 
     def resume(self, path: Path):
-        """Raises UserError."""
+        """Raises UserError if it is damaged or another training's."""
         try:
             state = torch.load(path, map_location="cpu", weights_only=True)
-            for name, ours in self.identity.items():
-                theirs = state["identity"].get(name)
-                if theirs != ours:
-                    raise UserError(
-                        f"checkpoint {path} has another {name.upper()}: {theirs}, now {ours} "
-                        "— restore it, or start afresh in another OUTPUT_DIR"
-                    )
-            self.restore(state)
-        except UserError:
-            raise
+            theirs = {name: state["identity"].get(name) for name in self.identity}
+            if theirs == self.identity:
+                return self.restore(state)
         except Exception as e:  # damage makes torch.load raise many kinds
             if isinstance(e, OSError) and e.filename:
                 raise
             raise UserError(f"checkpoint {path} is damaged ({type(e).__name__}) — delete it to start afresh") from e
+        name = next(name for name in theirs if theirs[name] != self.identity[name])
+        both = f"another {name.upper()}: {theirs[name]}, now {self.identity[name]}"
+        raise UserError(f"checkpoint {path} has {both} — restore it, or start afresh in another OUTPUT_DIR")
 
     def state_dict(self):
+        """The model's, copied to the CPU."""
         return {name: tensor.to("cpu", copy=True) for name, tensor in self.model.state_dict().items()}
 
     def account(self):
-        return dict(
-            steps=self.step,
-            seconds=self.elapsed,
-            calibration=self.calibration,
-            averaged=self.averaged,
-            resumed=self.resumed,
-            peak_memory=torch.cuda.max_memory_allocated() if self.run.cuda else None,
-        )
+        """For log and result.json."""
+        peak = torch.cuda.max_memory_allocated() if self.run.cuda else None
+        seconds = dict(seconds=self.elapsed, calibration=self.calibration)
+        return dict(steps=self.step, **seconds, averaged=self.averaged, resumed=self.resumed, peak_memory=peak)
 
     def warm_up(self):
         """WARMUP_STEPS steps, at least one, undone: everything is compiled."""
@@ -1223,24 +1153,25 @@ class Trainer:
         self.restore(before)
         self.run.log(f"warmup_step:{steps}/{steps}")
 
+    def timed_calibration(self, start, tokens):
+        """Hessians, and the seconds that they took."""
+        self.run.synchronize()
+        began = time.perf_counter()
+        hessians = calibrate(self.model, self.loader, start, tokens, self.run)
+        self.run.synchronize()
+        return hessians, time.perf_counter() - began
+
     def reserve(self):
         """Keep free what calibration will take, by trying it. Raises UserError if no time is left. Returns Hessians."""
-        run = self.run
-        s = run.s
-        least = s.train_seq_len * run.world
-        for tokens in (least, s.calibration_tokens if s.max_wallclock_seconds else least):  # the first may load kernels
-            run.synchronize()
-            began = time.perf_counter()
-            hessians = calibrate(self.model, self.loader, 0, tokens, run)
-            run.synchronize()
-        seconds, _ = run.agree(time.perf_counter() - began)
+        s = self.run.s
+        hessians, _ = self.timed_calibration(0, s.train_seq_len * self.run.world)  # may load kernels
         if s.max_wallclock_seconds:
+            hessians, seconds = self.timed_calibration(0, s.calibration_tokens)
+            seconds, _ = self.run.agree(seconds)
             left = s.max_wallclock_seconds - 1.5 * seconds
             if left <= 0:
-                raise UserError(
-                    f"calibration takes {seconds:.1f} s of MAX_WALLCLOCK_SECONDS={s.max_wallclock_seconds} "
-                    "— raise it, lower CALIBRATION_TOKENS, or set QUANTIZER=nearest"
-                )
+                what = f"calibration takes {seconds:.1f} s of MAX_WALLCLOCK_SECONDS={s.max_wallclock_seconds}"
+                raise UserError(f"{what} — raise it, lower CALIBRATION_TOKENS, or set QUANTIZER=nearest")
             self.schedule = replace(s, max_wallclock_seconds=left)
         return hessians
 
@@ -1263,6 +1194,7 @@ class Trainer:
             if self.over() or (s.val_loss_every and self.step % s.val_loss_every == 0):
                 run.synchronize()
                 paused = time.perf_counter()
+                self.check_norms()
                 self.report(evaluate_standard(self.forward, stream, run))
                 began += time.perf_counter() - paused
             if self.over():
@@ -1270,6 +1202,7 @@ class Trainer:
             loss = self.train_step()
             self.elapsed, signalled = run.agree(time.perf_counter() - began)
             if self.step <= 10 or self.step % s.train_log_every == 0 or self.over():
+                self.check_norms()
                 self.report(f"train_loss:{run.sum(loss).item():.8f}")
             if signalled or (s.checkpoint_every and self.step % s.checkpoint_every == 0):
                 self.save(run)
@@ -1278,8 +1211,8 @@ class Trainer:
         return self.finish()
 
     def report(self, what):
-        ms = 1000 * self.elapsed
-        timing = f"train_time:{ms:.0f}ms step_avg:{ms / max(self.step, 1):.2f}ms"
+        """Log a loss with the time."""
+        timing = f"train_time:{1000 * self.elapsed:.0f}ms step_avg:{1000 * self.elapsed / max(self.step, 1):.2f}ms"
         self.run.log(f"step:{self.step}/{self.run.s.iterations} {what} {timing}")
 
     def train_step(self):
@@ -1289,50 +1222,44 @@ class Trainer:
         batch = self.loader.batch(self.step)
         loss = forward_backward(self.forward, batch, 1 / (len(batch) * self.run.world))
         gradient_norm = self.optimizer.step(self.step, multiplier)
-        self.norms.append((self.step, multiplier, gradient_norm.to("cpu", non_blocking=True)))
+        self.norms.append((self.step, multiplier, gradient_norm))
         self.step += 1
         if s.swa_enabled and multiplier < s.swa_start_frac and self.step % s.swa_every == 0:
             self.average.add_(self.optimizer.weights)
             self.averaged += 1
-        self.check_norms(on_the_way=1)
+        self.run.synchronize(lag=True)
         return loss
 
-    def check_norms(self, on_the_way=0):
-        """Raises UserError if a norm is not finite; the newest `on_the_way` are left for later."""
-        self.run.synchronize(lag=on_the_way > 0)
-        while len(self.norms) > on_the_way:
-            step, multiplier, gradient_norm = self.norms.pop(0)
+    def check_norms(self):
+        """Raises UserError at the first new norm that is not finite."""
+        norms, self.norms = self.norms, []
+        if not norms or torch.stack([row[2] for row in norms]).isfinite().all():
+            return
+        for step, multiplier, gradient_norm in norms:
             if not gradient_norm.isfinite():
                 where = f"lr multiplier {multiplier:.4f}, batch from token {step * self.run.s.train_batch_tokens}"
-                raise UserError(
-                    f"gradient norm {gradient_norm.item()} at step {step} ({where}) "
-                    "— lower the learning rates, or RESUME=1 from the last checkpoint"
-                )
+                what = f"gradient norm {gradient_norm.item()} at step {step} ({where})"
+                raise UserError(f"{what} — lower the learning rates, or RESUME=1 from the last checkpoint")
 
     def finish(self):
         """Average the samples and calibrate; a checkpoint that is finished needs only the latter."""
         run = self.run
-        unfinished = not self.finished
+        was_finished = self.finished
         self.finished = True
-        outcome = "too few, the last weights are final"
-        if self.averaged >= 2:
-            outcome = "their mean is the final model"
-            if unfinished:
-                self.optimizer.weights.copy_(self.average / self.averaged)
-        after = self.step * run.s.train_batch_tokens  # the last batch
-        run.synchronize()
-        began = time.perf_counter()
-        hessians = calibrate(self.model, self.loader, after, run.s.calibration_tokens, run)
-        run.synchronize()
-        self.calibration = time.perf_counter() - began
+        enough = self.averaged >= 2
+        if enough and not was_finished:
+            self.optimizer.weights.copy_(self.average / self.averaged)
+        read = self.step * run.s.train_batch_tokens
+        hessians, self.calibration = self.timed_calibration(read, run.s.calibration_tokens)
+        outcome = "their mean is the final model" if enough else "too few, the last weights are final"
         run.log(f"swa: {self.averaged} checkpoints: {outcome}")
-        if unfinished:
+        if not was_finished:
             self.save(run)
         run.log(f"training {pairs(self.account())}")
         return hessians
 
 
-# ======== Export ======================================================================================================
+# ======== Export ========
 # Prune, quantise, pack, as coarsely as the cap asks for. The artifact holds the model's configuration and its numbers,
 # sorted by kind; names, shapes and kinds follow from the configuration, so the reader knows every length beforehand.
 
@@ -1349,26 +1276,6 @@ SLACK = 0.004  # share of the cap that may stay free
 GPTQ_BLOCK = 128  # columns
 
 
-def prune(weight: Tensor, fraction):
-    """Zero what is below the `fraction` quantile of a large matrix's magnitudes."""
-    if weight.ndim != 2 or weight.numel() <= 65_536 or not fraction:
-        return weight
-    size = weight.abs().flatten()
-    threshold = torch.quantile(size, fraction) if len(size) <= 1 << 24 else np.quantile(size.numpy(), fraction)
-    return torch.where(weight.abs() < threshold, 0.0, weight)
-
-
-def kind_of(name, size, fp16_patterns):
-    """The first rule that fits a tensor of `size` numbers."""
-    if any(pattern in name for pattern in CONTROL):
-        return "fp16" if size <= 8_192 else "fp32"
-    if size <= 8_192 or any(pattern in name for pattern in fp16_patterns.split(",") if pattern):
-        return "fp16"
-    if ".mlp." in name:
-        return "int5"
-    return "int6" if ".attn." in name or "bigram" in name else "int8"
-
-
 class Stored(NamedTuple):
     """Floats, or int8 codes (rows, cols) with an fp16 `scale` (rows,)."""
 
@@ -1379,6 +1286,28 @@ class Stored(NamedTuple):
     def restored(self):
         values = self.values.float()
         return values if self.scale is None else values * self.scale.float()[:, None]
+
+
+def prune(weight: Tensor, fraction: float):
+    """Zero what is below the `fraction` quantile of a large matrix's magnitudes."""
+    if weight.ndim != 2 or weight.numel() <= 65_536 or not fraction:
+        return weight
+    size = weight.abs().flatten()
+    threshold = torch.quantile(size, fraction) if len(size) <= 1 << 24 else np.quantile(size.numpy(), fraction)
+    return torch.where(weight.abs() < threshold, 0.0, weight)
+
+
+def kind_of(name: str, size: int, fp16_patterns: str):
+    """The first rule that fits a tensor of `size` numbers."""
+    if size <= 8_192:
+        return "fp16"
+    if any(pattern in name for pattern in CONTROL):
+        return "fp32"
+    if any(pattern in name for pattern in fp16_patterns.split(",") if pattern):
+        return "fp16"
+    if ".mlp." in name:
+        return "int5"
+    return "int6" if ".attn." in name or "bigram" in name else "int8"
 
 
 def row_steps(weight: Tensor, kind: str, s, stretch: float = 1.0):
@@ -1432,12 +1361,11 @@ def gptq(weight: Tensor, step: Tensor, hessian: Tensor, limit: int):
     return torch.empty_like(codes).scatter_(2, order, codes)
 
 
-def quantize_model(
-    state: dict[str, Tensor], s: Settings, hessians: dict[str, Tensor] | None = None, stretch: float = 1.0
-):
+def quantize_model(state: dict[str, Tensor], s, hessians: dict[str, Tensor] | None = None, stretch=1.0):
     """Prune and quantise every tensor of a float32 state dict, in its order; those with a Hessian by GPTQ, matrices of
     one shape as one batch on their Hessians' device."""
-    tensors, batches = {}, {}
+    tensors = {}
+    batches = {}
     for name, weight in state.items():
         kind = kind_of(name, weight.numel(), s.fp16_keep_name_patterns)
         weight = prune(weight, s.prune_fraction)
@@ -1450,8 +1378,7 @@ def quantize_model(
             batches.setdefault((kind, weight.shape), []).append((name, weight, step, hessians[name]))
     for (kind, _), batch in batches.items():
         names, *parts = zip(*batch, strict=True)
-        device = parts[2][0].device
-        codes = gptq(*(torch.stack(part).to(device) for part in parts), LIMITS[kind])
+        codes = gptq(*(torch.stack(part).to(parts[2][0].device) for part in parts), LIMITS[kind])
         for name, values in zip(names, codes.to("cpu", torch.int8), strict=True):
             tensors[name] = tensors[name]._replace(values=values)
     return tensors
@@ -1475,44 +1402,44 @@ def artifact_config(s):
     return s.of(ModelSettings) | dict(fp16_keep_name_patterns=s.fp16_keep_name_patterns)
 
 
-def layout(s) -> dict[str, Stored]:
+def layout(s):
     """A model's tensors as its artifact holds them, on the meta device."""
     with torch.device("meta"):
         return quantize_model(GPT(s).state_dict(), replace(s, prune_fraction=0.0))
 
 
-def artifact_header(frame, expanded):
+def artifact_header(frame: bytes, expanded: int):
     """Magic, format, lengths of the frame and of what it expands to, SHA-256 of the frame."""
-    numbers = ((FORMAT, 4), (len(frame), 8), (expanded, 8))
-    return MAGIC + b"".join(n.to_bytes(size, "little") for n, size in numbers) + hashlib.sha256(frame).digest()
+    return struct.pack("<8sIQQ32s", MAGIC, FORMAT, len(frame), expanded, hashlib.sha256(frame).digest())
 
 
 def pack(tensors: dict[str, Stored], s):
     """Quantised tensors -> artifact, and what became of each stream; the same input gives the same bytes.
 
     After the header one zstd-22 frame: the length of the configuration (4 bytes), the configuration as JSON, the
-    streams as byte planes."""
+    streams as byte planes: all first bytes of a stream's numbers, then all second ones, each compressed with statistics
+    of its own."""
     config = json.dumps(artifact_config(s)).encode()
-    parts = {"config": np.frombuffer(len(config).to_bytes(4, "little") + config, np.uint8)[None]}
+    planes = {"config": np.frombuffer(len(config).to_bytes(4, "little") + config, np.uint8)[None]}
     for stream, pieces in streams_of({name: tensors[name] for name in layout(s)}).items():
         if pieces:
-            array = torch.cat([piece.flatten() for piece in pieces]).numpy().astype(STREAMS[stream])
-            parts[stream] = array.view(np.uint8).reshape(-1, array.itemsize).T
-    expanded = sum(planes.size for planes in parts.values())
+            numbers = torch.cat([piece.flatten() for piece in pieces]).numpy().astype(STREAMS[stream])
+            planes[stream] = numbers.view(np.uint8).reshape(-1, numbers.itemsize).T
+    expanded = sum(plane.size for plane in planes.values())
     # codes hardly repeat: long matches only is smaller and four times faster
     level22 = zstandard.ZstdCompressionParameters.from_level(22, source_size=expanded, min_match=7)
     compressor = zstandard.ZstdCompressor(compression_params=level22).compressobj(size=expanded)
     frame = b""
     kinds = {}
-    for stream, planes in parts.items():
-        packed = b""
-        for plane in planes:  # flushed, for statistics of its own
-            packed += compressor.compress(plane.tobytes()) + compressor.flush(zstandard.COMPRESSOBJ_FLUSH_BLOCK)
-        frame += packed
-        n = planes.shape[-1]
-        kinds[stream] = dict(weights=n, bytes=len(packed), bits_per_weight=8 * len(packed) / n)
+    for stream, rows in planes.items():
+        before = len(frame)
+        n = rows.shape[1]
+        for row in rows:
+            frame += compressor.compress(row.tobytes()) + compressor.flush(zstandard.COMPRESSOBJ_FLUSH_BLOCK)
+        size = len(frame) - before
+        kinds[stream] = dict(weights=n, bytes=size, bits_per_weight=8 * size / n)
         if stream in LIMITS:
-            kinds[stream]["entropy"] = entropy(planes)
+            kinds[stream]["entropy"] = entropy(rows)
     frame += compressor.flush()
     del kinds["config"]
     return artifact_header(frame, expanded) + frame, kinds
@@ -1526,19 +1453,17 @@ def unpack(blob: bytes, origin: str = "artifact"):
     try:
         if blob[:HEADER_BYTES] != artifact_header(frame, expanded) or expanded > MOST_EXPANDED:
             raise ValueError(f"no header of format {FORMAT} for the {len(frame)} bytes after it")
-        decompressor = zstandard.ZstdDecompressor(max_window_size=1 << 27)
-        raw = decompressor.stream_reader(frame, read_across_frames=True).read(expanded + 1)
+        reader = zstandard.ZstdDecompressor(max_window_size=1 << 27).stream_reader(frame, read_across_frames=True)
+        raw = reader.read(expanded + 1)
         start = 4 + int.from_bytes(raw[:4], "little")
-        if start > MOST_CONFIG:
-            raise ValueError(f"a configuration of {start - 4} bytes")
+        if len(raw) != expanded or start > MOST_CONFIG:
+            raise ValueError(f"it does not expand to {expanded} bytes, or has {start - 4} of configuration")
         config = json.loads(raw[4:start])
         types = {name: type(value) for name, value in artifact_config(Settings()).items()}
         if {name: type(value) for name, value in config.items()} != types:
             raise ValueError("the configuration is not a model's")
         s = Settings.from_env({name.upper(): value for name, value in config.items()})
         state = restored(raw[start:], s)
-        if len(raw) != expanded:
-            raise ValueError(f"it does not expand to {expanded} bytes")
         if not all(weight.isfinite().all() for weight in state.values()):
             raise ValueError("a weight is not finite")
     except (zstandard.ZstdError, ValueError, AttributeError, TypeError, RecursionError, OverflowError) as e:
@@ -1547,9 +1472,10 @@ def unpack(blob: bytes, origin: str = "artifact"):
     return s, state
 
 
-def restored(raw, s):
+def restored(raw: bytes, s):
     """The float32 state dict. Raises ValueError if the streams are not as long as the model's."""
-    tensors, read = layout(s), {}
+    tensors = layout(s)
+    read = {}
     for stream, pieces in streams_of(tensors).items():
         sizes = [piece.numel() for piece in pieces]
         width = np.dtype(STREAMS[stream]).itemsize
@@ -1560,8 +1486,7 @@ def restored(raw, s):
         raise ValueError(f"{len(raw)} bytes too many")
     state = {}
     for name, (kind, values, scale) in tensors.items():
-        if scale is not None:
-            scale = next(read["scale"])
+        scale = None if scale is None else next(read["scale"])
         state[name] = Stored(kind, next(read[kind]).view(values.shape), scale).restored()
     return state
 
@@ -1580,13 +1505,16 @@ def fit(state: dict[str, Tensor], hessians: dict[str, Tensor], run):
         codes = [torch.cat([x.flatten() for x in streams[kind]]).numpy() for kind in LIMITS if streams[kind]]
         return sum(entropy(x) * x.size / 8 for x in codes)
 
-    best, stretch, too_small, fits = None, 1.0, 1.0, LARGEST_STRETCH
+    best = None
+    stretch = too_small = 1.0
+    fits = LARGEST_STRETCH
     for _ in range(8):
         blob, kinds = pack(quantize_model(state, s, hessians, stretch), s)
         free = cap - len(SOURCE_BYTES) - len(blob)
         run.log(f"export: steps stretched by {stretch:.4f}: {free} bytes free of ARTIFACT_MAX_BYTES={cap}")
         if free >= 0:
-            best, fits = (stretch, blob, kinds), stretch
+            best = stretch, blob, kinds
+            fits = stretch
         else:
             too_small = stretch
         if too_small == LARGEST_STRETCH or fits == 1.0 or 0 <= free <= SLACK * cap:
@@ -1594,7 +1522,7 @@ def fit(state: dict[str, Tensor], hessians: dict[str, Tensor], run):
         if best:
             stretch = (too_small + fits) / 2
             continue
-        most = predicted(stretch) + free - SLACK / 2 * cap
+        most = predicted(stretch) + free - SLACK / 2 * cap  # what would leave half the slack
         stretch, below = fits, too_small
         while stretch - below > 1e-3:
             middle = (stretch + below) / 2
@@ -1608,58 +1536,54 @@ def export(state: dict[str, Tensor], hessians: dict[str, Tensor], run):
     run.write("final_model.pt", lambda f: torch.save(state, f))
     stretch, blob, kinds = fit(state, hessians, run)
     run.write("final_model.ptz", lambda f: f.write(blob))
-    total = len(blob) + len(SOURCE_BYTES)
-    account = dict(
-        model_bytes=len(blob),
-        code_bytes=len(SOURCE_BYTES),
-        total_bytes=total,
-        max_bytes=run.s.artifact_max_bytes,
-        fits=total <= run.s.artifact_max_bytes,
-        stretch=stretch,
-        seconds=time.perf_counter() - began,
-        sha256=hashlib.sha256(blob).hexdigest(),
-    )
+    code = len(SOURCE_BYTES)
+    cap = run.s.artifact_max_bytes
+    account = dict(model_bytes=len(blob), code_bytes=code, total_bytes=len(blob) + code, max_bytes=cap)
+    account |= dict(fits=len(blob) + code <= cap, stretch=stretch, seconds=time.perf_counter() - began)
+    account |= dict(sha256=hashlib.sha256(blob).hexdigest())
     for kind, row in kinds.items():
         run.log(f"export kind:{kind} {pairs(row)}")
     run.log(f"export {pairs(account)}")
     return account | dict(kinds=kinds)
 
 
-# ======== Evaluation ==================================================================================================
+# ======== Evaluation ========
 # Bits per byte, every target exactly once: one function scores windows for all modes, a Score knows what it covers.
 
 
 class Score(NamedTuple):
-    """A sum over targets; loss in nats per target, bpb in bits per byte."""
+    """A sum over targets: NLL in nats, counts of targets and bytes."""
 
-    nll: float  # nats
+    nll: float
     targets: int
     bytes: int
 
     @property
-    def loss(self) -> float:
+    def loss(self):
+        """Nats per target."""
         return self.nll / self.targets
 
     @property
-    def bpb(self) -> float:
+    def bpb(self):
+        """Bits per byte."""
         return self.nll / math.log(2) / self.bytes
 
-    def __str__(self) -> str:
+    def __str__(self):
         return f"val_loss:{self.loss:.8f} val_bpb:{self.bpb:.8f}"
 
-    def checked(self, stream) -> Self:
+    def checked(self, stream):
         """Itself. Raises RuntimeError if it does not cover the stream, UserError if it is not finite."""
-        if (self.targets, self.bytes) != (stream.target_count, stream.byte_count):
+        if self[1:] != (stream.target_count, stream.byte_count):
             counts = f"{self.targets} targets and {self.bytes} bytes"
             raise RuntimeError(f"scored {counts} of {stream.target_count} and {stream.byte_count}")
         if not math.isfinite(self.nll):
             raise UserError(f"the score is {self.nll} — lower the learning rates, raise ADAM_EPS, or score others")
         return self
 
-    def figure(self, protocol, context, seconds, **more) -> dict:
+    def figure(self, protocol, context, seconds, **more):
         """For result.json; `seconds` of all epochs together."""
-        reading = dict(protocol=protocol, context=context, backward_looking=True, val_loss=self.loss, val_bpb=self.bpb)
-        return reading | dict(targets=self.targets, bytes=self.bytes, seconds=seconds, lacking=0) | more
+        figure = dict(protocol=protocol, context=context, backward_looking=True, val_loss=self.loss, val_bpb=self.bpb)
+        return figure | dict(targets=self.targets, bytes=self.bytes, seconds=seconds, lacking=0) | more
 
 
 def score_windows(forward, stream, windows: tuple, width: int, lora=None, past: Past | None = None):
@@ -1684,16 +1608,16 @@ def progress_of(run, label, total):
     done = 0
     known = np.zeros(3)  # NLL, targets, bytes
 
-    def count(tokens: int, sums: Tensor | None = None):
+    def count(tokens, sums=None):
         nonlocal printed, done, known
         done += tokens
         if sums is not None:
             known = known + sums.sum(0).cpu().numpy()
-        if time.perf_counter() - printed > 5:
-            printed = time.perf_counter()
-            left = (printed - began) * (max(total, 1) / max(done, 1) - 1)
+        now = time.perf_counter()
+        if now - printed > 5 and done:
+            printed = now
             bpb = f" val_bpb:{Score(*known).bpb:.4f}" if known[2] else ""
-            run.log(f"{label}: {100 * done / max(total, 1):.1f}%{bpb} left:{left:.0f}s")
+            run.log(f"{label}: {100 * done / total:.1f}%{bpb} left:{(now - began) * (total / done - 1):.0f}s")
 
     return count
 
@@ -1706,38 +1630,40 @@ def overlapping(stream, size, stride):
 
 
 @torch.no_grad()
-def evaluate_windows(forward, stream, windows: np.ndarray, batch: int, run, label=""):
-    """Score windows (n, 3), the first as long as any. With a label: logs, and raises Interrupted."""
-    progress = progress_of(run, label, int(windows[:, 1].sum()) // run.world)
+def evaluate_windows(forward, stream, run, stride=None):
+    """Score windows of TRAIN_SEQ_LEN targets side by side, or every `stride`, which takes long: it logs, and raises
+    Interrupted."""
+    s = run.s
+    size = s.train_seq_len
+    windows = overlapping(stream, size, stride or size)
+    progress = progress_of(run, "sliding evaluation", int(windows[:, 1].sum()) / run.world)
+    batch = s.eval_batch_seqs if stride else max(1, s.val_batch_size // (size * run.world))
     total = torch.zeros(3, dtype=torch.float64, device=run.device)
     mine = np.array_split(windows, run.world)[run.rank]
     if run.compile:  # one shape, one compilation
         mine = np.pad(mine, ((0, -len(mine) % batch), (0, 0)))
     for i in range(0, len(mine), batch):
-        if label and run.stopping:
-            break
         part = torch.from_numpy(mine[i : i + batch]).to(run.device)
         _, sums = score_windows(forward, stream, part.unbind(1), int(windows[0, 1]))
         total += sums.sum(0)
-        if label:
+        if stride and run.signal:
+            break
+        if stride:
             progress(int(mine[i : i + batch, 1].sum()), sums)
-    if label:
-        run.meet(f"{label}, of which nothing is kept")
+    if stride:
+        run.meet("sliding evaluation, of which nothing is kept")
     nll, targets, bytes_ = run.sum(total).tolist()
     return Score(nll, int(targets), int(bytes_)).checked(stream)
 
 
 def evaluate_standard(forward, stream, run):
-    """Rows of TRAIN_SEQ_LEN targets that do not overlap, the last one shorter."""
-    size = run.s.train_seq_len
-    batch = max(1, run.s.val_batch_size // (size * run.world))
-    return evaluate_windows(forward, stream, overlapping(stream, size, size), batch, run)
+    """The Score by rows that do not overlap, the last one shorter."""
+    return evaluate_windows(forward, stream, run)
 
 
 def evaluate_sliding(forward, stream, run):
-    """Windows of TRAIN_SEQ_LEN targets every EVAL_STRIDE."""
-    windows = overlapping(stream, run.s.train_seq_len, run.s.eval_stride)
-    return evaluate_windows(forward, stream, windows, run.s.eval_batch_seqs, run, "sliding evaluation")
+    """The Score by windows every EVAL_STRIDE, each scoring what no earlier one reached."""
+    return evaluate_windows(forward, stream, run, run.s.eval_stride)
 
 
 def time_spent(began, run):
@@ -1746,14 +1672,13 @@ def time_spent(began, run):
     return dict(seconds=seconds, within_budget=not run.s.eval_max_seconds or seconds <= run.s.eval_max_seconds)
 
 
-# ======== Test-time training ==========================================================================================
+# ======== Test-time training ========
 # LoRA on Q and V, fresh for every document; documents of like length advance chunk by chunk side by side. A deadline, a
 # signal or other ranks decide when a document's number is made, never which one it is.
 
 TTT_BATCH = {"cpu": 4, "cuda": 128}  # documents side by side, where TTT_BATCH_SIZE=0
 STEP_FLOOR = {"cpu": 0, "cuda": 2048}  # tokens; smaller steps cost no less
 LORA_EPS = 1e-10  # Adam's, for the adapters
-SAVE_EVERY = 20.0  # seconds
 
 
 def draw_lora_a(s, document: int):
@@ -1791,34 +1716,10 @@ class Adapters:
         return leaf, list(map(Lora, *stacks))
 
     def step(self, gradient: Tensor, lr: Tensor):
+        """Adam on the first len(gradient) documents."""
         n = len(gradient)
         self.steps[:n] += 1
         self.adam_(self.flat[:n], gradient, self.m[:n], self.v[:n], self.steps[:n], lr, self.betas, LORA_EPS)
-
-
-class ContextCache:
-    """Rotated keys and values of B documents: `kv` (B, layers, 2, kv heads, window + chunk, head_dim).
-
-    The chunk in progress owns the last slots. Before them token t of the last `window` has slot window - 1 - t %
-    window: they border on the chunk, and a new token replaces the oldest. Softmax does not ask for their order."""
-
-    def __init__(self, model, batch, run):
-        s = run.s
-        head_dim = model.blocks[0].attn.head_dim
-        self.window = s.ttt_eval_seq_len - s.ttt_chunk_size
-        shape = batch, s.num_layers, 2, s.num_kv_heads, s.ttt_eval_seq_len, head_dim
-        self.kv = torch.zeros(shape, dtype=model.dtype, device=run.device)
-
-    def slots(self, n, context, tokens):
-        """What a chunk of so many tokens after so much context sees."""
-        return self.kv[:n, ..., self.window - context : self.window + tokens, :]
-
-    def push(self, n, position: Tensor, tokens):
-        keep = min(tokens, self.window)
-        if keep:
-            at = position + torch.arange(tokens - keep, tokens, device=self.kv.device)
-            new = self.kv[:n, ..., self.window + tokens - keep : self.window + tokens, :]
-            self.kv[:n].index_copy_(4, self.window - 1 - at % self.window, new)
 
 
 class Visit(NamedTuple):
@@ -1827,29 +1728,34 @@ class Visit(NamedTuple):
     n: int  # documents, the first of the batch
     width: int  # tokens of a window
     context: int | None  # cached tokens before the chunk; None: a window of its own
-    score: bool  # count it
-    train: bool  # take an Adam step on each document's mean NLL
-    keep: bool  # append it to the context
+    score: bool = False  # count it
+    train: bool = False  # take an Adam step on each document's mean NLL
+    keep: bool = False  # append it to the context
 
 
 class DocumentBatch:
     """Documents that advance together, longest first: those that still have chunk c are the first active[c].
 
     `sums` (1 + figures, B, 3) float64 are NLL, targets and bytes: figure 0 without adaptation, then one per epoch of
-    replay, or one for single_pass."""
+    replay, or one for single_pass.
 
-    def __init__(self, model, stream, documents: np.ndarray, run, deadline=math.inf):
-        self.model = model
-        self.stream = stream
-        self.run = run
-        self.deadline = deadline
-        self.progress = lambda tokens: None
+    `kv` (B, layers, 2, kv heads, window + chunk, head_dim) are rotated keys, and values. The chunk in progress owns the
+    last slots. Before them token t of the last `window` has slot window - 1 - t % window: they border on the chunk, and
+    a new token replaces the oldest. Softmax does not ask for their order."""
+
+    def __init__(self, model, stream, documents: np.ndarray, run):
+        self.model, self.stream, self.run = model, stream, run
+        s = run.s
+        self.deadline = math.inf
+        self.progress = None  # to be told of tokens scored
         self.capacity = batch = len(documents)
         integers = functools.partial(torch.zeros, dtype=torch.int64, device=run.device)
         self.start, self.end = integers(batch), integers(batch)
-        self.sums = torch.zeros(1 + run.s.ttt_figures, batch, 3, dtype=torch.float64, device=run.device)
+        self.sums = torch.zeros(1 + s.ttt_figures, batch, 3, dtype=torch.float64, device=run.device)
         self.adapters = Adapters(batch, run)
-        self.cache = ContextCache(model, batch, run)
+        self.window = s.ttt_eval_seq_len - s.ttt_chunk_size
+        shape = batch, s.num_layers, 2, s.num_kv_heads, s.ttt_eval_seq_len, s.model_dim // s.num_heads
+        self.kv = torch.zeros(shape, dtype=model.dtype, device=run.device)
         self.figure = integers(1)  # that scores count for
         self.position = integers(())  # of the chunk's first target
         self.lr = torch.zeros((), device=run.device)
@@ -1871,9 +1777,9 @@ class DocumentBatch:
         self.sums.zero_()
 
     def expired(self):
-        return self.run.stopping or time.perf_counter() >= self.deadline
+        return self.run.signal or time.perf_counter() >= self.deadline
 
-    def complete(self) -> np.ndarray:
+    def complete(self):
         """NLL (1 + figures, B) float64, NaN where not all targets are counted."""
         nll, targets, bytes_ = self.sums[:, : len(self.lengths)].cpu().numpy().transpose(2, 0, 1)
         whole = targets == self.lengths
@@ -1891,7 +1797,7 @@ class DocumentBatch:
         if context is None:
             begin = (end - self.run.s.ttt_eval_seq_len).clamp_min(0)
         else:
-            past = Past(self.position, self.cache.slots(n, context, width))
+            past = Past(self.position, self.kv[:n, ..., self.window - context : self.window + width, :])
         windows = self.start[:n] + begin, end - begin, self.position - begin
         nll, sums = score_windows(self.model, self.stream, windows, width, lora, past)
         if score:
@@ -1900,8 +1806,16 @@ class DocumentBatch:
             loss = (nll.sum(1) / sums[:, 1].float()).sum()  # each gets its own gradient
             self.adapters.step(torch.autograd.grad(loss, leaf)[0], self.lr)
         if keep:
-            self.cache.push(n, self.position, width)
+            self.push(n, width)
         return nll.detach()
+
+    def push(self, n, width):
+        """The chunk's last tokens become context."""
+        keep = min(width, self.window)
+        if keep:
+            at = self.position + torch.arange(width - keep, width, device=self.kv.device)
+            new = self.kv[:n, ..., self.window + width - keep : self.window + width, :]
+            self.kv[:n].index_copy_(4, self.window - 1 - at % self.window, new)
 
     def launch(self, visit: Visit):
         """step(), by a CUDA graph from the second of a shape on: one launch instead of hundreds."""
@@ -1919,22 +1833,26 @@ class DocumentBatch:
         self.graphs[visit].replay()
 
     def visit(self, chunk, n, cached, **asked):
+        """Step through a chunk of the first n documents."""
         s, size = self.run.s, self.run.s.ttt_chunk_size
         first = chunk * size
         width = size if self.run.compile else min(size, int(self.lengths[0]) - first)  # compiled: one width for all
-        context = min(first, self.cache.window)
+        context = min(first, self.window)
         if not cached:
-            width, context = min(first + width, s.ttt_eval_seq_len), None
-        wanted = dict(score=False, train=False, keep=False) | asked
+            width = min(first + width, s.ttt_eval_seq_len)
+            context = None
+        visit = Visit(n, width, context, **asked)
         self.position.fill_(first)
-        self.launch(Visit(n, width, context, **wanted))
-        self.progress(n * size * wanted["score"])
+        self.launch(visit)
+        if self.progress:
+            self.progress(n * size * visit.score)
         self.run.synchronize(lag=True)
 
     def read(self, figure, cached, train):
+        """Score every chunk for a figure, and train on it or not."""
         self.figure.fill_(figure)
         for chunk, n in enumerate(self.active[:-1]):
-            if self.run.stopping or (figure and self.expired()):  # the plain pass knows no deadline
+            if self.run.signal or (figure and self.expired()):  # the plain pass knows no deadline
                 return
             self.visit(chunk, n, cached, score=True, train=train, keep=cached and self.active[chunk + 1] > 0)
 
@@ -1980,88 +1898,63 @@ def batch_documents(lengths: np.ndarray, run):
     return sorted(batches, key=lambda documents: -batch_cost(lengths[documents], run.s, STEP_FLOOR[device]))
 
 
-def batch_cost(lengths: np.ndarray, s, floor: int) -> float:
+def batch_cost(lengths: np.ndarray, s, floor: int):
     """Predicted cost of a batch's epoch (targets per document, longest first), in tokens of matrix products.
 
     Its chunks are sequential: each costs its tokens weighted by their context, never less than `floor`."""
     size = s.ttt_chunk_size
     chunks = np.arange(-(-int(lengths[0]) // size))
     tokens = np.clip(lengths[:, None] - chunks * size, 0, size).sum(0)
-    matrices = 2 * (1 + s.num_kv_heads / s.num_heads + s.mlp_mult) * s.model_dim + s.vocab_size / s.num_layers
     context = np.minimum(chunks * size, s.ttt_eval_seq_len - size) + size / 2
-    return float(np.maximum(tokens * (1 + 2 * context / matrices), floor).sum())
-
-
-def progress_files(tag, run):
-    """What the ranks of this evaluation's sessions have left."""
-    return list(run.output.glob(f"ttt_progress_{tag}_*.npz"))
+    weight = 1 + context / (1 + s.num_kv_heads / s.num_heads + s.mlp_mult) / s.model_dim
+    return float(np.maximum(tokens * weight, floor).sum())
 
 
 class Results:
-    """`nll` (1 + figures, D) float64 by figure and document, NaN where nothing is known yet.
-
-    Every rank keeps a file of what it knows; RESUME reads all with its `tag`."""
+    """`nll` (1 + figures, D) float64 by figure and document, NaN where nothing is known yet: a file that all ranks map
+    into memory, on one file system, so that it outlives them. A number in it is never replaced, least of all by a
+    better one."""
 
     def __init__(self, stream, run, tag, began):
-        self.run = run
-        self.tag = tag
-        self.nll = np.full((1 + run.s.ttt_figures, len(stream.lengths)), math.nan)
-        self.began = began  # moved back by the seconds of earlier sessions
-        self.saved = began
+        name = f"ttt_progress_{tag}.npy"
+        path = run.path(name)
+        shape = 1 + run.s.ttt_figures, len(stream.lengths) + 1
 
-    def load(self):
-        def read():
-            most = 0.0
-            for path in progress_files(self.tag, self.run):
-                with contextlib.suppress(Exception), np.load(path) as kept:  # damaged: score again
-                    seconds = float(kept["seconds"])
-                    self.add(slice(None), kept["nll"])
-                    most = max(most, seconds)
-            return self.nll, most
+        def prepare():
+            with contextlib.suppress(OSError, ValueError, EOFError):
+                kept = np.load(path, mmap_mode="r")
+                if run.s.resume and (kept.shape, kept.dtype) == (shape, np.float64):
+                    return
+            run.write(name, np.save, arr=np.full(shape, math.nan))
 
-        if self.run.s.resume:
-            self.nll, seconds = self.run.together(read)
-            self.began -= seconds
+        run.together(prepare)
+        self.nll, self.spent = np.split(np.load(path, mmap_mode="r+"), [shape[1] - 1], axis=1)
+        self.began = began - float(np.nan_to_num(self.spent[0, 0]))  # seconds of earlier sessions count
+        if self.began < began:
             done = int((~np.isnan(self.nll)).all(0).sum())
-            self.run.log(f"resumed the evaluation after {seconds:.1f} s: {done} documents are done")
+            run.log(f"resumed the evaluation after {began - self.began:.1f} s: {done} documents are done")
 
-    def add(self, documents: np.ndarray | slice, nll: np.ndarray):
-        """A number is never replaced, least of all by a better one."""
-        known = self.nll[:, documents]
-        self.nll[:, documents] = np.where(np.isnan(known), nll, known)
-
-    def save(self, every=0.0):
-        now = time.perf_counter()
-        if now - self.saved >= every:
-            self.saved = now
-            kept = dict(nll=self.nll, seconds=now - self.began)
-            self.run.write(f"ttt_progress_{self.tag}_{self.run.rank}.npz", np.savez, **kept)
-
-    def merge(self):
-        """Raises Interrupted."""
-        self.save()
-        self.run.meet("evaluation; what is finished is kept")
-        self.nll, *others = self.run.gather(self.nll)
-        for nll in others:
-            self.add(slice(None), nll)
-        if np.isnan(self.nll[0]).any():
-            raise RuntimeError(f"{np.isnan(self.nll[0]).sum()} documents were not scored")
+    def add(self, figures: slice, documents: np.ndarray, nll: np.ndarray):
+        """Numbers by figure and document, and the time. Another rank may write the other figures meanwhile."""
+        known = self.nll[figures, documents]
+        self.nll[figures, documents] = np.where(np.isnan(known), nll, known)
+        self.spent[0] = np.fmax(self.spent[0], time.perf_counter() - self.began)
 
 
-def score_documents(model, stream, results: Results, deadline: float) -> list[float]:
+def score_documents(model, stream, results: Results, deadline: float, run):
     """Without adaptation, then with, until the deadline; a rank takes the costliest batch that is left. Returns both
-    ends in seconds."""
-    run = results.run
-    size = run.s.ttt_chunk_size
+    ends in seconds. Raises Interrupted."""
     batch = None
     ends = []
     plain = "no_adaptation", slice(0, 1), DocumentBatch.plain, math.inf
     adapted = f"ttt {run.s.ttt_protocol}", slice(1, None), DocumentBatch.adapt, deadline
+    todo = np.isnan(results.nll)
+    run.gather(None)  # all must see the same, and nobody has begun
     batches = batch_documents(stream.lengths, run)
     for label, figures, work, until in (plain, adapted):
-        missing = [documents for documents in batches if np.isnan(results.nll[figures, documents]).any()]
-        chunks = sum(int((-(-stream.lengths[documents] // size)).sum()) for documents in missing)
-        progress = progress_of(run, label, len(results.nll[figures]) * chunks * size // run.world)
+        missing = [documents for documents in batches if todo[figures, documents].any()]
+        chunks = sum(int((-(-stream.lengths[documents] // run.s.ttt_chunk_size)).sum()) for documents in missing)
+        progress = progress_of(run, label, len(todo[figures]) * chunks * run.s.ttt_chunk_size / run.world)
         for documents in run.shared(missing, label):
             if batch and len(documents) <= batch.capacity:
                 batch.load(documents)
@@ -2072,27 +1965,26 @@ def score_documents(model, stream, results: Results, deadline: float) -> list[fl
             if batch.expired():
                 break
             work(batch)
-            results.add(documents, batch.complete())
-            results.save(every=SAVE_EVERY)
+            results.add(figures, documents, batch.complete()[figures])
             progress(0, batch.sums[figures.start])
         ends.append(time.perf_counter() - results.began)
-    return ends
+    run.meet("evaluation; what is finished is kept")
+    return np.max(run.gather(ends), axis=0).tolist()
 
 
-def evaluate_ttt(model, stream, run, tag, began) -> tuple[dict, Score]:
+def evaluate_ttt(model, stream, run, tag, began):
     """Figures and the backward-looking Score. Raises Interrupted. What a document lacks EVAL_MAX_SECONDS after `began`,
     the artifact's load, is its NLL without adaptation."""
     s = run.s
     results = Results(stream, run, tag, began)
-    results.load()
     margin = min(2.0, 0.1 * s.eval_max_seconds)  # for gathering
     deadline = results.began + (s.eval_max_seconds or math.inf) - margin
-    ends = score_documents(model, stream, results, deadline)
-    results.merge()
-    plain_end, adapted_end = np.max(run.gather(ends), axis=0).tolist()
+    plain_end, adapted_end = score_documents(model, stream, results, deadline, run)
     account = dict(documents=len(stream.lengths)) | time_spent(results.began, run)
     lacking = np.isnan(results.nll)
     nll = np.where(lacking, results.nll[0], results.nll)
+    if lacking[0].any():
+        raise RuntimeError(f"{lacking[0].sum()} documents were not scored")
     counts = int(stream.lengths.sum()), int(stream.document_bytes.sum())
     plain, *scores = (Score(float(row.sum()), *counts).checked(stream) for row in nll)
     run.log(f"no_adaptation {plain}")
@@ -2104,29 +1996,17 @@ def evaluate_ttt(model, stream, run, tag, began) -> tuple[dict, Score]:
             run.log(f"ttt_epoch:{epoch}/{s.ttt_n_epochs} {score}")
     if epoch > 1:
         run.log(f"note: only epoch 1 is backward-looking, a valid score; {epoch} has seen its text {epoch - 1} times")
-    lacks = dict(first_lacks=curve[0]["lacking"], last_lacks=curve[-1]["lacking"])
-    run.log(f"ttt {pairs(account | lacks)}")
+    run.log(f"ttt {pairs(account)} first_lacks:{curve[0]['lacking']} last_lacks:{curve[-1]['lacking']}")
     bpb = f"backward_looking_val_bpb:{scores[0].bpb:.8f} last_epoch_val_bpb:{scores[-1].bpb:.8f}"
     run.log(f"final_ttt_exact protocol:{s.ttt_protocol} context:{s.ttt_context} {bpb}")
-    arrays = dict(
-        index=np.arange(nll.shape[1]),
-        targets=stream.lengths,
-        bytes=stream.document_bytes,
-        nll_no_adaptation=nll[0],
-        nll_per_epoch=nll[1:],
-        figures_finished=(~lacking[1:]).sum(0),
-    )
+    arrays = dict(index=np.arange(nll.shape[1]), targets=stream.lengths, bytes=stream.document_bytes)
+    arrays |= dict(nll_no_adaptation=nll[0], nll_per_epoch=nll[1:], figures_finished=(~lacking[1:]).sum(0))
     run.together(functools.partial(run.write, result_name("ttt_documents.npz", tag, run), np.savez, **arrays))
-    figures = dict(
-        no_adaptation=plain.figure("no_adaptation", "cached", plain_end),
-        backward_looking=curve[0],
-        last_epoch=curve[-1],
-        curve=curve,
-    )
-    return account | figures, scores[0]
+    account |= dict(no_adaptation=plain.figure("no_adaptation", "cached", plain_end))
+    return account | dict(backward_looking=curve[0], last_epoch=curve[-1], curve=curve), scores[0]
 
 
-# ======== Main ========================================================================================================
+# ======== Main ========
 # The preflight tells the story once in small before main() does, so that what a late stage can hit is hit early.
 
 
@@ -2137,7 +2017,7 @@ def read_model(path: Path, run):
     digest = hashlib.sha256(blob).hexdigest()
     if path.suffix == ".pt":
         try:
-            state = torch.load(io.BytesIO(blob), map_location="cpu", weights_only=True)
+            state = torch.load(path, map_location="cpu", weights_only=True)
             state = {str(name): tensor.float() for name, tensor in state.items()}
             if not all(tensor.isfinite().all() for tensor in state.values()):
                 raise ValueError("not finite")
@@ -2165,7 +2045,7 @@ def scoring_model(run):
     return model
 
 
-def load_weights(model, state: dict[str, Tensor], origin: str):
+def load_weights(model, state, origin: str):
     """Raises UserError where names or shapes differ."""
     try:
         model.load_state_dict(state)
@@ -2174,25 +2054,16 @@ def load_weights(model, state: dict[str, Tensor], origin: str):
         raise UserError(f"{origin}: {what} — set NUM_LAYERS, MODEL_DIM, … to match") from e
 
 
-def cost_of_quantisation(trainer: Trainer, stream, run):
-    """Standard bpb of both files' weights. The trainer keeps the artifact's."""
-    bpb = {}
-    for weights, name in (("float", "final_model.pt"), ("artifact", "final_model.ptz")):
-        _, state, _ = read_model(run.path(name), run)
-        load_weights(trainer.model, state, name)
-        bpb[weights] = evaluate_standard(trainer.forward, stream, run).bpb
+def make_artifact(trainer: Trainer, hessians, stream, run):
+    """Export, and what quantisation costs: the standard bpb of the float weights and of the artifact's, which the
+    trainer's model keeps. Returns the account."""
+    account = run.together(export, trainer.state_dict(), hessians, run)
+    bpb = dict(float=evaluate_standard(trainer.forward, stream, run).bpb)
+    _, state, _ = read_model(run.path("final_model.ptz"), run)
+    load_weights(trainer.model, state, "the artifact")
+    bpb["artifact"] = evaluate_standard(trainer.forward, stream, run).bpb
     run.log(f"export val_bpb float:{bpb['float']:.8f} artifact:{bpb['artifact']:.8f}")
-    return dict(val_bpb=bpb)
-
-
-def evaluate(model, stream, run, tag, began) -> tuple[dict, Score]:
-    """Score the stream with a model loaded at `began`. Returns the figures and the backward-looking Score."""
-    if run.s.ttt_enabled:
-        return evaluate_ttt(model, stream, run, tag, began)
-    score = evaluate_sliding(run.compiled(model, dynamic=False), stream, run)
-    run.log(f"final_sliding_exact {score}")
-    account = time_spent(began, run)
-    return account | dict(sliding=score.figure("sliding", f"stride {run.s.eval_stride}", account["seconds"])), score
+    return account | dict(val_bpb=bpb)
 
 
 def evaluation_tag(weights: str, stream, run):
@@ -2204,86 +2075,131 @@ def evaluation_tag(weights: str, stream, run):
     return hashlib.sha256(repr(inputs).encode()).hexdigest()[:12]
 
 
+def result_name(name, tag, run):
+    """A result's file name; another evaluation of an artifact in its folder leaves the run's own alone."""
+    return name.replace(".", f"_{tag}.") if scores_its_own(run) else name
+
+
+def score_file(model, stream, run, **known):
+    """Load the artifact, or EVAL_ONLY's weights, from the file; evaluate and report. What is `known` of the run before
+    goes into result.json."""
+    s = run.s
+    began = time.perf_counter()
+    path = Path(s.eval_only or run.path("final_model.ptz"))
+    _, state, digest = read_model(path, run)
+    load_weights(model, state, str(path))
+    quantised = path.suffix != ".pt"
+    run.log(f"evaluating {path}, {'quantised' if quantised else 'unquantised'} weights: {s.of(ModelSettings)}")
+    tag = evaluation_tag(digest, stream, run)
+    if s.ttt_enabled:
+        figures, score = evaluate_ttt(model, stream, run, tag, began)
+    else:
+        score = evaluate_sliding(run.compiled(model, dynamic=False), stream, run)
+        run.log(f"final_sliding_exact {score}")
+        figures = time_spent(began, run)
+        figures["sliding"] = score.figure("sliding", f"stride {s.eval_stride}", figures["seconds"])
+    overridden = sorted(f.name for f in fields(s) if f.name.upper() in os.environ)
+    result = dict(schema_version=2, run_id=s.run_id, seed=s.seed, settings=asdict(s), overridden=overridden)
+    result |= dict(source_sha256=SOURCE_SHA256, source_bytes=len(SOURCE_BYTES), environment=environment(run))
+    result |= dict(weights_sha256=digest, quantised=quantised, world_size=run.world) | known
+    result |= dict(evaluation=figures, val_loss=score.loss, val_bpb=score.bpb)
+    run.together(finish, result, tag, run)
+    return score
+
+
+def finish(result: dict, tag, run):
+    """Write the result, after which no interruption can cost the evaluation."""
+    run.write(result_name("result.json", tag, run), lambda f: f.write(json.dumps(result, indent=1).encode()))
+    run.path(f"ttt_progress_{tag}.npy").unlink(missing_ok=True)
+
+
 def preflight(trainer: Trainer | None, model, run):
     """Every stage to come once, untrained and short, before it counts and outside both budgets. Returns the seconds of
     each."""
     s = run.s
-    began = time.perf_counter()
     seconds = {}
+    began = time.perf_counter()
     small = run.using(rehearsing=True, eval_max_seconds=0.0, ttt_n_epochs=min(s.ttt_n_epochs, 2), resume=False)
+    longest = max(s.train_seq_len * run.world + s.eval_stride, s.ttt_eval_seq_len + s.ttt_chunk_size)
+    stream = synthetic_stream([longest, s.ttt_chunk_size + 1], run)  # rows for all ranks; more context than a window's
 
     def done(stage):
         run.synchronize()
         seconds[stage] = time.perf_counter() - began - sum(seconds.values())
 
     try:
-        rehearse(trainer, model, run, small, done)
+        if trainer and not trainer.finished:
+            trainer.warm_up()
+            trainer.save(small)
+            done("training")
+            evaluate_standard(trainer.forward, stream, small)
+            done("validation")
+        if trainer:
+            before = trainer.state_dict()
+            make_artifact(trainer, trainer.reserve(), stream, small)
+            load_weights(trainer.model, before, "the weights before")
+            done("export")
+        if s.ttt_enabled and (run.compile or run.cuda):
+            run.graphs = small.graphs = rehearse_adaptation(model, small)
+        score_file(model, stream, small)
+        done("evaluation")
     finally:
         if run.rank == 0:
             for path in run.output.glob("preflight_*"):
                 path.unlink()
     run.gather(None)  # no rank goes on before
     run.log("preflight " + " ".join(f"{name}:{value:.1f}s" for name, value in seconds.items()))
+    if run.cuda and s.ttt_enabled and not run.graphs:
+        run.log("note: CUDA graphs do not compute what they record here; every step is launched kernel by kernel")
     return seconds
 
 
-def rehearse(trainer: Trainer | None, model, run, small: Run, done: Callable):
-    """The run under the settings of `small`, down to the files that it writes."""
-    s = run.s
-    state = None if trainer else GPT(s).state_dict()
-    row = synthetic_stream([s.train_seq_len * run.world + 1], run)
-    if trainer and not trainer.finished:
-        trainer.warm_up()
-        trainer.save(small)
-        done("training")
-        evaluate_standard(trainer.forward, row, small)
-        done("validation")
-    if trainer:
-        state, hessians = trainer.state_dict(), trainer.reserve()
-        small.together(export, state, hessians, small)
-        cost_of_quantisation(trainer, row, small)
-        load_weights(trainer.model, state, "the weights before")
-        _, state, _ = read_model(small.path("final_model.ptz"), small)
-        done("export")
-    load_weights(model, state, "the untrained model")
-    lengths = [s.train_seq_len + s.eval_stride * run.world]  # a window for every rank
-    if s.ttt_enabled:
-        lengths = [s.ttt_eval_seq_len + s.ttt_chunk_size, s.ttt_chunk_size + 1]  # more than a window of context
-    if s.ttt_enabled and run.compile:
-        rehearse_adaptation(model, lengths[0], small)
-        run.graphs = small.graphs
-        if run.cuda and not run.graphs:
-            run.log("note: CUDA graphs do not compute what they record here; every step is launched kernel by kernel")
-    stream = synthetic_stream(lengths, run)
-    tag = evaluation_tag("untrained", stream, small)
-    figures, _ = evaluate(model, stream, small, tag, time.perf_counter())
-    result = figures | asdict(s) | environment(run) | (trainer.account() if trainer else {})
-    small.together(finish, result, tag, small)
-    done("evaluation")
-
-
-def rehearse_adaptation(model, longest: int, run):
-    """Compile every shape: documents that end one after another, and a single one. Try CUDA graphs on both."""
+def rehearse_adaptation(model, run) -> bool:
+    """Compile every shape: documents that end one after another, and a single one. Returns whether CUDA graphs of both
+    compute what was recorded, scores and movement. Weights are random: a fresh model's leave LoRA without gradient."""
+    for p in model.parameters():
+        p.normal_(std=0.05)
+    longest = run.s.ttt_eval_seq_len + run.s.ttt_chunk_size
+    same = True
     for size in (run.s.ttt_batch_size or TTT_BATCH[run.device.type], 1):
-        figures = []
         stream = synthetic_stream([longest // (1 + 3 * i // size) for i in range(size)], run)
         batch = DocumentBatch(model, stream, np.arange(size), run)
+        a = np.stack([draw_lora_a(run.s, i) for i in range(size)])
+        scores, moved = [], []
         for graphs in (False, run.cuda):
             run.graphs = graphs
-            batch.plain()
-            batch.adapt()
-            figures.append(batch.complete())
             batch.load(np.arange(size))
-        if not all(run.gather(np.allclose(figures[0], figures[-1], rtol=1e-3, equal_nan=True))):
-            run.graphs = False
-            return
+            batch.plain()
+            batch.adapt(a)
+            scores.append(batch.complete())
+            end = batch.adapters.flat.clone()
+            batch.adapters.begin(a)
+            moved.append(end - batch.adapters.flat)
+        same &= np.allclose(*scores, rtol=1e-3, equal_nan=True)
+        same &= bool((moved[1] - moved[0]).norm() <= 0.1 * moved[0].norm())
+    return run.cuda and all(run.gather(same))
+
+
+def describe(trainer: Trainer | None, stream, run):
+    """Log what repeats the run; a star marks settings from the environment."""
+    for text in (SOURCE_BYTES.decode(), *misspelt(os.environ)):
+        run.log(text, console=False)
+    for name, value in asdict(run.s).items():
+        run.log(f"{'*' if name.upper() in os.environ else ' '} {name.upper()}={value}")
+    run.log(pairs(environment(run)))
+    if run.no_gpu:
+        run.log(f"on the CPU: {run.no_gpu}")
+    run.log(f"validation documents:{len(stream.lengths)} targets:{stream.target_count} bytes:{stream.byte_count}")
+    if trainer:
+        run.log(f"model parameters:{sum(p.numel() for p in trainer.model.parameters())}")
+        if trainer.resumed:
+            run.log(f"resumed from {run.path('checkpoint.pt')} at step {trainer.step}")
 
 
 def main():
     """Returns the exit code."""
-    if os.environ.get("RANK", "0") == "0":  # first of all: what fails may fail for them
-        for line in misspelt(os.environ):
-            print(line, flush=True)
+    for line in misspelt(os.environ) if os.environ.get("RANK", "0") == "0" else ():
+        print(line, flush=True)  # first of all: what fails may fail for them
     run = Run(Settings.from_env(os.environ))
     run.together(prepare_sample, run)
     if run.s.eval_only:  # its header decides the vocabulary
@@ -2293,58 +2209,19 @@ def main():
     shards = [] if run.s.eval_only else open_shards("train", run)
     run = open_output(run)
     trainer = Trainer(shards, run) if shards else None
-    describe(run)
-    run.log(f"validation documents:{len(stream.lengths)} targets:{stream.target_count} bytes:{stream.byte_count}")
+    model = scoring_model(run)
+    describe(trainer, stream, run)
+    seconds = preflight(trainer, model, run)
     artifact = None
     if trainer:
-        run.log(f"model parameters:{sum(p.numel() for p in trainer.model.parameters())}")
-        if trainer.resumed:
-            run.log(f"resumed from {run.path('checkpoint.pt')} at step {trainer.step}")
-    model = scoring_model(run)
-    seconds = preflight(trainer, model, run)
-    if trainer:
         hessians = trainer.train(stream)
-        artifact = run.together(lambda: export(trainer.state_dict(), hessians, run))
-        artifact |= cost_of_quantisation(trainer, stream, run)
-    began = time.perf_counter()
-    path = Path(run.s.eval_only or run.path("final_model.ptz"))
-    _, state, digest = read_model(path, run)
-    load_weights(model, state, str(path))
-    quantised = path.suffix != ".pt"
-    run.log(f"evaluating {path}, {'quantised' if quantised else 'unquantised'} weights: {run.s.of(ModelSettings)}")
-    tag = evaluation_tag(digest, stream, run)
-    figures, score = evaluate(model, stream, run, tag, began)
-    result = dict(
-        schema_version=2,
-        run_id=run.s.run_id,
-        seed=run.s.seed,
-        settings=asdict(run.s),
-        preflight=seconds,
-        overridden=sorted(f.name for f in fields(run.s) if f.name.upper() in os.environ),
-        source_sha256=SOURCE_SHA256,
-        source_bytes=len(SOURCE_BYTES),
-        weights_sha256=digest,
-        environment=environment(run),
-        world_size=run.world,
-        quantised=quantised,
-        data=dict(train=trainer and trainer.identity["data"], validation=stream.fingerprint),
-        training=trainer and trainer.account(),
-        artifact=artifact,
-        evaluation=figures,
-        val_loss=score.loss,
-        val_bpb=score.bpb,
-    )
-    run.together(finish, result, tag, run)
+        artifact = make_artifact(trainer, hessians, stream, run)
+    data = dict(train=trainer and trainer.identity["data"], validation=stream.fingerprint)
+    known = dict(preflight=seconds, training=trainer and trainer.account(), artifact=artifact, data=data)
+    score = score_file(model, stream, run, **known)
     run.log(f"final_int8_zlib_roundtrip_exact {score}")
     run.part()
     return 3 if artifact and not artifact["fits"] else 0
-
-
-def finish(result: dict, tag, run):
-    """Write the result, after which no interruption can cost the evaluation."""
-    run.write(result_name("result.json", tag, run), lambda f: f.write(json.dumps(result, indent=1).encode()))
-    for path in progress_files(tag, run):
-        path.unlink()
 
 
 def entry():
@@ -2359,8 +2236,10 @@ def entry():
         if crashed:
             raise
         if isinstance(e, Interrupted):
-            print(f"stopped by {e}", file=sys.stderr, flush=True)
-            return 128 + e.number
+            number, where = e.args
+            hint = "the same command with RESUME=1 and the same OUTPUT_DIR goes on"
+            print(f"stopped by {signal.Signals(number).name} {where} — {hint}", file=sys.stderr, flush=True)
+            return 128 + number
         print(f"error: {user_line(e)}", file=sys.stderr, flush=True)
         return 2
 

@@ -44,7 +44,7 @@ def trace(model: train_gpt.GPT, stream: train_gpt.Stream, run: train_gpt.Run, do
     batch = Traced(model, stream, documents, run)
     batch.plain()
     batch.adapt(np.stack([train_gpt.draw_lora_a(run.s, int(seed)) for seed in seeds]))
-    if run.stopping:  # train_gpt's handler lets a signal wait
+    if run.signal:  # train_gpt's handler lets a signal wait
         raise KeyboardInterrupt
     return batch.trace
 

@@ -1,6 +1,6 @@
 """Measures what the specification sets figures for: training, test-time training and packing.
 
-    python tests/bench.py train|ttt|pack|curve|export [--device cpu|cuda] [--shard FILE] [--repeats N] [--profile]
+    python tests/bench.py train|ttt|predict|pack|curve|export [--device cpu|cuda] [--shard FILE] [--profile]
 
 The model and every other setting come from the environment, as for train_gpt.py; PRESET defaults to `record` on CUDA
 and to `tiny` on a CPU, the latter with the record's window of 2,048 tokens. Tokens are synthetic (random ids,
@@ -12,7 +12,8 @@ optimiser written out one parameter at a time and nothing compiled; and from oth
 
 `ttt` times single steps and simulates the evaluation of the full split on eight such devices: its documents are drawn
 from the sample's lengths, with the sample's own tail or a Pareto one, and each rank takes the costliest batch that is
-left. What comes out is a prediction.
+left. What comes out is a prediction. `predict` does the same without a GPU, by an H100's seconds as `Gpu` assumes them
+and the host's as --host-ms gives them.
 
 `export --run FOLDER` quantises a finished run's weights in as many ways as there are --try, each settings like
 "QUANT_SIGMAS=4.0,5.6 QUANTIZER=nearest" (STRETCH=1.2 stretches the steps), and prints bytes and the loss in bits per
@@ -47,11 +48,14 @@ BUDGET = 600.0  # seconds
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("work", choices=("train", "ttt", "pack", "curve", "export"))
+    parser.add_argument("work", choices=("train", "ttt", "predict", "pack", "curve", "export"))
     parser.add_argument("--device", choices=("cpu", "cuda"), help="default: CUDA if there is one")
     parser.add_argument("--shard", type=Path, help="take real documents from this shard")
     parser.add_argument("--documents", type=int, nargs="*", default=[], help="sizes of ttt batches to compare")
     parser.add_argument("--epochs", type=int, default=2, help="epochs per repetition of ttt")
+    parser.add_argument(
+        "--host-ms", type=float, nargs="*", default=[0.02, 5.0, 10.0], help="predict: a step's on the host"
+    )
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--steps", type=int, default=200, help="steps of curve")
     parser.add_argument("--profile", action="store_true", help="also print torch.profiler's table of a step")
@@ -68,9 +72,8 @@ def main() -> None:
         run = t.Run(t.Settings.from_env(preset | os.environ | dict(DEVICE=device)))
         print(" ".join(f"{k}:{v}" for k, v in t.environment(run).items()))
         torch.manual_seed(run.s.seed)
-        {"train": bench_train, "ttt": bench_ttt, "pack": bench_pack, "curve": bench_curve, "export": bench_export}[
-            args.work
-        ](run, args)
+        work = dict(train=bench_train, ttt=bench_ttt, predict=bench_predict, pack=bench_pack, curve=bench_curve)
+        (work | dict(export=bench_export))[args.work](run, args)
     except (t.UserError, OSError) as e:
         sys.exit(f"error: {t.user_line(e)}")
 
@@ -212,11 +215,11 @@ def curve(run: t.Run, loader: t.BatchLoader, seed: int, plain: bool = False) -> 
 # ---- Test-time training
 
 
-def sample_stream(run: t.Run, shard: Path | None) -> t.Stream:
+def sample_stream(run: t.Run, shard: Path | None, device: torch.device) -> t.Stream:
     """Real documents, or 625 of FineWeb-like lengths."""
     if shard:
         tokens = np.array(t.open_shard(shard))
-        return t.Stream(tokens, np.ones(len(tokens) - 1, np.int16), run.device)
+        return t.Stream(tokens, np.ones(len(tokens) - 1, np.int16), device)
     lengths = np.random.default_rng(0).lognormal(np.log(640), 1.058, 625)
     return t.synthetic_stream(np.maximum(lengths, 2).astype(np.int64), run)
 
@@ -228,7 +231,7 @@ def bench_ttt(run: t.Run, args) -> None:
     ceiling = ceilings(run)
     model = t.scoring_model(run)
     t.load_weights(model, t.GPT(run.s).state_dict(), "a fresh model")
-    stream = sample_stream(run, args.shard)
+    stream = sample_stream(run, args.shard, run.device)
     batches = t.batch_documents(stream.lengths, run)
 
     def adapt(documents, run=run):
@@ -256,7 +259,7 @@ def bench_ttt(run: t.Run, args) -> None:
         measure(longest_first[begin : begin + size])
     cost = time_steps(model, run, args.repeats)
     print("seconds of a step: " + " ".join(f"{name}:{value:.5f}" for name, value in vars(cost).items()))
-    whole_sample = sum(cost.epoch(stream.lengths[batch], run.s) for batch in batches)
+    whole_sample = sum(epoch(cost, stream.lengths[batch], run.s) for batch in batches)
     repeats = 1 if run.cuda else 0
     measured = sum(seconds_of(run, lambda b=batch: adapt(b), repeats) for batch in batches) / args.epochs
     rate = int(stream.lengths.sum()) / measured
@@ -278,7 +281,7 @@ class StepSeconds:
     one_full: float  # with a full context
     batch: float  # BATCH documents without context
     batch_full: float
-    plain_full: float  # the batch, scored without adaptation
+    plain_share: float  # of such a step's seconds, scored without adaptation
     documents: int  # BATCH
 
     def steps(self, alive: np.ndarray, share: np.ndarray) -> np.ndarray:
@@ -288,12 +291,49 @@ class StepSeconds:
             self.one_full + more * (self.batch_full - self.one_full)
         )
 
-    def epoch(self, lengths: np.ndarray, s: t.Settings) -> float:
-        """Seconds of an epoch of one batch."""
-        chunks = np.arange(-(-int(lengths[0]) // s.ttt_chunk_size))
-        alive = (-(-lengths[:, None] // s.ttt_chunk_size) > chunks).sum(0)
-        window = s.ttt_eval_seq_len - s.ttt_chunk_size
-        return float(self.steps(alive, np.minimum(chunks * s.ttt_chunk_size, window) / max(window, 1)).sum())
+
+def epoch(cost, lengths: np.ndarray, s: t.Settings) -> float:
+    """Seconds of an epoch of one batch, whose documents come longest first."""
+    chunks = np.arange(-(-int(lengths[0]) // s.ttt_chunk_size))
+    alive = (-(-lengths[:, None] // s.ttt_chunk_size) > chunks).sum(0)
+    window = s.ttt_eval_seq_len - s.ttt_chunk_size
+    return float(cost.steps(alive, np.minimum(chunks * s.ttt_chunk_size, window) / max(window, 1)).sum())
+
+
+@dataclass
+class Gpu:
+    """Seconds of one training step on one H100. ASSUMED, +-50%: no GPU was measured.
+
+    20.2 ms for 64 documents at full context and 9.6 ms without were the estimate for a version that concatenated cache
+    and chunk and differentiated by every key. Of the former, 0.8 ms went with the concatenation (268 MB a layer, read
+    and written) and 0.9 ms with gradients expanded to all query heads (4.7 MB per document and layer, less what the
+    second kernel's output adds), both at 3.35 TB/s."""
+
+    host: float = 0.0  # seconds of a step; the host is one step ahead at most
+    slower: float = 1.0  # factor on all of the GPU's
+    full: float = 18.5e-3
+    first: float = 9.6e-3
+    fixed: float = 1.1e-3  # of both, what does not shrink with the documents
+    least: float = 2.5e-3  # a step's kernels one after another, however small
+    documents: int = 64
+    plain_share: float = 1 / 3  # of a training step's time, for one without adaptation
+
+    def steps(self, alive: np.ndarray, share: np.ndarray) -> np.ndarray:
+        per_document = (self.first - self.fixed + (self.full - self.first) * share) / self.documents
+        return np.maximum(self.slower * np.maximum(self.least, alive * per_document + self.fixed), self.host)
+
+
+def bench_predict(run: t.Run, args) -> None:
+    """The evaluation of the full split on eight H100, by the seconds that Gpu assumes."""
+    run = run.using()
+    run.device = torch.device("cuda")  # whose batches are planned; nothing runs on it
+    lengths = sample_stream(run.using(), args.shard, torch.device("cpu")).lengths
+    for tail in ("sample", "pareto"):
+        drawn = draw_documents(lengths, tail)
+        for host in args.host_ms:
+            for slower in (1.0, 1.5):
+                print(f"host {host:g} ms, GPU x{slower:g}: ", end="")
+                simulate(Gpu(host / 1e3, slower), drawn, tail, run)
 
 
 def time_steps(model: t.GPT, run: t.Run, repeats: int) -> StepSeconds:
@@ -311,7 +351,7 @@ def time_steps(model: t.GPT, run: t.Run, repeats: int) -> StepSeconds:
                 batch.visit(chunk, documents, True, score=True, train=train)
 
             found[name + suffix] = seconds_of(run, step, repeats)
-    found["plain_full"] = seconds_of(run, lambda: step(train=False), repeats)
+    found["plain_share"] = seconds_of(run, lambda: step(train=False), repeats) / found["batch_full"]
     return StepSeconds(**found, documents=size)
 
 
@@ -331,8 +371,7 @@ def simulate(cost: StepSeconds, lengths: np.ndarray, tail: str, run: t.Run) -> N
     s, free, longest = run.s, [0.0] * GPUS, 0.0
     batches = t.batch_documents(lengths, run)
     for batch in batches:
-        plain = cost.epoch(lengths[batch], s) * cost.plain_full / cost.batch_full
-        seconds = s.ttt_n_epochs * cost.epoch(lengths[batch], s) + plain
+        seconds = (s.ttt_n_epochs + cost.plain_share) * epoch(cost, lengths[batch], s)
         longest = max(longest, seconds)
         heapq.heappush(free, heapq.heappop(free) + seconds)
     print(

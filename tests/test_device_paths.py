@@ -66,9 +66,11 @@ class Evaluation:
         train_gpt.load_weights(self.model, self.state, "random")
 
     def warm_up(self) -> None:
-        """The preflight of an evaluation; it leaves the untrained model's weights."""
-        train_gpt.preflight(None, self.model, self.run)
-        train_gpt.load_weights(self.model, self.state, "random")
+        """The preflight of an evaluation of a file."""
+        path = self.run.output / "weights.pt"
+        torch.save(self.state, path)
+        run = self.run.using(eval_only=str(path))
+        train_gpt.preflight(None, self.model, run)
 
     def score(self, documents: list[int]) -> Tensor:
         """NLL of every figure and document, plain first, from one batch. The adapters stay float32."""

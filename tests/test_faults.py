@@ -9,6 +9,8 @@ import random
 import re
 import shutil
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -269,22 +271,38 @@ def test_progress_stays_until_the_result_is_on_the_disk(tmp_path, whole):
     assert not adapted(again) and again.lines[-1] == whole.lines[-1]
 
 
-def test_a_damaged_progress_file_only_costs_the_progress(alone):
+def test_progress_is_there_at_once_for_any_rank_and_a_damaged_file_only_costs_the_progress(alone):
     run = alone.using(resume=True, ttt_n_epochs=1)
     stream = train_gpt.synthetic_stream([3, 2, 1], run)
-    results = train_gpt.Results(stream, run, "tag", time.perf_counter())
-    results.add(np.arange(3), np.arange(6.0).reshape(2, 3))
-    results.save()
-    (path,) = train_gpt.progress_files("tag", run)
+
+    def opened():
+        return train_gpt.Results(stream, run, "tag", time.perf_counter())
+
+    results = opened()
+    assert np.isnan(results.nll).all() and results.nll.shape == (2, 3)
+    results.add(slice(None), np.array([2, 0]), np.arange(4.0).reshape(2, 2))
+    other = opened()  # another rank, or after a kill -9
+    other.add(slice(None), np.array([0, 1]), np.array([[7.0, 8], [np.nan, np.nan]]))  # what is known is never replaced
+    other.add(slice(1, None), np.array([1]), np.array([[9.0]]))
+    for seen in (results, other, opened()):
+        assert seen.nll.tolist() == [[1, 8, 0], [3, 9, 2]]
+    (path,) = run.output.glob("ttt_progress*")
     good = path.read_bytes()
-    flipped = [good[:i] + bytes([good[i] ^ 0xFF]) + good[i + 1 :] for i in range(len(good))]
-    for damaged in [*flipped, *(good[:i] for i in range(0, len(good), 50)), good]:
+    for damaged in (
+        b"",
+        good[:50],
+        good[:-8],
+        b"x" + good[1:],
+        good.replace(b"(2, 4)", b"(4, 2)"),
+        good.replace(b"<f8", b">f8"),
+    ):
+        path.unlink()  # the old one is still mapped
         path.write_bytes(damaged)
-        again = train_gpt.Results(stream, run, "tag", time.perf_counter())
-        again.load()
-        assert again.nll.shape == (2, 3)
-        assert np.isnan(again.nll).all() or (again.nll == results.nll).all()
-    assert (again.nll == results.nll).all()
+        assert np.isnan(opened().nll).all()
+    path.unlink()
+    path.write_bytes(good)
+    assert opened().nll.tolist() == results.nll.tolist()
+    assert np.isnan(train_gpt.Results(stream, run.using(resume=False), "tag", 0.0).nll).all()
 
 
 @pytest.mark.parametrize("ttt", [0, 1])
@@ -440,20 +458,29 @@ def test_a_rank_killed_in_training_ends_the_others_within_seconds(tmp_path):
     processes[1].kill()
     began = time.monotonic()
     assert processes[0].wait(20) not in (0, 2) and time.monotonic() - began < 15
-    assert re.search("gloo|closed|reset|rank 1 is gone", processes[0].err.lower())
+    assert re.search("gloo|closed|reset", processes[0].err.lower())
 
 
-def test_a_rank_killed_in_the_evaluation_ends_the_others_within_seconds_and_what_is_done_is_kept(tmp_path, whole):
-    """Minutes of work are left, in which the ranks say nothing to each other."""
-    settings = dict(EVAL_ONLY=whole.folder / "final_model.ptz", TTT_N_EPOCHS=5000, TTT_BATCH_SIZE=1)
-    processes = runs.ranks(tmp_path, before=report_documents, **settings)
-    for process in processes:
-        process.until("adapting")
-    processes[1].kill()
+def test_a_rank_killed_in_the_evaluation_ends_the_job_within_seconds_and_what_is_done_is_kept(tmp_path, whole):
+    """Under torchrun, whose part it is to notice: ranks say nothing to each other, and minutes of work are left."""
+    settings = dict(EVAL_ONLY=whole.folder / "final_model.ptz", TTT_N_EPOCHS=1000, TTT_BATCH_SIZE=1)
+    env = dict(PATH="/usr/bin:/bin", OMP_NUM_THREADS="1") | runs.environment(tmp_path, **settings)
+    typed = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    with open(tmp_path / "console", "w") as console:
+        job = subprocess.Popen([*typed, str(runs.ROOT / "train_gpt.py")], env=env, stdout=console, stderr=console)
+    deadline = time.monotonic() + 60
+    while not (kept := list(tmp_path.glob("ttt_progress*"))) or np.isnan(np.load(kept[0])[0, :-1]).any():
+        assert time.monotonic() < deadline and job.poll() is None, (tmp_path / "console").read_text()[-2000:]
+        time.sleep(0.1)
+    children = subprocess.run(["pgrep", "-P", str(job.pid)], capture_output=True, text=True).stdout.split()
+    os.kill(int(children[-1]), signal.SIGKILL)
     began = time.monotonic()
-    assert processes[0].wait(30) not in (0, 2) and time.monotonic() - began < 20
-    assert "rank 1 is gone" in processes[0].err
-    assert list(tmp_path.glob("ttt_progress*_0.npz"))
+    assert job.wait(40) == 1 and time.monotonic() - began < 25
+    assert "stopped by SIGTERM" in (tmp_path / "console").read_text()
+    again = runs.run(tmp_path / "again", **settings | dict(TTT_N_EPOCHS=1))
+    assert (
+        np.load(kept[0])[0, :-1].tolist() == np.load(again.folder / "ttt_documents.npz")["nll_no_adaptation"].tolist()
+    )
 
 
 def test_writing_to_a_full_disk_leaves_the_old_file_and_a_clear_line(tmp_path, alone):

@@ -48,9 +48,9 @@ def plant(place: str) -> None:
 
 LATE = (
     ("evaluate_standard", {}), ("Trainer.save", {}), ("calibrate", {}), ("gptq", dict(MODEL_DIM=96)),
-    ("nearest", dict(MODEL_DIM=96, QUANTIZER="nearest")), ("pack", {}), ("unpack", {}), ("cost_of_quantisation", {}),
-    ("load_weights", {}), ("DocumentBatch.plain", {}), ("Adapters.step", {}), ("ContextCache.push", {}),
-    ("DocumentBatch.adapt", dict(TTT_PROTOCOL="single_pass")), ("Results.merge", {}), ("time_spent", {}),
+    ("nearest", dict(MODEL_DIM=96, QUANTIZER="nearest")), ("pack", {}), ("unpack", {}), ("make_artifact", {}),
+    ("load_weights", {}), ("DocumentBatch.plain", {}), ("Adapters.step", {}), ("DocumentBatch.push", {}),
+    ("DocumentBatch.adapt", dict(TTT_PROTOCOL="single_pass")), ("Results.add", {}), ("time_spent", {}),
     ("evaluate_sliding", dict(TTT_ENABLED=0)), ("finish", {}),
 )  # fmt: skip
 
