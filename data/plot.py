@@ -18,8 +18,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from common import UNTOUCHED, Parser, UserError, read_arrays, read_documents, read_run
-from common import run as run_tool
+from common import UNTOUCHED, Parser, UserError, read_arrays, read_documents, read_run, run_tool
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

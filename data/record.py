@@ -19,8 +19,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from common import Parser, Run, UserError, new_directory, number, read_log, read_run, value_of, write_atomic
-from common import run as run_tool
+from common import Parser, Run, UserError, new_directory, number, read_log, read_run, run_tool, value_of, write_atomic
 
 # The challenge's rules, in its numbers.
 LIMITS = [
