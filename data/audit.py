@@ -6,8 +6,6 @@ repeat, and adds the rows to the run's result.json. Backward-looking figures mus
 shows its leak. Exit code 1 if a backward-looking figure moved. With --positions it writes instead what plot.py needs
 for bits per byte by position: sums by chunk of the first K documents (default: all), in ttt_positions.npz."""
 
-from __future__ import annotations
-
 import io
 import json
 import math

@@ -1,7 +1,5 @@
 """What the tools of this folder share: errors, command lines, atomic files and folders, shards, and run folders."""
 
-from __future__ import annotations
-
 import argparse
 import errno
 import hashlib
@@ -91,37 +89,28 @@ def write_atomic(path: Path, content: bytes) -> None:
 
 
 @contextmanager
-def new_directory(out: Path, replace: bool = False) -> Iterator[Path]:
+def new_directory(out: Path) -> Iterator[Path]:
     """Yields an empty sibling of `out` to fill; it takes the name `out` only if the block ends without an exception.
 
-    UserError if `out` holds anything and `replace` is false, or holds files that are no part of a dataset.
+    UserError if `out` is there and not an empty folder.
     """
-    require_free(out, replace)
+    require_free(out)
     out = out.resolve()
     partial = out.with_name(f"{out.name}.partial-{os.getpid()}")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     try:
         yield partial
-        retired = out.rename(f"{partial}-old") if replace and out.exists() else None
-        require_free(out, replace=False)  # another run may have finished first
+        require_free(out)  # another run may have finished first
         partial.rename(out)
-        if retired:
-            shutil.rmtree(retired)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def require_free(out: Path, replace: bool) -> None:
+def require_free(out: Path) -> None:
     """UserError unless a folder may be made at `out`."""
-    if out.exists() and not out.is_dir():
-        raise UserError(f"{out} is a file — choose another folder")
-    names = sorted(os.listdir(out)) if out.exists() else []
-    if names and not replace:
-        raise UserError(f"{out} is not empty — choose another folder, or replace a dataset with --force")
-    for name in names:
-        if not re.fullmatch(r"fineweb_(train|val)_\d+\.bin|.*\.model", name):
-            raise UserError(f"{out} holds {name}, which is no part of a dataset — choose another folder")
+    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
+        raise UserError(f"{out} is a file or a folder that is not empty — choose another folder, or delete it")
 
 
 def check_shard(path: Path) -> int:

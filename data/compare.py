@@ -7,8 +7,6 @@ Only backward-looking figures count: single_pass's, or epoch 1 of replay. Interv
 Prints a Markdown table, the best run first.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from pathlib import Path

@@ -6,8 +6,6 @@ The environment variables of huggingface_hub apply, among them HF_ENDPOINT (a mi
 place only when it is whole and its header is right; run the command again to go on after an interruption.
 """
 
-from __future__ import annotations
-
 import json
 import shutil
 import sys

@@ -6,8 +6,6 @@ One topic of `help()` or the docstrings of one standard library module make one 
 same bytes.
 """
 
-from __future__ import annotations
-
 import ast
 import inspect
 import random
@@ -84,15 +82,15 @@ def choose_validation(candidates: list[np.ndarray]) -> set[int]:
     return set(chosen)
 
 
-def build(out: Path, replace: bool = False) -> None:
-    """Builds the sample dataset in the folder `out` and prints a summary; see common.new_directory for `replace`."""
+def build(out: Path) -> None:
+    """Builds the sample dataset in the folder `out` and prints a summary."""
     began = time.monotonic()
     texts = documents()
     held_back = round(HELD_BACK * len(texts))
     model = text.train_tokenizer(texts[held_back:], VOCAB_SIZE)
     encoded = text.encode(text.load_tokenizer(model, "the sample's tokenizer"), texts)
     validation = choose_validation(encoded[:held_back])
-    with new_directory(out, replace) as directory:
+    with new_directory(out) as directory:
         (directory / FILES[2]).write_bytes(model)
         writers = train, val = [text.ShardWriter(directory, split) for split in ("train", "val")]
         with closing(train), closing(val):
@@ -107,21 +105,20 @@ def build(out: Path, replace: bool = False) -> None:
 def main() -> None:
     parser = Parser(__doc__)
     parser.add_argument("--out", type=Path, default=OUT, help="the dataset's folder (default: sample beside this file)")
-    parser.add_argument("--force", action="store_true", help="build it even if it is there")
-    options = parser.parse_args()
+    out = parser.parse_args().out
 
     def is_complete() -> bool:
-        return all((options.out / name).is_file() for name in FILES)
+        return all((out / name).is_file() for name in FILES)
 
-    if is_complete() and not options.force:
-        print(f"{options.out} is complete already (--force builds it again)")
+    if is_complete():
+        print(f"{out} is complete already (delete it to build it again)")
         return
     try:
-        build(options.out, options.force)
+        build(out)
     except (UserError, OSError):
-        if options.force or not is_complete():  # else another run has just finished the same sample
+        if not is_complete():  # else another run has just finished the same sample
             raise
-    print(f"wrote {options.out}")
+    print(f"wrote {out}")
 
 
 if __name__ == "__main__":

@@ -6,8 +6,6 @@ The input is read twice as a stream: first to count, to choose the validation do
 tokenizer, then to encode. What stays in memory is one 16-byte digest per document and a bounded sample of the text.
 """
 
-from __future__ import annotations
-
 import argparse
 import gzip
 import hashlib
@@ -17,8 +15,6 @@ import json
 import os
 import random
 import re
-import shutil
-import sys
 import time
 import zlib
 from collections import Counter
@@ -229,16 +225,10 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> bytes:
         spm.SentencePieceTrainer.train(
             sentence_iterator=(piece.translate(rare) for piece in pieces),
             model_writer=model,
-            model_type="bpe",
             vocab_size=vocab_size,
-            byte_fallback=True,
-            split_digits=True,
-            normalization_rule_name="identity",
-            remove_extra_whitespaces=False,
-            add_dummy_prefix=False,
+            **dict(model_type="bpe", byte_fallback=True, split_digits=True, num_threads=1, minloglevel=2),
+            **dict(normalization_rule_name="identity", remove_extra_whitespaces=False, add_dummy_prefix=False),
             **dict(pad_id=PAD, bos_id=BOS, eos_id=EOS, unk_id=UNK),
-            num_threads=1,
-            minloglevel=2,
         )
     except RuntimeError as error:
         if not re.search("Vocabulary size too high|sentences_.empty", str(error)):
@@ -355,29 +345,19 @@ def unescape(text: str) -> str:
 def main() -> None:
     parser = Parser(__doc__)
     add = parser.add_argument
-    add("inputs", nargs="+", metavar="INPUT", help="files, folders or - for stdin: .txt .md .jsonl (.gz .zst) .parquet")
+    add("inputs", nargs="+", type=Path, metavar="INPUT", help="files or folders: .txt .md .jsonl (.gz .zst) .parquet")
     add("--out", type=Path, required=True, help="the dataset's folder")
-    add("--force", action="store_true", help="replace the dataset in --out")
     add("--vocab-size", type=number(int, RESERVED + 1, 1 << 16), default=1024, help="pieces to train (default 1024)")
     add("--tokenizer", type=Path, help="use this SentencePiece model and train none")
     add("--delimiter", type=unescape, help="separates documents in text files, \\n and \\t understood (default: none)")
-    add("--stdin-format", choices=("txt", "jsonl"), default="txt", help="what - holds (default txt)")
     add("--val-fraction", type=number(float, 0, 1), default=0.01, help="share for validation (default 0.01)")
     add("--seed", type=int, default=0, help="of the split and of the tokenizer's sample (default 0)")
     add("--shard-tokens", type=number(int, 1), default=SHARD_TOKENS, help="tokens per shard (default 100 million)")
     add("--threads", "--processes", type=number(int, 1), default=os.cpu_count() or 1, help="default: one per CPU")
     options = parser.parse_args()
-    if "-" in options.inputs and len(options.inputs) > 1:
-        raise UserError("- stands beside other inputs — give it alone")
-    with new_directory(options.out, options.force) as directory:
-        spooled = directory / f"stdin.{options.stdin_format}"  # read twice, and perhaps larger than memory
-        if options.inputs == ["-"]:
-            with open(spooled, "wb") as file:
-                shutil.copyfileobj(sys.stdin.buffer, file)
-            options.inputs = [spooled]
-        files, skipped = find_files(map(Path, options.inputs))
+    files, skipped = find_files(options.inputs)
+    with new_directory(options.out) as directory:
         report = build(files, directory, options.out.resolve().name, options)
-        spooled.unlink(missing_ok=True)
     print(f"{report}, {skipped:,} files of other kinds\nwrote {options.out}")
 
 

@@ -301,15 +301,11 @@ def test_every_kind_of_file(tmp_path: Path, stories: list[str], write: Callable[
     assert found == stories[:9:2] + stories[1:9:2] and skipped == 1  # folder 0 comes before folder 1
 
 
-@pytest.mark.parametrize(
-    ("format_options", "separator"), [(("--delimiter", r"\n--\n"), "\n--\n"), (("--stdin-format", "jsonl"), "\n")]
-)
-def test_stdin(tmp_path: Path, stories: list[str], format_options: tuple[str, ...], separator: str) -> None:
-    documents = [json.dumps({"text": document}) for document in stories] if "jsonl" in format_options else stories
-    command = [sys.executable, DATA / "text.py", "-", "--out", "set", "--vocab-size", "300", "--threads", "1"]
-    data = separator.join(documents).encode()
-    run = subprocess.run([*command, *format_options], input=data, cwd=tmp_path, capture_output=True, check=False)
-    assert run.returncode == 0 and not run.stderr
+def test_delimiters_make_documents(tmp_path: Path, stories: list[str]) -> None:
+    (tmp_path / "stories.txt").write_text("\n--\n".join(stories))
+    options = "--delimiter", r"\n--\n", "--vocab-size", 300, "--threads", 1
+    result = call(text, tmp_path / "stories.txt", "--out", tmp_path / "set", *options)
+    assert result.code == 0 and not result.err
     train, val = (split_documents(tmp_path / "set", split) for split in ("train", "val"))
     assert sorted(train + val) == sorted(stories)
     assert len(list((tmp_path / "set").iterdir())) == 3
@@ -335,15 +331,12 @@ def test_defects_are_counted(tmp_path: Path, stories: list[str]) -> None:
     assert "Caf\ufffd au lait" in split_documents(tmp_path / "set", "train") + split_documents(tmp_path / "set", "val")
 
 
-def test_force_replaces_a_dataset_and_nothing_else(tmp_path: Path, corpus: Path) -> None:
+def test_a_dataset_that_is_there_is_never_touched(tmp_path: Path, corpus: Path) -> None:
     arguments = corpus, "--out", tmp_path / "set", "--vocab-size", 300, "--threads", 1
     assert call(text, *arguments).code == 0
     before = contents(tmp_path / "set")
-    assert is_one_line_error(call(text, *arguments), "not empty", "--force")
-    assert call(text, *arguments, "--force", "--seed", 5).code == 0
-    assert contents(tmp_path / "set").keys() == before.keys() and contents(tmp_path / "set") != before
-    (tmp_path / "set" / "thesis.docx").touch()
-    assert is_one_line_error(call(text, *arguments, "--force"), "thesis.docx")
+    assert is_one_line_error(call(text, *arguments, "--seed", 5), "not empty")
+    assert contents(tmp_path / "set") == before
     assert [path.name for path in tmp_path.iterdir()] == ["set"]
 
 
@@ -365,7 +358,6 @@ MISTAKES = {
     "bad option": (["ok.jsonl", "--shard-tokens", 0], ["--shard-tokens", "--help"]),
     "bad fraction": (["ok.jsonl", "--val-fraction", 1], ["--val-fraction", "between 0 and 1"]),
     "empty delimiter": (["ok.jsonl", "--delimiter", ""], ["--delimiter"]),
-    "stdin and files": (["-", "ok.jsonl"], ["alone"]),
     "nothing to do": ([], ["INPUT"]),
     "output is a file": (["ok.jsonl", "--out", "a.pdf"], ["a.pdf", "choose another folder"]),
 }
@@ -453,13 +445,15 @@ def test_a_build_that_fails_leaves_nothing(
 
 @pytest.mark.parametrize("kill", [signal.SIGTERM, signal.SIGKILL])
 def test_a_killed_build_leaves_nothing_that_looks_complete(tmp_path: Path, kill: signal.Signals) -> None:
-    command = [sys.executable, DATA / "text.py", "-", "--out", tmp_path / "set"]
-    run = subprocess.Popen(command, stdin=subprocess.PIPE, stderr=subprocess.PIPE)
-    while not list(tmp_path.iterdir()):
+    os.mkfifo(tmp_path / "endless.txt")
+    command = [sys.executable, DATA / "text.py", tmp_path / "endless.txt", "--out", tmp_path / "set"]
+    run = subprocess.Popen(command, stderr=subprocess.PIPE)
+    while len(list(tmp_path.iterdir())) == 1:
         assert run.poll() is None
         time.sleep(0.02)
     run.send_signal(kill)
     run.communicate(timeout=20)
+    (tmp_path / "endless.txt").unlink()
     left = [path.name for path in tmp_path.iterdir()]
     assert left == ([f"set.partial-{run.pid}"] if kill == signal.SIGKILL else [])
 
@@ -513,11 +507,11 @@ def test_sample_loses_a_race_in_peace(
 ) -> None:
     out = tmp_path / "sample"
 
-    def other_run_finishes_first(place: Path, replace: bool) -> None:
+    def other_run_finishes_first(place: Path) -> None:
         out.mkdir()
         for path in built_sample[0].iterdir():
             (out / path.name).write_bytes(path.read_bytes())
-        common.require_free(place, replace)
+        common.require_free(place)
 
     monkeypatch.setattr(sample, "build", other_run_finishes_first)
     assert call(sample, "--out", out).code == 0
