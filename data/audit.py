@@ -6,6 +6,7 @@ repeat, and adds the rows to the run's result.json. Backward-looking figures mus
 shows its leak. Exit code 1 if a backward-looking figure moved. With --positions it writes instead what plot.py needs
 for bits per byte by position: sums by chunk of the first K documents (default: all), in ttt_positions.npz."""
 
+import argparse
 import io
 import json
 import math
@@ -123,8 +124,7 @@ def open_run(left: common.Run) -> tuple[train_gpt.GPT, train_gpt.Stream, train_g
     return model, stream, run
 
 
-def main() -> None:
-    parser = common.Parser(__doc__)
+def main(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run", type=Path, help="a run's folder, or a result_<tag>.json in it")
     parser.add_argument("--documents", type=common.number(int, 1), help="default: 2, with --positions all")
     parser.add_argument("--positions", action="store_true", help="write ttt_positions.npz instead")

@@ -26,14 +26,8 @@ class UserError(Exception):
     """Something the user can put right. The message reads `what is wrong — what to do`."""
 
 
-# ---------------------------------------------------------------------------------------------- command line
-
-
 class Parser(argparse.ArgumentParser):
     """argparse, but a bad command line is a UserError: one line instead of the usage text."""
-
-    def __init__(self, description: str | None) -> None:
-        super().__init__(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
 
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message} — see --help")
@@ -52,12 +46,13 @@ def number(kind: type, low: float, high: float = math.inf) -> Callable[[str], An
     return read
 
 
-def run_tool(main: Callable[[], None]) -> NoReturn:
+def run_tool(main: Callable[[argparse.ArgumentParser], None]) -> NoReturn:
     """Runs a tool's main function; what goes wrong ends in one line on stderr and exit code 2 (130 for Ctrl-C)."""
+    parser = Parser(description=main.__globals__["__doc__"], formatter_class=argparse.RawDescriptionHelpFormatter)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that a terminated run still removes what it began
     code = 2
     try:
-        main()
+        main(parser)
         sys.exit(0)
     except UserError as error:
         message = str(error)
@@ -73,9 +68,6 @@ def run_tool(main: Callable[[], None]) -> NoReturn:
         code = 130
     print("error: " + " ".join(message.split()), file=sys.stderr)
     sys.exit(code)
-
-
-# ---------------------------------------------------------------------------------------------- files and folders
 
 
 def write_atomic(path: Path, content: bytes) -> None:
@@ -94,23 +86,17 @@ def new_directory(out: Path) -> Iterator[Path]:
 
     UserError if `out` is there and not an empty folder.
     """
-    require_free(out)
+    if out.exists() and not (out.is_dir() and not os.listdir(out)):
+        raise UserError(f"{out} is a file or a folder that is not empty — choose another folder, or delete it")
     out = out.resolve()
     partial = out.with_name(f"{out.name}.partial-{os.getpid()}")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     try:
         yield partial
-        require_free(out)  # another run may have finished first
-        partial.rename(out)
+        partial.rename(out)  # OSError if another run has finished first
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-
-
-def require_free(out: Path) -> None:
-    """UserError unless a folder may be made at `out`."""
-    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
-        raise UserError(f"{out} is a file or a folder that is not empty — choose another folder, or delete it")
 
 
 def check_shard(path: Path) -> int:
@@ -122,8 +108,6 @@ def check_shard(path: Path) -> int:
         raise UserError(f"{path} is not a whole token shard — delete it and get or build it again")
     return count
 
-
-# ---------------------------------------------------------------------------------------------- run folders
 
 # What result.json (schema version 2) and its parts hold: dotted paths, by the type that they must be of.
 RESULT = {

@@ -7,13 +7,14 @@ Only backward-looking figures count: single_pass's, or epoch 1 of replay. Interv
 Prints a Markdown table, the best run first.
 """
 
+import argparse
 import math
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
-from common import Parser, Run, UserError, number, read_documents, read_run, run_tool
+from common import Run, UserError, number, read_documents, read_run, run_tool
 
 SETTINGS = ["protocol", "context", "eval_seq_len", "n_epochs", "lora_lr", "chunk_size", "lora_rank"]
 FIGURES = ["no adaptation", "backward-looking", "gain", "95% interval", "behind the best, 95% interval"]
@@ -54,8 +55,7 @@ def interval(bits: np.ndarray, bytes_: np.ndarray, samples: int, seed: int) -> s
     return "{:+.4f} to {:+.4f}".format(*found.confidence_interval)
 
 
-def main() -> None:
-    parser = Parser(__doc__)
+def main(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "runs", nargs="+", type=Path, metavar="RUN", help="a run's folder, or a result_<tag>.json in it"
     )

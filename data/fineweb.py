@@ -6,6 +6,7 @@ The environment variables of huggingface_hub apply, among them HF_ENDPOINT (a mi
 place only when it is whole and its header is right; run the command again to go on after an interruption.
 """
 
+import argparse
 import json
 import shutil
 import sys
@@ -13,7 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from common import Parser, UserError, check_shard, number, run_tool
+from common import UserError, check_shard, number, run_tool
 from text import load_tokenizer
 
 REPO = "willdepueoai/parameter-golf"
@@ -82,8 +83,7 @@ def place(staging: Path, out: Path, paths: Sequence[str]) -> None:
             staged.replace(out / path)
 
 
-def main() -> None:
-    parser = Parser(__doc__)
+def main(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--variant", default="sp1024", help="the tokenization (default sp1024)")
     add("--train-shards", type=number(int, 1), default=80, help="of 100 million tokens each (default 80)")

@@ -10,6 +10,7 @@ has figures is left out.
 
 from __future__ import annotations
 
+import argparse
 import math
 import os
 import re
@@ -21,7 +22,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from common import UNTOUCHED, Parser, UserError, read_arrays, read_documents, read_run, run_tool
+from common import UNTOUCHED, UserError, read_arrays, read_documents, read_run, run_tool
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -63,9 +64,6 @@ PLAIN, VALID, SEEN = {"lw": 1.4, "ls": ":"}, {"lw": 1.8, "ls": "-"}, {"lw": 1.5,
 BATCH, VALIDATION = {"lw": 0.9, "alpha": 0.55}, {"lw": 1.5, "marker": "o", "ms": 3.5}
 STAR = {"lw": 0, "marker": "*", "ms": 13, "mec": "white", "zorder": 4}
 BELOW = {"loc": "upper center", "bbox_to_anchor": (0.5, 0), "borderaxespad": 5}  # a legend under its panel
-
-
-# ---------------------------------------------------------------------------------------------- reading
 
 
 class Point(NamedTuple):
@@ -175,9 +173,6 @@ def labels(paths: Sequence[Path]) -> list[str]:
     ends = [path.parent if path.name in whole else path.with_name(path.stem.removeprefix("result_")) for path in paths]
     shared = os.path.commonpath([end.resolve().parent for end in ends])
     return [end.resolve().relative_to(shared).as_posix() for end in ends]
-
-
-# ---------------------------------------------------------------------------------------------- panels
 
 
 def draw_training(ax: Axes, runs: Sequence[Run], x: str, y: str) -> None:
@@ -326,8 +321,7 @@ def draw(runs: Sequence[Run], wanted: Sequence[str]) -> Figure:
     return figure
 
 
-def main() -> None:
-    parser = Parser(__doc__)
+def main(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("runs", nargs="+", type=Path, metavar="RUN", help="a run's folder, a log, or a result_<tag>.json")
     add("--out", type=Path, required=True, metavar="PREFIX", help="writes PREFIX.png and PREFIX.svg")

@@ -8,6 +8,7 @@ to the challenge needs: README.md, submission.json, train_gpt.py and the logs. N
 repository's submission.json, which has the same fields and says, until there are runs, that nothing was measured.
 """
 
+import argparse
 import json
 import math
 import statistics
@@ -17,7 +18,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from common import Parser, Run, UserError, new_directory, number, read_log, read_run, run_tool, value_of, write_atomic
+from common import Run, UserError, new_directory, number, read_log, read_run, run_tool, value_of, write_atomic
 
 SCORE_LABEL = "backward-looking: every token is scored once, before any update has seen it"
 REPLAY_LABEL = "not a compression rate: the adapters have trained on the whole document before this pass scores it"
@@ -76,8 +77,6 @@ def measures(run: Run) -> dict[str, float | None]:
         "eval_seconds": run.result["evaluation"]["seconds"],
     }
 
-
-# ---------------------------------------------------------------------------------------------- rules
 
 Finding = tuple[str, bool | None, str]  # a rule that is broken (False) or cannot be judged (None), and why
 
@@ -163,9 +162,6 @@ def t_test(losses: Sequence[float], baseline: float | None) -> dict[str, float |
         "degrees_of_freedom": max(len(losses) - 1, 0),
         "p": p,
     }
-
-
-# ---------------------------------------------------------------------------------------------- submission
 
 
 def submission(runs: Sequence[Run], baseline: float | None, about: dict[str, str | None]) -> dict[str, Any]:
@@ -257,8 +253,7 @@ def write_folder(folder: Path, runs: Sequence[Run], content: dict[str, Any], enc
             (partial / name).write_bytes(log)
 
 
-def main() -> None:
-    parser = Parser(__doc__)
+def main(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("results", nargs="+", type=Path, metavar="RUN", help="a run's folder, or a result.json with its log beside it")
     add("--baseline-loss", type=number(float, 0), metavar="NATS", help="per token: val_loss of the record to beat")

@@ -6,6 +6,7 @@ One topic of `help()` or the docstrings of one standard library module make one 
 same bytes.
 """
 
+import argparse
 import ast
 import inspect
 import random
@@ -18,7 +19,7 @@ from pathlib import Path
 import numpy as np
 
 import text
-from common import Parser, UserError, new_directory, run_tool
+from common import UserError, new_directory, run_tool
 
 OUT = Path(__file__).resolve().parent / "sample"
 FILES = "fineweb_train_000000.bin", "fineweb_val_000000.bin", "sample_1024_bpe.model"
@@ -88,7 +89,7 @@ def build(out: Path) -> None:
     texts = documents()
     held_back = round(HELD_BACK * len(texts))
     model = text.train_tokenizer(texts[held_back:], VOCAB_SIZE)
-    encoded = text.encode(text.load_tokenizer(model, "the sample's tokenizer"), texts)
+    encoded = text.load_tokenizer(model, "the sample's tokenizer").encode(texts, return_type="numpy")
     validation = choose_validation(encoded[:held_back])
     with new_directory(out) as directory:
         (directory / FILES[2]).write_bytes(model)
@@ -102,8 +103,7 @@ def build(out: Path) -> None:
     print(f"{size:,} bytes of documentation, {VOCAB_SIZE:,} pieces, {time.monotonic() - began:.1f} s")
 
 
-def main() -> None:
-    parser = Parser(__doc__)
+def main(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", type=Path, default=OUT, help="the dataset's folder (default: sample beside this file)")
     out = parser.parse_args().out
 

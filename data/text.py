@@ -22,12 +22,12 @@ from collections.abc import Iterable, Iterator
 from contextlib import closing
 from itertools import chain
 from pathlib import Path
-from typing import IO, NamedTuple
+from typing import IO
 
 import numpy as np
 import sentencepiece as spm
 
-from common import HEADER_BYTES, MAGIC, TOKEN, VERSION, Parser, UserError, new_directory, number, run_tool, value_of
+from common import HEADER_BYTES, MAGIC, TOKEN, VERSION, UserError, new_directory, number, run_tool, value_of
 
 PAD, BOS, EOS, UNK = range(4)
 RESERVED = 4 + 256  # the four ids above and one piece for every byte
@@ -37,6 +37,9 @@ SAMPLE_CHARS = 32 << 20
 PIECE_CHARS = 1000  # SentencePiece skips training sentences of more than 4192 bytes; this is at most 4000
 BATCH_CHARS = 1 << 20  # encoded at once by SentencePiece's threads
 READ_BYTES = 1 << 18
+
+# 16 bytes that depend on text and seed alone, the document's identity and its place in the draw; and the text.
+Document = tuple[bytes, str]
 
 
 class ShardWriter:
@@ -74,16 +77,6 @@ class ShardWriter:
             self.file.close()
 
 
-# ---------------------------------------------------------------------------------------------- reading
-
-
-class Document(NamedTuple):
-    """`digest` is 16 bytes that depend on the text and the seed: the document's identity and its place in the draw."""
-
-    digest: bytes
-    text: str
-
-
 def find_files(paths: Iterable[Path]) -> tuple[list[Path], int]:
     """Returns the text files among `paths`, folders searched through in sorted order, and how many others were there.
 
@@ -91,10 +84,9 @@ def find_files(paths: Iterable[Path]) -> tuple[list[Path], int]:
     """
     found = []
     for path in paths:
-        if not path.exists():
-            raise UserError(f"{path} does not exist — check the path")
-        if not path.is_dir() and not kind_of(path):
-            raise UserError(f"{path} is of an unknown kind — use .txt, .md, .jsonl (also .gz, .zst) or .parquet")
+        if not path.is_dir() and not (path.exists() and kind_of(path)):
+            kinds = ".txt, .md, .jsonl (also .gz, .zst) or .parquet"
+            raise UserError(f"{path} does not exist or is of an unknown kind — give {kinds}")
         found += sorted(filter(Path.is_file, path.rglob("*"))) if path.is_dir() else [path]
     files = [path for path in found if kind_of(path)]
     return files, len(found) - len(files)
@@ -125,7 +117,7 @@ def read_documents(files: Iterable[Path], delimiter: str | None, seed: int, coun
             seen.add(digest)
             counts["documents"] += 1
             counts["bytes"] += len(data)
-            yield Document(digest, text)
+            yield digest, text
 
 
 def read_texts(path: Path, delimiter: str | None) -> Iterator[str]:
@@ -202,9 +194,6 @@ def parquet_texts(path: Path) -> Iterator[str]:
         raise UserError(f"{path} cannot be read ({error}) — get it again") from error
 
 
-# ---------------------------------------------------------------------------------------------- tokenizer
-
-
 def cut(text: str) -> list[str]:
     """A text in pieces of PIECE_CHARS."""
     return [text[start : start + PIECE_CHARS] for start in range(0, len(text), PIECE_CHARS)]
@@ -239,9 +228,9 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> bytes:
 
 
 def load_tokenizer(model: bytes, name: str) -> spm.SentencePieceProcessor:
-    """Loads a model file's content; UserError naming it if it is none, or its ids do not suit the shards."""
+    """Loads a model file's content, BOS before each text; UserError naming it if its ids do not suit the shards."""
     try:
-        tokenizer = spm.SentencePieceProcessor(model_proto=model)
+        tokenizer = spm.SentencePieceProcessor(model_proto=model, add_bos=True)
     except RuntimeError as error:
         raise UserError(f"{name} is not a SentencePiece model — choose another --tokenizer") from error
     if tokenizer.bos_id() != BOS or tokenizer.vocab_size() > 1 << 16:
@@ -249,24 +238,16 @@ def load_tokenizer(model: bytes, name: str) -> spm.SentencePieceProcessor:
     return tokenizer
 
 
-def encode(tokenizer: spm.SentencePieceProcessor, texts: list[str], threads: int = 1) -> list[np.ndarray]:
-    """Returns, for each document, BOS and its tokens: int32[1 + tokens]."""
-    return tokenizer.encode(texts, num_threads=threads, add_bos=True, return_type="numpy")
-
-
 def batches(documents: Iterable[Document]) -> Iterator[list[Document]]:
     """Groups documents into lists of about BATCH_CHARS characters."""
     batch, size = [], 0
-    for document in documents:
-        batch.append(document)
-        size += len(document.text)
+    for digest, text in documents:
+        batch.append((digest, text))
+        size += len(text)
         if size >= BATCH_CHARS:
             yield batch
             batch, size = [], 0
     yield batch
-
-
-# ---------------------------------------------------------------------------------------------- the dataset
 
 
 def draw_validation(digests: list[bytes], fraction: float) -> bytes:
@@ -298,10 +279,10 @@ def build(files: list[Path], directory: Path, name: str, options: argparse.Names
     sample: list[tuple[float, bytes, str]] = []  # a heap: the piece to give up first is on top
     size = 0
     draw = random.Random(options.seed)
-    for document in read("reading", first):
-        digests.append(document.digest)
-        for piece in () if options.tokenizer else cut(document.text):
-            heapq.heappush(sample, (draw.random(), document.digest, piece))
+    for digest, text in read("reading", first):
+        digests.append(digest)
+        for piece in () if options.tokenizer else cut(text):
+            heapq.heappush(sample, (draw.random(), digest, piece))
             size += len(piece)
             while size > SAMPLE_CHARS:
                 size -= len(heapq.heappop(sample)[-1])
@@ -321,18 +302,18 @@ def build(files: list[Path], directory: Path, name: str, options: argparse.Names
     writers = train, val = [ShardWriter(directory, split, options.shard_tokens) for split in ("train", "val")]
     with closing(train), closing(val):
         for batch in batches(read("encoding", second, first["documents"])):
-            tokens = encode(tokenizer, [document.text for document in batch], options.threads)
-            for document, encoded in zip(batch, tokens, strict=True):
-                (train if document.digest > threshold else val).write(encoded)
+            texts = [text for _, text in batch]
+            encoded = tokenizer.encode(texts, num_threads=options.threads, return_type="numpy")
+            for (digest, _), tokens in zip(batch, encoded, strict=True):
+                (train if digest > threshold else val).write(tokens)
     if second != first:
         raise UserError("the input changed while it was read — run it again when nothing writes to it")
     seconds = time.monotonic() - began
     lines = [f"{w.split:>5}: {w.documents:,} documents, {w.tokens:,} tokens, {w.shards} shards" for w in writers]
     speed = f"{seconds:.1f} s ({first['bytes'] / 1e6 / seconds:.2f} MB/s)"
     lines += [f"{first['bytes']:,} bytes of text, {tokenizer.vocab_size():,} pieces, {speed}"]
-    dropped = f"{first['duplicates']:,} duplicates dropped, {first['empty']:,} empty"
-    lines += [f"{dropped}, {first['not_utf8']:,} not UTF-8"]
-    return "\n".join(lines)
+    kept_out = f"{first['duplicates']:,} duplicates dropped, {first['empty']:,} empty"
+    return "\n".join([*lines, f"{kept_out}, {first['not_utf8']:,} not UTF-8"])
 
 
 def unescape(text: str) -> str:
@@ -342,8 +323,7 @@ def unescape(text: str) -> str:
     return text.replace("\\n", "\n").replace("\\t", "\t")
 
 
-def main() -> None:
-    parser = Parser(__doc__)
+def main(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("inputs", nargs="+", type=Path, metavar="INPUT", help="files or folders: .txt .md .jsonl (.gz .zst) .parquet")
     add("--out", type=Path, required=True, help="the dataset's folder")
