@@ -8,39 +8,22 @@ reference scripts are read too), or the result_<tag>.json of another evaluation 
 has figures is left out.
 """
 
-from __future__ import annotations
-
 import argparse
 import math
-import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from common import UNTOUCHED, UserError, read_arrays, read_documents, read_run, run_tool
 
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
-
 SIZE_CAP = 16_000_000  # bytes; what a log of the reference scripts does not say
-KINDS = [
-    "int5",
-    "int6",
-    "int8",
-    "fp16",
-    "fp32",
-    "scale",
-    "header",
-    "model",
-    "code",
-    "total",
-]  # in the order of their bars
+TENSORS = ["int5", "int6", "int8", "fp16", "fp32", "scale"]  # and what else has bytes, in the order of their bars
+KINDS = [*TENSORS, "header", "model", "code", "total"]
 COLOURS = ["#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00", "#444444"]
 GREY, PALE, WARNING = "#6b6b6b", "#f1efe9", "#8a3200"
 WIDTH, ROW, LEGEND = 9.0, 3.2, 1.2  # inches: at 100 pixels to the inch, the width of a README
@@ -84,7 +67,6 @@ class Run:
     train: dict[int, Point] = field(default_factory=dict)  # by step
     val: dict[int, Point] = field(default_factory=dict)
     kinds: dict[str, int] = field(default_factory=dict)  # bytes of the artifact and the code
-    bits: dict[str, float] = field(default_factory=dict)  # per weight, by kind
     cap: int = SIZE_CAP
     final: float | None = None  # this and what follows in bits per byte
     no_adaptation: float | None = None
@@ -109,19 +91,10 @@ class Run:
             self.final = float(values["val_bpb"])
         elif line.startswith("export kind:"):
             self.kinds[values["kind"]] = int(values["bytes"])
-            self.bits[values["kind"]] = float(values["bits_per_weight"])
         elif line.startswith("export model_bytes:"):
-            self.kinds["header"] = int(values["model_bytes"]) - sum(self.kinds[kind] for kind in self.bits)
+            self.kinds["header"] = int(values["model_bytes"]) - sum(self.kinds.get(kind, 0) for kind in TENSORS)
             self.kinds["code"] = int(values["code_bytes"])
             self.cap = int(values["max_bytes"])
-
-    def read_log(self, log: Path) -> None:
-        """Takes in a log; UserError if it is damaged."""
-        for number, line in enumerate(log.read_text(encoding="utf-8", errors="replace").splitlines(), start=1):
-            try:
-                self.read_line(line)
-            except (ValueError, KeyError) as error:
-                raise UserError(f"{log} line {number} is damaged ({error}) — give an untouched log") from error
 
     def read_result(self, path: Path) -> None:
         """Takes in an evaluation; UserError if it or what is beside it is damaged."""
@@ -152,10 +125,15 @@ def read_runs(paths: Sequence[Path]) -> list[Run]:
     if len(paths) > len(COLOURS):
         raise UserError(f"{len(paths)} runs are too many for one picture — draw at most {len(COLOURS)}")
     runs: list[Run] = []
-    for path, label, colour in zip(paths, labels(paths), COLOURS, strict=False):
-        run = Run(label, colour)
-        if path.suffix != ".json":
-            run.read_log(path / "train.log" if path.is_dir() else path)
+    for path, colour in zip(paths, COLOURS, strict=False):
+        run = Run(path.as_posix(), colour)
+        log = path / "train.log" if path.is_dir() else path
+        lines = log.read_text(encoding="utf-8", errors="replace").splitlines() if path.suffix != ".json" else ()
+        for number, line in enumerate(lines, start=1):
+            try:
+                run.read_line(line)
+            except (ValueError, KeyError) as error:
+                raise UserError(f"{log} line {number} is damaged ({error}) — give an untouched log") from error
         if path.suffix == ".json" or (path / "result.json").is_file():
             run.read_result(path)
         if not (run.train or run.val or run.kinds or run.final):
@@ -167,15 +145,7 @@ def read_runs(paths: Sequence[Path]) -> list[Run]:
     return runs
 
 
-def labels(paths: Sequence[Path]) -> list[str]:
-    """A short name for each run: its path, without the file names that all runs have and the folders that all share."""
-    whole = "train.log", "result.json"
-    ends = [path.parent if path.name in whole else path.with_name(path.stem.removeprefix("result_")) for path in paths]
-    shared = os.path.commonpath([end.resolve().parent for end in ends])
-    return [end.resolve().relative_to(shared).as_posix() for end in ends]
-
-
-def draw_training(ax: Axes, runs: Sequence[Run], x: str, y: str) -> None:
+def draw_training(ax: Any, runs: Sequence[Run], x: str, y: str) -> None:
     """Loss or bits per byte against step or seconds: training batches, validations, and the artifact's score."""
     for run in runs:
         for series, style in ((run.train, BATCH), (run.val, VALIDATION)):
@@ -199,7 +169,7 @@ def named(runs: Sequence[Run], run: Run) -> str:
     return "" if len({run.scored for run in runs}) == 1 and len(ways) == len(runs) else f"{run.label}: "
 
 
-def draw_ttt(ax: Axes, runs: Sequence[Run]) -> None:
+def draw_ttt(ax: Any, runs: Sequence[Run]) -> None:
     """Bits per byte by replay epoch. Only epoch 1 is a score; a shaded field around the others says what they are."""
     last = max(max(run.epochs, default=1) for run in runs)
     right = 1.03 * last + 0.3
@@ -233,7 +203,7 @@ def draw_ttt(ax: Axes, runs: Sequence[Run]) -> None:
     ax.legend(**BELOW)
 
 
-def draw_position(ax: Axes, runs: Sequence[Run]) -> None:
+def draw_position(ax: Any, runs: Sequence[Run]) -> None:
     """Bits per byte by position in the document: what context brings, what adaptation adds, what is only memorised."""
     runs = [run for run in runs if run.positions]
     size = math.lcm(*(run.chunk for run in runs))  # tokens of the first span; the next are as long as all before them
@@ -256,36 +226,35 @@ def draw_position(ax: Axes, runs: Sequence[Run]) -> None:
             ax.plot(ends, rates, color=colour, marker="o", ms=4.5, label=label, **style)
     ax.set_xscale("log", base=2)
     ax.xaxis.set_major_formatter("{x:,g}")
-    ax.set_xlabel("tokens from the document's start (a point: those since the last)")
+    ax.set_xlabel("end of the span, in tokens from the document's start")
     ax.set_ylabel("bits per byte (lower is better)")
     ax.legend(**BELOW)
 
 
-def draw_bytes(ax: Axes, runs: Sequence[Run]) -> None:
+def draw_bytes(ax: Any, runs: Sequence[Run]) -> None:
     """Bytes of the artifact by kind, of the code and in total, against the cap."""
+    from matplotlib.ticker import EngFormatter
+
     runs = [run for run in runs if run.kinds]
     tables = [run.kinds | {"total": sum(run.kinds.values())} for run in runs]
     kinds = [kind for kind in KINDS if any(kind in sizes for sizes in tables)]
     cap, most = min(run.cap for run in runs), max(sizes["total"] for sizes in tables)
-    unit, name = (1e6, "MB") if most >= 1e6 else (1e3, "kB")
-    near = cap < 2 * most
     thickness = 0.84 / len(runs)
     for index, (run, sizes) in enumerate(zip(runs, tables, strict=True)):
         rows = [row + (index - (len(runs) - 1) / 2) * thickness for row in range(len(kinds))]
-        bars = ax.barh(rows, [sizes.get(kind, 0) / unit for kind in kinds], thickness * 0.9, color=run.colour)
+        bars = ax.barh(rows, [sizes.get(kind, 0) for kind in kinds], thickness * 0.9, color=run.colour)
         if len(runs) * len(kinds) <= 16:  # legible
-            texts = [f"{sizes[kind] / unit:,.4g} {name}" if kind in sizes else "" for kind in kinds]
-            for row, kind in enumerate(kinds):
-                texts[row] += f", {run.bits[kind]:.2f} bits/weight" if kind in run.bits else ""
-            ax.bar_label(bars, [*texts[:-1], f"{sizes['total']:,} bytes"], padding=4, size=8, color=GREY)
+            ax.bar_label(bars, fmt=EngFormatter("B", places=1), padding=4, size=8, color=GREY)
+    near = cap < 2 * most
     if near:
-        ax.axvline(cap / unit, color="black", lw=1.4)
-    ax.set_title(f"Bytes: {'' if len(runs) == 1 else 'at most '}{most / cap:.1%} of the cap")
-    ax.set_xlim(0, max(1.35 * most, 1.05 * cap * near) / unit)
+        ax.axvline(cap, color="black", lw=1.4)
+    ax.set_title(f"Bytes: {'' if len(runs) == 1 else 'at most '}{most:,}, {most / cap:.1%} of the cap")
+    ax.set_xlim(0, max(1.2 * most, 1.05 * cap * near))
+    ax.xaxis.set_major_formatter(EngFormatter("B"))
     ax.set_yticks(range(len(kinds)), kinds)
     ax.invert_yaxis()
     ax.grid(visible=False, axis="y")
-    ax.set_xlabel(f"{name} (cap: {cap / 1e6:g} MB{', the black line' if near else ', beyond the frame'})")
+    ax.set_xlabel(f"cap: {cap / 1e6:g} MB{', the black line' if near else ', beyond the frame'}")
 
 
 PANELS = {  # the title, how it is drawn, and whether a run has anything for it
@@ -298,7 +267,7 @@ PANELS = {  # the title, how it is drawn, and whether a run has anything for it
 }
 
 
-def draw(runs: Sequence[Run], wanted: Sequence[str]) -> Figure:
+def draw(runs: Sequence[Run], wanted: Sequence[str]) -> Any:
     """Returns the picture of the wanted panels for which there are figures; UserError if there are none."""
     from matplotlib.figure import Figure
     from matplotlib.lines import Line2D

@@ -577,12 +577,11 @@ def legend(axes: Any) -> list[str]:
 
 def test_our_log_is_read(folder: Path):
     (run,) = plot.read_runs([folder])
-    assert run.label == "ours"
     assert list(run.train) == list(range(1, 41))
     assert run.val == {0: (0, 0, 6.89257524, 4.12179666), 40: (40, 3.6, 3.9, 2.33)}
     assert run.kinds == {"int5": 600, "scale": 20, "header": 80, "code": 300}
     assert (run.cap, run.final) == (2000, 2.33)
-    assert "50.0% of the cap" in panels(drawn(folder, what=("bytes",)))[0]
+    assert panels(drawn(folder, what=("bytes",))) == ["Bytes: 1,000, 50.0% of the cap"]
 
 
 def test_a_reference_log_is_read(reference: Path):
@@ -629,12 +628,12 @@ def test_epoch_1_is_marked_and_the_rest_labelled(scored: Path):
 
 def test_a_run_without_test_time_training_is_not_in_its_legend(scored: Path, reference: Path):
     (axes,) = drawn(scored, reference, what=("ttt",)).axes
-    assert {text.split(":")[0] for text in legend(axes)} == {"ours"}
+    assert {text.split(":")[0] for text in legend(axes)} == {str(scored)}
 
 
 def test_the_cap_is_drawn_when_it_is_in_reach(reference: Path, folder: Path):
     (axes,) = drawn(reference, what=("bytes",)).axes
-    assert [line.get_xdata()[0] for line in axes.lines] == [16.0]
+    assert [line.get_xdata()[0] for line in axes.lines] == [16e6]
     (folder / "train.log").write_text(OURS.replace("max_bytes:2000", "max_bytes:16000000"))
     (axes,) = drawn(folder, what=("bytes",)).axes
     assert not axes.lines
@@ -662,10 +661,9 @@ def test_the_background_is_opaque_white(scored: Path, tmp_path: Path):
     assert (pixels[[0, 0, -1, -1], [0, -1, 0, -1], :3] == 1).all()
 
 
-def test_runs_of_one_name_are_told_apart():
-    logs = [Path("/x/a/train.log"), Path("/y/a/train.log"), Path("/y/b.txt")]
-    assert plot.labels(logs) == ["x/a", "y/a", "y/b"]
-    assert plot.labels(logs[1:]) == ["a", "b"]
+def test_runs_are_named_as_the_user_names_them(scored: Path, reference: Path):
+    (axes,) = drawn(scored, scored / "result.json", what=("ttt",)).axes
+    assert {text.rpartition(": ")[0] for text in legend(axes)} == {f"{scored}", f"{scored / 'result.json'}"}
 
 
 def test_mistakes_are_one_line(folder: Path, reference: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -846,7 +844,7 @@ def test_two_evaluations_of_one_folder_are_compared_and_drawn(tmp_path: Path, fo
     names = ["no adaptation", "epoch 1, a valid score", "epoch 50 (not a score)", "single pass, a valid score"]
     assert legend(position) == names
     third = a_scored_run(folder, a, a - 3, b, tag="_again")
-    assert "again: " in legend(drawn(folder, other, third, what=("ttt",)).axes[0])[-1]
+    assert f"{third}: " in legend(drawn(folder, other, third, what=("ttt",)).axes[0])[-1]
 
 
 def test_positions_are_drawn_in_spans_that_double(folder: Path) -> None:
