@@ -171,11 +171,7 @@ def read_run(path: Path) -> Run:
 
     require(RESULT, "", result)
     evaluation = result["evaluation"]
-    names = ["sliding"]
-    if "sliding" not in evaluation:
-        require({int: "documents"}, "evaluation.", evaluation)
-        names = ["no_adaptation", "backward_looking", "last_epoch"]
-    for name in names:
+    for name in ["sliding"] if "sliding" in evaluation else ["no_adaptation", "backward_looking", "last_epoch"]:
         require(FIGURE, f"evaluation.{name}.", evaluation.get(name))
     for name, form in OPTIONAL.items():
         if result.get(name) is not None:
@@ -233,10 +229,7 @@ def read_arrays(path: Path, axes: dict[str, int]) -> dict[str, np.ndarray]:
 
 
 def read_documents(run: Run) -> dict[str, np.ndarray]:
-    """Reads an evaluation's ttt_documents.npz: bytes and nll_no_adaptation (D,), nll_per_epoch (E, D), in nats.
-
-    UserError if the file is missing, damaged or of another evaluation.
-    """
+    """Reads an evaluation's ttt_documents.npz: bytes and nll_no_adaptation (D,), nll_per_epoch (E, D), in nats."""
     if "sliding" in run.figures:
         raise UserError(f"{run.path} is of a sliding window — give runs with test-time training")
     path = run.beside("ttt_documents")

@@ -12,7 +12,6 @@ import shutil
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from common import UserError, check_shard, number, run_tool
 from text import load_tokenizer
@@ -22,9 +21,10 @@ REMOTE = "datasets"  # the folder of the repository that holds the manifest and 
 AGAIN = "run it again; if it stays so, HF_ENDPOINT serves something else"
 
 
-def find_variant(manifest: Any, variant: str, train_shards: int = 1) -> list[str]:
+def find_variant(manifest: bytes, variant: str, train_shards: int = 1) -> list[str]:
     """Returns the paths of a variant's tokenizer, validation shards and first training shards; UserError without."""
     try:
+        manifest = json.loads(manifest)
         models = {entry["name"]: entry.get("model_path") for entry in manifest["tokenizers"]}
         datasets = {entry["name"].removeprefix("fineweb10B_"): entry for entry in manifest["datasets"]}
         if variant not in datasets:
@@ -38,7 +38,7 @@ def find_variant(manifest: Any, variant: str, train_shards: int = 1) -> list[str
             raise UserError(f"{variant} has {most['train']} training shards — lower --train-shards to that")
         shards = [f"{split}_{i:06d}" for split, count in (most | {"train": train_shards}).items() for i in range(count)]
         return [model, *(f"datasets/{dataset['name']}/fineweb_{shard}.bin" for shard in shards)]
-    except (KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"the manifest of {REPO} has another form than expected ({error!r}) — {AGAIN}") from error
 
 
@@ -92,10 +92,7 @@ def main(parser: argparse.ArgumentParser) -> None:
     out = options.out
     staging = out / "fineweb.partial"
     commit = fetch(["manifest.json"], staging)
-    try:
-        manifest = json.loads((staging / REMOTE / "manifest.json").read_bytes())
-    except ValueError as error:
-        raise UserError(f"the manifest of {REPO} is not JSON — {AGAIN}") from error
+    manifest = (staging / REMOTE / "manifest.json").read_bytes()
     paths = find_variant(manifest, options.variant, options.train_shards)
     missing = [path for path in paths if not (out / path).exists()]
     try:

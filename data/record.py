@@ -15,6 +15,7 @@ import statistics
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -26,18 +27,17 @@ PLACEHOLDER = Path(__file__).resolve().parent.parent / "submission.json"  # what
 ABOUT = ("name", "author", "github_id", "blurb")
 
 # The challenge's rules, in its numbers, and what is said of one that is kept.
-LIMITS = {
-    "size_cap": ("bytes_total", 16_000_000, "bytes"),  # train_gpt.py and artifact together
-    "train_seconds": ("train_seconds", 600, "s"),
-    "eval_seconds": ("eval_seconds", 600, "s"),
-}
+LIMITS = {"bytes_total": 16_000_000, "train_seconds": 600, "eval_seconds": 600}
 LONGEST_LAST_STEP = 0.5  # training ends with the step under way at 600 s: 0.09 s on 8xH100; slower steps get no more
 WORLD_SIZE, DEVICE = 8, "H100"
 DOCUMENTS, MILLION_TOKENS, VOCABULARY = 50_000, 62.0, 1024  # of the full FineWeb validation split
 MARGIN = 0.005  # nats per token by which a record must beat the one before
 SIGNIFICANCE = 0.01
 SOURCE_RULE = "no_network_no_training_data_at_evaluation"
-KEPT = {rule: f"{name} at most {limit:,} {unit}" for rule, (name, limit, unit) in LIMITS.items()} | {
+KEPT = {
+    "size_cap": "train_gpt.py and artifact together have at most 16,000,000 bytes",
+    "train_seconds": "training and calibration took at most 600 s, but for the step under way at their end",
+    "eval_seconds": "at most 600 s",
     "hardware_8xH100": "8 x H100",
     "full_validation_split": "50,000 documents, 62.0 M tokens; not verifiable here: that this text is FineWeb's",
     "every_target_scored_once": "all figures count the same targets and bytes, and loss and bpb agree",
@@ -62,10 +62,10 @@ FREE = {"seed", "run_id", "resume", "checkpoint_every", "eval_only", "data_path"
 UNIQUE = ["seed", "run_id", "weights_sha256", "artifact.sha256", "training.seconds"]
 
 
-def mean_std(values: Sequence[float]) -> tuple[float | None, float | None]:
-    """Returns the mean and the sample standard deviation, None where there are too few values."""
+def spread(name: str, values: Sequence[float]) -> dict[str, float | None]:
+    """The mean and the sample standard deviation, None where there are too few values."""
     mean = statistics.fmean(values) if values else None
-    return mean, statistics.stdev(values) if len(values) > 1 else None
+    return {name: mean, f"{name}_std": statistics.stdev(values) if len(values) > 1 else None}
 
 
 def measures(run: Run) -> dict[str, float | None]:
@@ -85,15 +85,15 @@ def judge_run(run: Run) -> Iterator[Finding]:
     """What is wrong with a run by itself."""
     result, score, artifact, training = run.result, run.score, run.result["artifact"], run.result["training"]
     seed = f"seed {result['seed']}"
-    for rule, (name, limit, unit) in LIMITS.items():
-        value = measures(run)[name]
+    for name, limit in LIMITS.items():
+        rule, value = name.replace("bytes_total", "size_cap"), measures(run)[name]
         if value is None:
             yield rule, None, f"{seed} has no {name}"
             continue
-        if rule == "train_seconds":
+        if name == "train_seconds":
             limit += min(training["seconds"] / max(training["steps"], 1), LONGEST_LAST_STEP)
         if value > limit:
-            yield rule, False, f"{seed}: {value:,} {unit}"
+            yield rule, False, f"{seed}: {value:,} of {limit:,}"
     world, device = result["world_size"], result["environment"]["device"]
     if world != WORLD_SIZE or DEVICE not in device.split():
         yield "hardware_8xH100", False, f"{seed}: {world} x {device}"
@@ -136,16 +136,6 @@ def judge_repetition(runs: Sequence[Run]) -> Iterator[Finding]:
                 yield "distinct_trainings", False, f"{path} {value} more than once"
 
 
-def judge_significance(test: dict[str, Any]) -> Iterator[Finding]:
-    """The rule that makes a record, given what t_test returned."""
-    rule = "significant_improvement"
-    if test["p"] is None:
-        need = "a baseline and at least 2 runs that trained models of their own, with other losses, are needed"
-        yield rule, None, need
-    elif test["p"] >= SIGNIFICANCE:
-        yield rule, False, f"{test['improvement_nats']:.5f} nats, p = {test['p']:.3g}"
-
-
 def t_test(losses: Sequence[float], baseline: float | None) -> dict[str, float | int | None]:
     """One-sided t-test that `baseline` exceeds the mean of `losses` by more than MARGIN; None where it cannot tell."""
     t = p = None
@@ -172,8 +162,12 @@ def submission(runs: Sequence[Run], baseline: float | None, about: dict[str, str
     # A sample of the t-test is a run that trained, one for each model.
     trained = {run.result["weights_sha256"]: run.result["val_loss"] for run in runs if run.result["training"]}
     test = t_test(list(trained.values()), baseline)
-    found = [finding for run in runs for finding in judge_run(run)]
-    found += [*judge_repetition(runs), *judge_significance(test)]
+    found = [*chain.from_iterable(map(judge_run, runs)), *judge_repetition(runs)]
+    if test["p"] is None:
+        need = "a baseline and at least 2 runs that trained models of their own, with other losses, are needed"
+        found.append(("significant_improvement", None, need))
+    elif test["p"] >= SIGNIFICANCE:
+        found.append(("significant_improvement", False, f"{test['improvement_nats']:.5f} nats, p = {test['p']:.3g}"))
     rules = {}
     for rule, kept in KEPT.items():
         outcomes = {outcome for name, outcome, _ in found if name == rule}
@@ -184,15 +178,11 @@ def submission(runs: Sequence[Run], baseline: float | None, about: dict[str, str
     failed = any(outcome is False for _, outcome, _ in found)
     rules[SOURCE_RULE] = {"outcome": OUTCOMES[None], "detail": "a property of the source, which no result can show"}
     columns = {name: [measures(run)[name] for run in runs] for name in measures(runs[0])}
-    loss, loss_std = mean_std([run.result["val_loss"] for run in runs])
-    bpb, bpb_std = mean_std([run.result["val_bpb"] for run in runs])
     return about | {
         "status": "non-record" if failed else "incomplete" if reasons else "record",
         "reasons": reasons,
-        "val_bpb": bpb,
-        "val_bpb_std": bpb_std,
-        "val_loss": loss,
-        "val_loss_std": loss_std,
+        **spread("val_bpb", [run.result["val_bpb"] for run in runs]),
+        **spread("val_loss", [run.result["val_loss"] for run in runs]),
         "score": SCORE_LABEL,
         "replay_last_epoch": replay_summary(runs),
         **{name: None if None in values else max(values) for name, values in columns.items()},
@@ -209,10 +199,10 @@ def replay_summary(runs: Sequence[Run]) -> dict[str, Any]:
     figures = [run.figures.get("last_epoch", run.score) for run in runs]
     if any(figure["backward_looking"] for figure in figures):
         figures = []
-    bpb, deviation = mean_std([figure["val_bpb"] for figure in figures])
+    bpb = spread("val_bpb", [figure["val_bpb"] for figure in figures])
+    loss = spread("val_loss", [figure["val_loss"] for figure in figures])["val_loss"]
     epoch = figures[0].get("epoch") if figures else None
-    loss, _ = mean_std([figure["val_loss"] for figure in figures])
-    return {"label": REPLAY_LABEL, "epoch": epoch, "val_bpb": bpb, "val_bpb_std": deviation, "val_loss": loss}
+    return {"label": REPLAY_LABEL, "epoch": epoch, **bpb, "val_loss": loss}
 
 
 def run_summary(run: Run) -> dict[str, Any]:

@@ -725,4 +725,4 @@ def test_download_without_space(loopback: LoopbackHub, tmp_path: Path) -> None:
 @pytest.mark.parametrize("manifest", [{}, [], {"datasets": [{}], "tokenizers": []}, {"datasets": 1, "tokenizers": 2}])
 def test_manifest_of_another_form(manifest: object) -> None:
     with pytest.raises(common.UserError, match="another form"):
-        fineweb.find_variant(manifest, "sp1024")
+        fineweb.find_variant(json.dumps(manifest).encode(), "sp1024")
