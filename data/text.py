@@ -7,7 +7,6 @@ tokenizer, then to encode. What stays in memory is one 16-byte digest per docume
 """
 
 import argparse
-import gzip
 import hashlib
 import heapq
 import io
@@ -16,13 +15,11 @@ import os
 import random
 import re
 import time
-import zlib
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import closing
 from itertools import chain
 from pathlib import Path
-from typing import IO
 
 import numpy as np
 import sentencepiece as spm
@@ -122,12 +119,17 @@ def read_documents(files: Iterable[Path], delimiter: str | None, seed: int, coun
 
 def read_texts(path: Path, delimiter: str | None) -> Iterator[str]:
     """Yields the documents of a file, a surrogate for each byte that is not UTF-8; UserError if it is damaged."""
+    import pyarrow
+    from pyarrow import parquet
+
     kind = kind_of(path)
-    if kind == ".parquet":
-        yield from parquet_texts(path)
-        return
     separator = b"\n" if kind == ".jsonl" else delimiter and delimiter.encode()
     try:
+        if kind == ".parquet":
+            for batch in parquet.ParquetFile(path).iter_batches(batch_size=256, columns=["text"]):
+                for row in batch.column("text").cast(pyarrow.binary()).to_pylist():
+                    yield (row or b"").decode(errors="surrogateescape")
+            return
         for line, record in enumerate(records(path, separator), start=1):
             text = record.decode(errors="surrogateescape")
             if line == 1:
@@ -136,16 +138,19 @@ def read_texts(path: Path, delimiter: str | None) -> Iterator[str]:
                 yield text
             elif text.strip():
                 yield json_text(text, f"{path} line {line}")
-    except (OSError, EOFError, zlib.error) as error:
+    except (OSError, KeyError, pyarrow.ArrowException) as error:
         if getattr(error, "errno", None):  # the system's, not the format's
             raise
-        raise UserError(f"{path} is damaged ({error}) — get it again") from error
+        raise UserError(f"{path} is damaged or has no column `text` ({error}) — get it again") from error
 
 
 def records(path: Path, separator: bytes | None) -> Iterator[bytes]:
     """Yields the parts of a file between separators, or the whole of it; UserError for a part that is too large."""
+    import pyarrow  # it notices a compressed file that was cut short, as zstandard does not
+
+    codec = {".gz": "gzip", ".zst": "zstd"}.get(path.suffix.lower())
     held = b""
-    with open_text(path) as file:
+    with pyarrow.input_stream(path, compression=codec) as file:
         while block := file.read(READ_BYTES):
             *whole, held = (held + block).split(separator) if separator else [held + block]
             yield from whole
@@ -154,17 +159,6 @@ def records(path: Path, separator: bytes | None) -> Iterator[bytes]:
                 raise UserError(f"{path} has a document of more than {limit} MiB — split it, or name a --delimiter")
     if held or not separator:
         yield held
-
-
-def open_text(path: Path) -> IO[bytes]:
-    """Opens a file to be read decompressed; reading it raises OSError, EOFError or zlib.error for damage."""
-    if path.suffix.lower() == ".gz":
-        return gzip.open(path)
-    if path.suffix.lower() == ".zst":
-        import pyarrow  # zstandard's own reader takes a file that was cut short for a whole one
-
-        return pyarrow.CompressedInputStream(path, "zstd")
-    return open(path, "rb")
 
 
 def json_text(line: str, where: str) -> str:
@@ -176,22 +170,6 @@ def json_text(line: str, where: str) -> str:
     if not isinstance(text, str):
         raise UserError(f"{where} is no JSON object with a string `text` — correct or remove it")
     return text
-
-
-def parquet_texts(path: Path) -> Iterator[str]:
-    """Yields the column `text` as read_texts does, a null as an empty text; UserError for damage or no such column."""
-    import pyarrow
-    from pyarrow import parquet
-
-    try:
-        with parquet.ParquetFile(path) as file:
-            if "text" not in file.schema_arrow.names:
-                raise UserError(f"{path} has no column `text` — rename the column that holds the text")
-            for batch in file.iter_batches(batch_size=256, columns=["text"]):
-                for row in batch.column(0).cast(pyarrow.binary()).to_pylist():
-                    yield (row or b"").decode(errors="surrogateescape")
-    except pyarrow.ArrowException as error:
-        raise UserError(f"{path} cannot be read ({error}) — get it again") from error
 
 
 def cut(text: str) -> list[str]:
