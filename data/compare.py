@@ -3,13 +3,11 @@
     python data/compare.py runs/a runs/b runs/c
 
 Only backward-looking figures count: single_pass's, or epoch 1 of replay. Intervals are by bootstrap over documents
-(Efron 1979), with the same draws for every run, so that the gain over the best run is compared document by document.
-Prints a Markdown table, the best run first.
+(Efron 1979), with the same draws for every run, so that the gain over the best is compared document by document.
 """
 
 import argparse
 import math
-from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +18,7 @@ SETTINGS = ["protocol", "context", "eval_seq_len", "n_epochs", "lora_lr", "chunk
 FIGURES = ["no adaptation", "backward-looking", "gain", "95% interval", "behind the best, 95% interval"]
 
 
-def read_alike(paths: Sequence[Path]) -> tuple[list[Run], np.ndarray, np.ndarray, np.ndarray]:
+def read_alike(paths: list[Path]) -> tuple[list[Run], np.ndarray, np.ndarray, np.ndarray]:
     """Returns the runs, the documents' bytes (D,), and bits without adaptation and backward-looking, (runs, D) each.
 
     UserError unless all scored the same documents, at least two, with the same weights, and adapted to each.
@@ -56,13 +54,10 @@ def interval(bits: np.ndarray, bytes_: np.ndarray, samples: int, seed: int) -> s
 
 
 def main(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "runs", nargs="+", type=Path, metavar="RUN", help="a run's folder, or a result_<tag>.json in it"
-    )
-    parser.add_argument(
-        "--samples", type=number(int, 1), default=10_000, help="of the bootstrap (default: %(default)s)"
-    )
-    parser.add_argument("--seed", type=number(int, 0), default=0, help="of the bootstrap (default: %(default)s)")
+    add = parser.add_argument
+    add("runs", nargs="+", type=Path, metavar="RUN", help="a run's folder, or a result_<tag>.json in it")
+    add("--samples", type=number(int, 1), default=10_000, help="of the bootstrap (default: %(default)s)")
+    add("--seed", type=number(int, 0), default=0, help="of the bootstrap (default: %(default)s)")
     options = parser.parse_args()
     runs, bytes_, plain, adapted = read_alike(options.runs)
     draws = bytes_, options.samples, options.seed  # the same for every run
@@ -75,9 +70,8 @@ def main(parser: argparse.ArgumentParser) -> None:
             shown["n_epochs"] = f"1 of {shown['n_epochs']}"
         before, after, gain = (bits[i].sum() / bytes_.sum() for bits in (plain, adapted, gains))
         behind = "–" if i == best else interval(gains[best] - gains[i], *draws)
-        rows.append(
-            [*shown.values(), f"{before:.4f}", f"{after:.4f}", f"{gain:+.4f}", interval(gains[i], *draws), behind]
-        )
+        figures = f"{before:.4f}", f"{after:.4f}", f"{gain:+.4f}", interval(gains[i], *draws), behind
+        rows.append([*shown.values(), *figures])
     print("\n".join("| " + " | ".join(row) + " |" for row in rows))
     print(f"\n{len(bytes_):,} documents, {int(bytes_.sum()):,} bytes, {options.samples:,} bootstrap samples")
 

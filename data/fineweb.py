@@ -2,15 +2,13 @@
 
     python data/fineweb.py --variant sp1024 --train-shards 80
 
-The environment variables of huggingface_hub apply, among them HF_ENDPOINT (a mirror) and HF_TOKEN. A file takes its
-place only when it is whole and its header is right; run the command again to go on after an interruption.
+Run it again to go on after an interruption. The environment variables of huggingface_hub apply.
 """
 
 import argparse
 import json
 import shutil
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 
 from common import UserError, check_shard, number, run_tool
@@ -42,7 +40,7 @@ def find_variant(manifest: bytes, variant: str, train_shards: int = 1) -> list[s
         raise UserError(f"the manifest of {REPO} has another form than expected ({error!r}) — {AGAIN}") from error
 
 
-def fetch(paths: Sequence[str], staging: Path, commit: str | None = None) -> str:
+def fetch(paths: list[str], staging: Path, commit: str | None = None) -> str:
     """Downloads files below REMOTE to `staging`, under their paths, all of one commit: the newest, which it returns."""
     import huggingface_hub
     from huggingface_hub import constants, errors, utils
@@ -69,7 +67,7 @@ def fetch(paths: Sequence[str], staging: Path, commit: str | None = None) -> str
     return commit
 
 
-def place(staging: Path, out: Path, paths: Sequence[str]) -> None:
+def place(staging: Path, out: Path, paths: list[str]) -> None:
     """Moves the downloaded files that are there to `out`; UserError for one that is damaged, which is deleted."""
     for path in paths:
         staged = staging / REMOTE / path

@@ -3,15 +3,12 @@
     python data/plot.py runs/a runs/b --out pictures/runs
     python data/plot.py runs/a runs/a/result_*.json --what ttt position --out pictures/evaluation
 
-Writes PREFIX.png and PREFIX.svg, the same bytes for the same runs. A run is its folder, its log alone (the logs of the
-reference scripts are read too), or the result_<tag>.json of another evaluation in its folder. A panel for which no run
-has figures is left out.
+A run is its folder, its log alone, or the result_<tag>.json of another evaluation in its folder.
 """
 
 import argparse
 import math
 import re
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -21,7 +18,6 @@ import numpy as np
 
 from common import UNTOUCHED, UserError, read_arrays, read_documents, read_run, run_tool
 
-SIZE_CAP = 16_000_000  # bytes; what a log of the reference scripts does not say
 TENSORS = ["int5", "int6", "int8", "fp16", "fp32", "scale"]  # and what else has bytes, in the order of their bars
 KINDS = [*TENSORS, "header", "model", "code", "total"]
 COLOURS = ["#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00", "#444444"]
@@ -44,8 +40,11 @@ STYLE = {
 }
 # How a figure is drawn, by what it is: without adaptation, a valid score, trained on what it scores.
 PLAIN, VALID, SEEN = {"lw": 1.4, "ls": ":"}, {"lw": 1.8, "ls": "-"}, {"lw": 1.5, "ls": "--", "mfc": "white"}
+UNITS = {"loss": "nats per token", "bpb": "bits per byte"}
 BATCH, VALIDATION = {"lw": 0.9, "alpha": 0.55}, {"lw": 1.5, "marker": "o", "ms": 3.5}
 STAR = {"lw": 0, "marker": "*", "ms": 13, "mec": "white", "zorder": 4}
+LOOKS = dict.fromkeys(("epoch_1", "single_pass"), (VALID, ", a valid score"))
+LOOKS["no_adaptation"] = PLAIN | {"zorder": 3}, ""
 BELOW = {"loc": "upper center", "bbox_to_anchor": (0.5, 0), "borderaxespad": 5}  # a legend under its panel
 
 
@@ -67,7 +66,7 @@ class Run:
     train: dict[int, Point] = field(default_factory=dict)  # by step
     val: dict[int, Point] = field(default_factory=dict)
     kinds: dict[str, int] = field(default_factory=dict)  # bytes of the artifact and the code
-    cap: int = SIZE_CAP
+    cap: int = 16_000_000  # of both together; a log of the reference scripts does not say
     final: float | None = None  # this and what follows in bits per byte
     no_adaptation: float | None = None
     epochs: dict[int, float] = field(default_factory=dict)  # of replay, from 1
@@ -109,18 +108,18 @@ class Run:
         if settings.get("ttt_protocol") == "single_pass":
             self.single_pass = self.final
         else:
-            curve = found.result["evaluation"].get("curve", [])
-            self.epochs = {figure["epoch"]: figure["val_bpb"] for figure in curve}
+            self.epochs = {row["epoch"]: row["val_bpb"] for row in found.result["evaluation"].get("curve", [])}
         if (path := found.beside("ttt_positions")).is_file():  # audit.py --positions wrote it
             arrays = read_arrays(path, {"nll": 2, "targets": 1, "bytes": 1})
             names = arrays.get("figures", np.array(()))
-            if str(arrays.get("weights")) != self.scored[0] or names.shape != arrays["nll"].shape[:1]:
-                raise UserError(f"{path} is damaged or of another run — {UNTOUCHED}")
             self.chunk, self.bytes = settings.get("ttt_chunk_size"), arrays["bytes"]
+            same = str(arrays.get("weights")) == self.scored[0] and isinstance(self.chunk, int)
+            if not same or names.shape != arrays["nll"].shape[:1]:
+                raise UserError(f"{path} is damaged or of another run — {UNTOUCHED}")
             self.positions = dict(zip(names.tolist(), arrays["nll"] / math.log(2), strict=True))
 
 
-def read_runs(paths: Sequence[Path]) -> list[Run]:
+def read_runs(paths: list[Path]) -> list[Run]:
     """Reads folders, logs and results; UserError for one without any figures, or for too many."""
     if len(paths) > len(COLOURS):
         raise UserError(f"{len(paths)} runs are too many for one picture — draw at most {len(COLOURS)}")
@@ -145,7 +144,7 @@ def read_runs(paths: Sequence[Path]) -> list[Run]:
     return runs
 
 
-def draw_training(ax: Any, runs: Sequence[Run], x: str, y: str) -> None:
+def draw_training(ax: Any, runs: list[Run], x: str, y: str) -> None:
     """Loss or bits per byte against step or seconds: training batches, validations, and the artifact's score."""
     for run in runs:
         for series, style in ((run.train, BATCH), (run.val, VALIDATION)):
@@ -158,18 +157,17 @@ def draw_training(ax: Any, runs: Sequence[Run], x: str, y: str) -> None:
         ax.plot([], [], color=GREY, label=label, **style)
     ax.locator_params(axis="x", nbins=6)
     ax.xaxis.set_major_formatter("{x:,g}")
-    ax.set_xlabel("step" if x == "step" else "seconds of training")
-    ax.set_ylabel("nats per token" if y == "loss" else "bits per byte")
+    ax.set(xlabel=x.replace("seconds", "seconds of training"), ylabel=UNITS[y])
     ax.legend(loc="upper right")
 
 
-def named(runs: Sequence[Run], run: Run) -> str:
+def named(runs: list[Run], run: Run) -> str:
     """What comes before a figure in a legend: the run, unless each is another way to adapt one model."""
     ways = {(run.single_pass is None, not run.epochs) for run in runs}
     return "" if len({run.scored for run in runs}) == 1 and len(ways) == len(runs) else f"{run.label}: "
 
 
-def draw_ttt(ax: Any, runs: Sequence[Run]) -> None:
+def draw_ttt(ax: Any, runs: list[Run]) -> None:
     """Bits per byte by replay epoch. Only epoch 1 is a score; a shaded field around the others says what they are."""
     last = max(max(run.epochs, default=1) for run in runs)
     right = 1.03 * last + 0.3
@@ -203,7 +201,7 @@ def draw_ttt(ax: Any, runs: Sequence[Run]) -> None:
     ax.legend(**BELOW)
 
 
-def draw_position(ax: Any, runs: Sequence[Run]) -> None:
+def draw_position(ax: Any, runs: list[Run]) -> None:
     """Bits per byte by position in the document: what context brings, what adaptation adds, what is only memorised."""
     runs = [run for run in runs if run.positions]
     size = math.lcm(*(run.chunk for run in runs))  # tokens of the first span; the next are as long as all before them
@@ -215,23 +213,18 @@ def draw_position(ax: Any, runs: Sequence[Run]) -> None:
         bytes_ = np.add.reduceat(run.bytes, starts)
         bytes_ = np.where(bytes_ > 0, bytes_, np.nan)  # none in a span that holds the next document's BOS alone
         for name, bits in run.positions.items():
-            style, kind = SEEN, " (not a score)"
-            if name in ("epoch_1", "single_pass"):
-                style, kind = VALID, ", a valid score"
-            if name == "no_adaptation":
-                style, kind = PLAIN | {"zorder": 3}, ""
+            style, kind = LOOKS.get(name, (SEEN, " (not a score)"))
             label = who + name.removeprefix("last_").replace("_", " ") + kind
             colour = "black" if name == "no_adaptation" and not who else run.colour
             rates = np.add.reduceat(bits, starts) / bytes_
             ax.plot(ends, rates, color=colour, marker="o", ms=4.5, label=label, **style)
     ax.set_xscale("log", base=2)
     ax.xaxis.set_major_formatter("{x:,g}")
-    ax.set_xlabel("end of the span, in tokens from the document's start")
-    ax.set_ylabel("bits per byte (lower is better)")
+    ax.set(xlabel="end of the span, in tokens from the document's start", ylabel="bits per byte (lower is better)")
     ax.legend(**BELOW)
 
 
-def draw_bytes(ax: Any, runs: Sequence[Run]) -> None:
+def draw_bytes(ax: Any, runs: list[Run]) -> None:
     """Bytes of the artifact by kind, of the code and in total, against the cap."""
     from matplotlib.ticker import EngFormatter
 
@@ -262,12 +255,12 @@ PANELS = {  # the title, how it is drawn, and whether a run has anything for it
     "time": ("Loss against time", partial(draw_training, x="seconds", y="loss"), lambda run: run.train or run.val),
     "bpb": ("Validation bits per byte", partial(draw_training, x="step", y="bpb"), lambda run: len(run.val) > 1),
     "bytes": ("Bytes", draw_bytes, lambda run: run.kinds),
-    "ttt": ("Test-time training, epoch by epoch", draw_ttt, lambda run: len(run.epochs) > 1),
+    "ttt": ("Test-time training, epoch by epoch", draw_ttt, lambda run: 1 in run.epochs and len(run.epochs) > 1),
     "position": ("Bits per byte by position in the document", draw_position, lambda run: run.positions),
 }
 
 
-def draw(runs: Sequence[Run], wanted: Sequence[str]) -> Any:
+def draw(runs: list[Run], wanted: list[str]) -> Any:
     """Returns the picture of the wanted panels for which there are figures; UserError if there are none."""
     from matplotlib.figure import Figure
     from matplotlib.lines import Line2D
@@ -281,9 +274,8 @@ def draw(runs: Sequence[Run], wanted: Sequence[str]) -> Any:
     figure.get_layout_engine().set(w_pad=0.1, h_pad=0.1)  # inches
     axes = figure.subplot_mosaic([row * (2 // len(row)) for row in rows], height_ratios=heights)
     for name, ax in axes.items():
-        title, draw_panel, _ = PANELS[name]
-        ax.set_title(title)
-        draw_panel(ax, runs)
+        ax.set_title(PANELS[name][0])
+        PANELS[name][1](ax, runs)
     if len(runs) > 1 and names[0] not in ("ttt", "position"):  # their own legends name the runs
         samples = [Line2D([], [], color=run.colour, lw=3) for run in runs]
         figure.legend(samples, [run.label for run in runs], loc="outside upper left", ncols=4)
@@ -291,10 +283,9 @@ def draw(runs: Sequence[Run], wanted: Sequence[str]) -> Any:
 
 
 def main(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument
-    add("runs", nargs="+", type=Path, metavar="RUN", help="a run's folder, a log, or a result_<tag>.json")
-    add("--out", type=Path, required=True, metavar="PREFIX", help="writes PREFIX.png and PREFIX.svg")
-    add("--what", nargs="+", choices=PANELS, default=list(PANELS), help="panels; default: all")
+    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="a run's folder, log or result_<tag>.json")
+    parser.add_argument("--out", type=Path, required=True, metavar="PREFIX", help="writes PREFIX.png and PREFIX.svg")
+    parser.add_argument("--what", nargs="+", choices=PANELS, default=list(PANELS), help="panels; default: all")
     options = parser.parse_args()
     import matplotlib
 

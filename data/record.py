@@ -2,10 +2,8 @@
 
     python data/record.py runs/seed42 runs/seed43 runs/seed44 --baseline-loss 1.9296 [--folder records/NAME]
 
-The score is the backward-looking figure: every token was scored before any update had seen it. Replay's last epoch has
-trained on what it scores; it stands in a field of its own and takes part in nothing. --folder makes what a pull request
-to the challenge needs: README.md, submission.json, train_gpt.py and the logs. Name, author and blurb come from the
-repository's submission.json, which has the same fields and says, until there are runs, that nothing was measured.
+The score is the backward-looking figure. Replay's last epoch has trained on what it scores: it stands in a field of its
+own and takes part in nothing. --folder makes what a pull request needs: README, submission.json, source and logs.
 """
 
 import argparse
@@ -13,7 +11,7 @@ import json
 import math
 import statistics
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from datetime import UTC, datetime
 from itertools import chain
 from pathlib import Path
@@ -62,7 +60,7 @@ FREE = {"seed", "run_id", "resume", "checkpoint_every", "eval_only", "data_path"
 UNIQUE = ["seed", "run_id", "weights_sha256", "artifact.sha256", "training.seconds"]
 
 
-def spread(name: str, values: Sequence[float]) -> dict[str, float | None]:
+def spread(name: str, values: list[float]) -> dict[str, float | None]:
     """The mean and the sample standard deviation, None where there are too few values."""
     mean = statistics.fmean(values) if values else None
     return {name: mean, f"{name}_std": statistics.stdev(values) if len(values) > 1 else None}
@@ -121,7 +119,7 @@ def judge_run(run: Run) -> Iterator[Finding]:
         yield "quantised_artifact", False, f"{seed} scored another file than the artifact it made"
 
 
-def judge_repetition(runs: Sequence[Run]) -> Iterator[Finding]:
+def judge_repetition(runs: list[Run]) -> Iterator[Finding]:
     """The runs repeat one experiment, each with a training of its own: one artifact scored twice is not two seeds."""
     settings = {f"settings.{name}" for run in runs for name in run.result["settings"] if name not in FREE}
     for path in sorted(settings | SHARED):
@@ -136,7 +134,7 @@ def judge_repetition(runs: Sequence[Run]) -> Iterator[Finding]:
                 yield "distinct_trainings", False, f"{path} {value} more than once"
 
 
-def t_test(losses: Sequence[float], baseline: float | None) -> dict[str, float | int | None]:
+def t_test(losses: list[float], baseline: float | None) -> dict[str, float | int | None]:
     """One-sided t-test that `baseline` exceeds the mean of `losses` by more than MARGIN; None where it cannot tell."""
     t = p = None
     if baseline is not None and len(losses) > 1 and not math.isclose(min(losses), max(losses), rel_tol=1e-12):
@@ -154,7 +152,7 @@ def t_test(losses: Sequence[float], baseline: float | None) -> dict[str, float |
     }
 
 
-def submission(runs: Sequence[Run], baseline: float | None, about: dict[str, str | None]) -> dict[str, Any]:
+def submission(runs: list[Run], baseline: float | None, about: dict[str, str | None]) -> dict[str, Any]:
     """Returns the content of submission.json. `about`: name, author and the like.
 
     A rule that fails makes a non-record; short of that, one that cannot be judged leaves the submission incomplete.
@@ -194,7 +192,7 @@ def submission(runs: Sequence[Run], baseline: float | None, about: dict[str, str
     }
 
 
-def replay_summary(runs: Sequence[Run]) -> dict[str, Any]:
+def replay_summary(runs: list[Run]) -> dict[str, Any]:
     """The last epoch of replay over all runs, kept apart from the score and labelled; empty if a run has none."""
     figures = [run.figures.get("last_epoch", run.score) for run in runs]
     if any(figure["backward_looking"] for figure in figures):
@@ -226,21 +224,20 @@ def report(content: dict[str, Any]) -> str:
     return "\n".join([*lines, f"status: {content['status']}"])
 
 
-def write_folder(folder: Path, runs: Sequence[Run], content: dict[str, Any], encoded: bytes) -> None:
+def write_folder(folder: Path, runs: list[Run], content: dict[str, Any], encoded: bytes) -> None:
     """Makes the folder of a pull request to the challenge; UserError unless it is new and the runs have one source."""
     logs = {f"train_seed{run.result['seed']}.log": read_log(run) for run in runs}
-    sources = {source for _, source in logs.values()}
-    if len(sources) > 1 or len(logs) < len(runs):
+    if len({source for _, source in logs.values()}) > 1 or len(logs) < len(runs):
         raise UserError("the runs have several sources, or a seed twice — give one train_gpt.py, each seed once")
-    settings = " ".join(f"{name.upper()}={value}" for name, value in content["protocol"].items())
-    readme = f"# {content['name']}\n\n{content['blurb']}\n\nBy {content['author']}.\n\n```\n{report(content)}\n```\n\n"
-    readme += f"`train_gpt.py` is the source that ran: every log begins with it. Evaluated with `{settings}`.\n"
     with new_directory(folder) as partial:
+        readme = (
+            f"# {content['name']}\n\n{content['blurb']}\n\nBy {content['author']}.\n\n```\n{report(content)}\n```\n"
+        )
         (partial / "README.md").write_text(readme, encoding="utf-8")
         (partial / "submission.json").write_bytes(encoded)
-        (partial / "train_gpt.py").write_bytes(sources.pop())
-        for name, (log, _) in logs.items():
+        for name, (log, source) in logs.items():
             (partial / name).write_bytes(log)
+            (partial / "train_gpt.py").write_bytes(source)
 
 
 def main(parser: argparse.ArgumentParser) -> None:

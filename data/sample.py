@@ -1,9 +1,6 @@
 """Builds the sample dataset from the English documentation inside this Python: no network, a few seconds.
 
-    python data/sample.py
-
-One topic of `help()` or the docstrings of one standard library module make one document. The same Python gives the
-same bytes.
+python data/sample.py
 """
 
 import argparse

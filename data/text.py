@@ -1,9 +1,6 @@
 """Turns any text into a dataset: a SentencePiece tokenizer, training shards and validation shards.
 
-    python data/text.py notes/ book.txt dump.jsonl.zst --out data/mine --vocab-size 1024
-
-The input is read twice as a stream: first to count, to choose the validation documents and to sample text for the
-tokenizer, then to encode. What stays in memory is one 16-byte digest per document and a bounded sample of the text.
+python data/text.py notes/ book.txt dump.jsonl.zst --out data/mine --vocab-size 1024
 """
 
 import argparse
