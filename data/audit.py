@@ -1,10 +1,9 @@
 """Does a later token reach an earlier score? `python data/audit.py RUN --documents 2` finds out by experiment.
 
-For K documents of at least two chunks it replaces every token after a point t, inside a chunk, by another one and
-scores again. It prints, for each figure, the largest change of any target's NLL up to t, beside that of an unchanged
-repeat, and adds the rows to the run's result.json. Backward-looking figures must not move; the last epoch of replay
-shows its leak. Exit code 1 if a backward-looking figure moved. With --positions it writes instead what plot.py needs
-for bits per byte by position: sums by chunk of the first K documents (default: all), in ttt_positions.npz."""
+For K documents it replaces every token after a point t, inside a chunk, and scores again: the largest change of any
+target's NLL up to t, beside that of an unchanged repeat. Exit code 1 if a backward-looking figure moved. --positions
+writes instead what plot.py needs for bits per byte by position: sums by chunk, in ttt_positions.npz.
+"""
 
 import argparse
 import io
@@ -38,7 +37,7 @@ class Traced(train_gpt.DocumentBatch):
         return nll
 
 
-def trace(model: train_gpt.GPT, stream: train_gpt.Stream, run: train_gpt.Run, documents: np.ndarray, seeds: np.ndarray):
+def trace(model, stream, run, documents: np.ndarray, seeds: np.ndarray) -> np.ndarray:
     """NLL of every target of documents given longest first, as Traced has it, under the adapters of `seeds`."""
     batch = Traced(model, stream, documents, run)
     batch.plain()
@@ -48,7 +47,7 @@ def trace(model: train_gpt.GPT, stream: train_gpt.Stream, run: train_gpt.Run, do
     return batch.trace
 
 
-def figure_names(s: train_gpt.Settings) -> dict[str, int]:
+def figure_names(s) -> dict[str, int]:
     """The figures that are compared, and their rows in a trace."""
     if s.ttt_protocol == "single_pass":
         return {"no_adaptation": 0, "single_pass": 1}
@@ -56,7 +55,7 @@ def figure_names(s: train_gpt.Settings) -> dict[str, int]:
     return {"no_adaptation": 0, "epoch_1": 1} | last
 
 
-def audit(model: train_gpt.GPT, stream: train_gpt.Stream, run: train_gpt.Run, documents: int) -> list[dict]:
+def audit(model, stream, run, documents: int) -> list[dict]:
     """One row for each document and figure: t, the largest change of an NLL up to t in nats, and the repeat's."""
     s = run.s
     rng = np.random.default_rng([s.seed, 0xA0D17])
@@ -65,17 +64,16 @@ def audit(model: train_gpt.GPT, stream: train_gpt.Stream, run: train_gpt.Run, do
     if not len(chosen):
         raise common.UserError(f"no document has two chunks of {s.ttt_chunk_size} targets — score longer documents")
     lengths = stream.lengths[chosen]
-    starts = np.cumsum(lengths + 1) - lengths - 1
-    tokens = stream.tokens.cpu().numpy()
-    before = [tokens[start : start + n + 1] for start, n in zip(stream.starts[chosen], lengths, strict=True)]
     points = rng.integers(1, lengths)
-    after = []
-    for document, t in zip(before, points, strict=True):
-        other = rng.integers(train_gpt.BOS + 1, s.vocab_size - 1, len(document))
-        other += other >= document  # never the token itself
-        after.append(np.where(np.arange(len(document)) > t, other, document))
+    tokens = stream.tokens.cpu().numpy()
+    places = [start + np.arange(n + 1) for start, n in zip(stream.starts[chosen], lengths, strict=True)]
+    before = tokens[np.concatenate(places)]
+    later = np.concatenate([np.arange(n + 1) > t for n, t in zip(lengths, points, strict=True)])
+    other = rng.integers(train_gpt.BOS + 1, s.vocab_size - 1, len(before))
+    other += other >= before  # never the token itself
+    starts = np.cumsum(lengths + 1) - lengths - 1
     traces = []
-    for flat in map(np.concatenate, (before, before, after)):
+    for flat in (before, before, np.where(later, other, before)):
         own = train_gpt.Stream(flat, np.zeros(len(flat) - 1, np.int16), run.device, (starts, lengths))
         traces.append(trace(model, own, run, np.arange(len(chosen)), chosen))
     rows = []
@@ -88,30 +86,29 @@ def audit(model: train_gpt.GPT, stream: train_gpt.Stream, run: train_gpt.Run, do
     return rows
 
 
-def positions(model: train_gpt.GPT, stream: train_gpt.Stream, run: train_gpt.Run, documents: int | None) -> dict:
+def positions(model, stream, run, documents: int | None) -> dict[str, np.ndarray]:
     """Sums by chunk of the first documents: figures (F,), nll (F, C), targets and bytes (C,)."""
     size, names = run.s.ttt_chunk_size, figure_names(run.s)
     lengths = stream.lengths[:documents]
-    chunks = -(-int(lengths.max()) // size)
-    sums = np.zeros((len(names) + 2, chunks))
+    sums = np.zeros((len(names) + 2, -(-int(lengths.max()) // size)))
     bytes_ = stream.bytes.cpu().numpy()
     for batch in train_gpt.batch_documents(lengths, run):
         found = trace(model, stream, run, batch, batch)[list(names.values())]
         for i, document in enumerate(batch):
             n, start = lengths[document], stream.starts[document]
             rows = np.vstack([found[:, i, :n], np.ones(n), bytes_[start : start + n]])
-            cuts = np.arange(0, n, size)
-            sums[:, : len(cuts)] += np.add.reduceat(rows, cuts, axis=1)
+            sums[:, : -(-n // size)] += np.add.reduceat(rows, np.arange(0, n, size), axis=1)
     return {"figures": np.array(list(names)), "nll": sums[:-2], "targets": sums[-2], "bytes": sums[-1]}
 
 
-def open_run(left: common.Run) -> tuple[train_gpt.GPT, train_gpt.Stream, train_gpt.Run]:
+def open_run(left: common.Run) -> tuple:
     """The model that a run scored, the text, and the settings; UserError if either is not what it was."""
     folder = left.path.parent
     kept = {k: v for k, v in left.result["settings"].items() if k in train_gpt.Settings.__dataclass_fields__}
-    kept |= {"eval_only": kept.get("eval_only") or str(folder / "final_model.ptz"), "output_dir": str(folder)}
+    kept["eval_only"] = kept.get("eval_only") or str(folder / "final_model.ptz")
+    kept |= {"output_dir": str(folder), "resume": False, "compile": 0, "device": "auto"}
     try:
-        run = train_gpt.Run(train_gpt.Settings(**kept | {"resume": False, "compile": 0, "device": "auto"}).checked())
+        run = train_gpt.Run(train_gpt.Settings(**kept).checked())
         settings, state, digest = train_gpt.read_model(Path(run.s.eval_only), run)
         run = run.using(**settings.of(train_gpt.ModelSettings))
         model = train_gpt.scoring_model(run)

@@ -67,20 +67,6 @@ def fetch(paths: list[str], staging: Path, commit: str | None = None) -> str:
     return commit
 
 
-def place(staging: Path, out: Path, paths: list[str]) -> None:
-    """Moves the downloaded files that are there to `out`; UserError for one that is damaged, which is deleted."""
-    for path in paths:
-        staged = staging / REMOTE / path
-        if staged.is_file():
-            try:
-                check_shard(staged) if staged.suffix == ".bin" else load_tokenizer(staged.read_bytes(), path)
-            except UserError:
-                staged.unlink()
-                raise
-            (out / path).parent.mkdir(parents=True, exist_ok=True)
-            staged.replace(out / path)
-
-
 def main(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--variant", default="sp1024", help="the tokenization (default sp1024)")
@@ -93,11 +79,17 @@ def main(parser: argparse.ArgumentParser) -> None:
     manifest = (staging / REMOTE / "manifest.json").read_bytes()
     paths = find_variant(manifest, options.variant, options.train_shards)
     missing = [path for path in paths if not (out / path).exists()]
-    try:
-        if missing:
-            fetch(missing, staging, commit)
-    finally:  # what arrived takes its place even if something else did not
-        place(staging, out, missing)
+    if missing:
+        fetch(missing, staging, commit)
+    for path in missing:
+        staged = staging / REMOTE / path
+        try:
+            check_shard(staged) if staged.suffix == ".bin" else load_tokenizer(staged.read_bytes(), path)
+        except UserError:
+            staged.unlink()
+            raise
+        (out / path).parent.mkdir(parents=True, exist_ok=True)
+        staged.replace(out / path)
     counts = {out / path: check_shard(out / path) for path in paths[1:]}
     for path, count in counts.items():
         print(f"{path.name}: {count:,} tokens")

@@ -21,8 +21,8 @@ from common import Run, UserError, new_directory, number, read_log, read_run, ru
 
 SCORE_LABEL = "backward-looking: every token is scored once, before any update has seen it"
 REPLAY_LABEL = "not a compression rate: the adapters have trained on the whole document before this pass scores it"
-PLACEHOLDER = Path(__file__).resolve().parent.parent / "submission.json"  # what a submission says of itself
-ABOUT = ("name", "author", "github_id", "blurb")
+PLACEHOLDER = json.loads((Path(__file__).resolve().parent.parent / "submission.json").read_bytes())
+ABOUT = {name: PLACEHOLDER[name] for name in ("name", "author", "github_id", "blurb")}
 
 # The challenge's rules, in its numbers, and what is said of one that is kept.
 LIMITS = {"bytes_total": 16_000_000, "train_seconds": 600, "eval_seconds": 600}
@@ -47,11 +47,6 @@ KEPT = {
 }
 OUTCOMES = {True: "pass", False: "fail", None: "not applicable"}
 
-# The settings behind the figures, as in result.json.
-PROTOCOL = [
-    *("ttt_enabled", "ttt_protocol", "ttt_context", "ttt_n_epochs", "ttt_lora_lr", "ttt_lora_rank"),
-    *("ttt_chunk_size", "ttt_eval_seq_len", "eval_stride"),
-]
 # What must agree in all runs of a submission, beside all settings but those that change nothing of the experiment.
 SHARED = {f"environment.{name}" for name in ("torch", "dtype", "device")}
 SHARED |= {"source_sha256", "data.validation", "data.train"}
@@ -186,7 +181,7 @@ def submission(runs: list[Run], baseline: float | None, about: dict[str, str | N
         **{name: None if None in values else max(values) for name, values in columns.items()},
         "significance": test,
         "rules": rules,
-        "protocol": {name: value_of(runs[0].result, f"settings.{name}") for name in PROTOCOL},
+        "protocol": {name: value_of(runs[0].result, f"settings.{name}") for name in PLACEHOLDER["protocol"]},
         "source_sha256": runs[0].result["source_sha256"],
         "runs": [run_summary(run) for run in runs],
     }
@@ -246,15 +241,14 @@ def main(parser: argparse.ArgumentParser) -> None:
     add("--baseline-loss", type=number(float, 0), metavar="NATS", help="per token: val_loss of the record to beat")
     add("--out", type=Path, default=Path("submission.json"), help="default: submission.json")
     add("--folder", type=Path, help="make the folder of a pull request instead")
-    placeholder = json.loads(PLACEHOLDER.read_bytes())
-    for name in ABOUT:
-        add("--" + name.replace("_", "-"), default=placeholder[name], help="default: what submission.json says")
+    for name, value in ABOUT.items():
+        add("--" + name.replace("_", "-"), default=value, help="default: what submission.json says")
     options = parser.parse_args()
     runs = [read_run(path) for path in options.results]
     for run in runs:
         read_log(run)  # is it this run's?
-    about = {name: getattr(options, name) for name in ABOUT}
-    about["date"] = datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+    date = datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+    about = {name: getattr(options, name) for name in ABOUT} | {"date": date}
     content = submission(runs, options.baseline_loss, about)
     encoded = (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode()
     if options.folder:

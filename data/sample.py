@@ -10,7 +10,6 @@ import random
 import sysconfig
 import time
 from collections.abc import Iterator
-from contextlib import closing
 from pathlib import Path
 
 import numpy as np
@@ -90,14 +89,9 @@ def build(out: Path) -> None:
     validation = choose_validation(encoded[:held_back])
     with new_directory(out) as directory:
         (directory / FILES[2]).write_bytes(model)
-        writers = train, val = [text.ShardWriter(directory, split) for split in ("train", "val")]
-        with closing(train), closing(val):
-            for index, tokens in enumerate(encoded):
-                (val if index in validation else train).write(tokens)
-    for writer in writers:
-        print(f"{writer.split:>5}: {writer.documents:,} documents, {writer.tokens:,} tokens")
+        lines = text.write_splits(directory, ((i in validation, tokens) for i, tokens in enumerate(encoded)))
     size = sum(len(document.encode()) for document in texts)
-    print(f"{size:,} bytes of documentation, {VOCAB_SIZE:,} pieces, {time.monotonic() - began:.1f} s")
+    print(*lines, f"{size:,} bytes of documentation, {VOCAB_SIZE:,} pieces, {time.monotonic() - began:.1f} s", sep="\n")
 
 
 def main(parser: argparse.ArgumentParser) -> None:

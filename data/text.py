@@ -14,7 +14,6 @@ import re
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from contextlib import closing
 from itertools import chain
 from pathlib import Path
 
@@ -71,6 +70,18 @@ class ShardWriter:
             self.file.close()
 
 
+def write_splits(
+    directory: Path, documents: Iterable[tuple[bool, np.ndarray]], shard_tokens: int = SHARD_TOKENS
+) -> list[str]:
+    """Writes documents, each with whether it is for validation; returns a line on each split."""
+    writers = [ShardWriter(directory, split, shard_tokens) for split in ("train", "val")]
+    for validation, tokens in documents:
+        writers[validation].write(tokens)
+    for writer in writers:
+        writer.close()
+    return [f"{w.split:>5}: {w.documents:,} documents, {w.tokens:,} tokens, {w.shards} shards" for w in writers]
+
+
 def find_files(paths: Iterable[Path]) -> tuple[list[Path], int]:
     """Returns the text files among `paths`, folders searched through in sorted order, and how many others were there.
 
@@ -92,7 +103,7 @@ def kind_of(path: Path) -> str | None:
     return found and (found[1] or ".parquet")
 
 
-def read_documents(files: Iterable[Path], delimiter: str | None, seed: int, counts: Counter) -> Iterator[Document]:
+def read_documents(files: Iterable[Path], delimiter: str, seed: int, counts: Counter) -> Iterator[Document]:
     """Yields the distinct documents of `files` in order, white space at their ends removed.
 
     Counts documents and bytes (UTF-8) of what it yields, and what was empty, duplicates and not_utf8.
@@ -114,13 +125,13 @@ def read_documents(files: Iterable[Path], delimiter: str | None, seed: int, coun
             yield digest, text
 
 
-def read_texts(path: Path, delimiter: str | None) -> Iterator[str]:
+def read_texts(path: Path, delimiter: str) -> Iterator[str]:
     """Yields the documents of a file, a surrogate for each byte that is not UTF-8; UserError if it is damaged."""
     import pyarrow
     from pyarrow import parquet
 
     kind = kind_of(path)
-    separator = b"\n" if kind == ".jsonl" else delimiter and delimiter.encode()
+    separator = b"\n" if kind == ".jsonl" else delimiter.encode()
     try:
         if kind == ".parquet":
             for batch in parquet.ParquetFile(path).iter_batches(batch_size=256, columns=["text"]):
@@ -141,7 +152,7 @@ def read_texts(path: Path, delimiter: str | None) -> Iterator[str]:
         raise UserError(f"{path} is damaged or has no column `text` ({error}) — get it again") from error
 
 
-def records(path: Path, separator: bytes | None) -> Iterator[bytes]:
+def records(path: Path, separator: bytes) -> Iterator[bytes]:
     """Yields the parts of a file between separators, or the whole of it; UserError for a part that is too large."""
     import pyarrow  # it notices a compressed file that was cut short, as zstandard does not
 
@@ -243,10 +254,11 @@ def build(files: list[Path], directory: Path, name: str, options: argparse.Names
     from tqdm import tqdm
 
     def read(label: str, counts: Counter, total: int | None = None) -> Iterable[Document]:
-        documents = read_documents(files, options.delimiter, options.seed, counts)
+        documents = read_documents(files, delimiter, options.seed, counts)
         return tqdm(documents, label, total, unit=" documents", leave=False, disable=None)  # None: only on a terminal
 
     began = time.monotonic()
+    delimiter = options.delimiter.replace("\\n", "\n").replace("\\t", "\t")
     first, second = Counter(), Counter()
     digests = []
     # A uniform sample of pieces for the tokenizer. Not SentencePiece's input_sentence_size: which documents are for
@@ -274,28 +286,20 @@ def build(files: list[Path], directory: Path, name: str, options: argparse.Names
     tokenizer = load_tokenizer(model, model_name)
     (directory / f"{model_name}.model").write_bytes(model)
 
-    writers = train, val = [ShardWriter(directory, split, options.shard_tokens) for split in ("train", "val")]
-    with closing(train), closing(val):
+    def encoded() -> Iterator[tuple[bool, np.ndarray]]:
         for batch in batches(read("encoding", second, first["documents"])):
             texts = [text for _, text in batch]
-            encoded = tokenizer.encode(texts, num_threads=options.threads, return_type="numpy")
-            for (digest, _), tokens in zip(batch, encoded, strict=True):
-                (train if digest > threshold else val).write(tokens)
+            tokens = tokenizer.encode(texts, num_threads=options.threads, return_type="numpy")
+            yield from zip((digest <= threshold for digest, _ in batch), tokens, strict=True)
+
+    lines = write_splits(directory, encoded(), options.shard_tokens)
     if second != first:
         raise UserError("the input changed while it was read — run it again when nothing writes to it")
     seconds = time.monotonic() - began
-    lines = [f"{w.split:>5}: {w.documents:,} documents, {w.tokens:,} tokens, {w.shards} shards" for w in writers]
     speed = f"{seconds:.1f} s ({first['bytes'] / 1e6 / seconds:.2f} MB/s)"
     lines += [f"{first['bytes']:,} bytes of text, {tokenizer.vocab_size():,} pieces, {speed}"]
     kept_out = f"{first['duplicates']:,} duplicates dropped, {first['empty']:,} empty"
     return "\n".join([*lines, f"{kept_out}, {first['not_utf8']:,} not UTF-8"])
-
-
-def unescape(text: str) -> str:
-    """An argparse type: a non-empty string in which \\n and \\t mean a line break and a tab."""
-    if not text:
-        raise argparse.ArgumentTypeError("it is empty")
-    return text.replace("\\n", "\n").replace("\\t", "\t")
 
 
 def main(parser: argparse.ArgumentParser) -> None:
@@ -304,7 +308,7 @@ def main(parser: argparse.ArgumentParser) -> None:
     add("--out", type=Path, required=True, help="the dataset's folder")
     add("--vocab-size", type=number(int, RESERVED + 1, 1 << 16), default=1024, help="pieces to train (default 1024)")
     add("--tokenizer", type=Path, help="use this SentencePiece model and train none")
-    add("--delimiter", type=unescape, help="separates documents in text files, \\n and \\t understood (default: none)")
+    add("--delimiter", default="", help="separates documents in text files, \\n and \\t understood (default: none)")
     add("--val-fraction", type=number(float, 0, 1), default=0.01, help="share for validation (default 0.01)")
     add("--seed", type=int, default=0, help="of the split and of the tokenizer's sample (default 0)")
     add("--shard-tokens", type=number(int, 1), default=SHARD_TOKENS, help="tokens per shard (default 100 million)")

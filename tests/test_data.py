@@ -160,7 +160,7 @@ def test_delimiters_are_found_wherever_a_read_ends(
     path.write_bytes(gzip.compress(data) if compressed else data)
     expected = [part for part in data.split(delimiter.encode()) if part]
     assert [part for part in text.records(path, delimiter.encode()) if part] == expected
-    assert list(text.records(path, None)) == [data]
+    assert list(text.records(path, b"")) == [data]
 
 
 @FAST
@@ -169,7 +169,7 @@ def test_jsonl_round_trip_counts_and_split(tmp_path: Path, documents: list[str],
     path = tmp_path / "x.jsonl"
     path.write_text("".join(json.dumps({"text": document}) + "\n" for document in documents))
     counts = Counter()
-    found = list(text.read_documents([path], None, seed, counts))
+    found = list(text.read_documents([path], "", seed, counts))
     clean = ["".join("\ufffd" if 0xD800 <= ord(c) < 0xE000 else c for c in document) for document in documents]
     assert [content for _, content in found] == list(dict.fromkeys(filter(None, map(str.strip, clean))))
     assert counts["documents"] + counts["empty"] + counts["duplicates"] == len(documents)
@@ -297,7 +297,7 @@ def test_every_kind_of_file(tmp_path: Path, stories: list[str], write: Callable[
         write(path, document)
     (tmp_path / "in" / "picture.png").write_bytes(b"\x89PNG")
     files, skipped = text.find_files([tmp_path / "in"])
-    found = [content for _, content in text.read_documents(files, None, 0, Counter())]
+    found = [content for _, content in text.read_documents(files, "", 0, Counter())]
     assert found == stories[:9:2] + stories[1:9:2] and skipped == 1  # folder 0 comes before folder 1
 
 
@@ -357,7 +357,6 @@ MISTAKES = {
     "no such model": (["ok.jsonl", "--tokenizer", "no.model"], ["no.model"]),
     "bad option": (["ok.jsonl", "--shard-tokens", 0], ["--shard-tokens", "--help"]),
     "bad fraction": (["ok.jsonl", "--val-fraction", 1], ["--val-fraction", "between 0 and 1"]),
-    "empty delimiter": (["ok.jsonl", "--delimiter", ""], ["--delimiter"]),
     "nothing to do": ([], ["INPUT"]),
     "output is a file": (["ok.jsonl", "--out", "a.pdf"], ["a.pdf", "choose another folder"]),
 }
@@ -672,7 +671,6 @@ def test_download_goes_on_after_a_failure(loopback: LoopbackHub, tmp_path: Path)
     out, name = tmp_path / "data", f"datasets/{FOLDER}/fineweb_train_000002.bin"
     loopback.broken.add(name)
     assert is_one_line_error(download(loopback.url, out, "--train-shards", 3), "fineweb_train_000002.bin", "again")
-    assert len(list((out / FOLDER).iterdir())) == 3
     loopback.broken.clear()
     loopback.sent.clear()
     assert download(loopback.url, out, "--train-shards", 3).code == 0
