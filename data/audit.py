@@ -2,7 +2,7 @@
 
 For K documents it replaces every token after a point t, inside a chunk, and scores again: the largest change of any
 target's NLL up to t, beside that of an unchanged repeat. Exit code 1 if a backward-looking figure moved. --positions
-writes instead what plot.py needs for bits per byte by position: sums by chunk, in ttt_positions.npz.
+writes instead what plot.py needs for bits per byte by position: sums by span, in ttt_positions.npz.
 """
 
 import argparse
@@ -18,6 +18,8 @@ import common
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import train_gpt
+
+FIRST_SPAN = 64  # tokens; each next span of a document is as long as all before it
 
 
 class Traced(train_gpt.DocumentBatch):
@@ -87,18 +89,21 @@ def audit(model, stream, run, documents: int) -> list[dict]:
 
 
 def positions(model, stream, run, documents: int | None) -> dict[str, np.ndarray]:
-    """Sums by chunk of the first documents: figures (F,), nll (F, C), targets and bytes (C,)."""
-    size, names = run.s.ttt_chunk_size, figure_names(run.s)
+    """Sums by span of the first documents: figures (F,), nll (F, S), targets, bytes and ends (S,)."""
+    names = figure_names(run.s)
     lengths = stream.lengths[:documents]
-    sums = np.zeros((len(names) + 2, -(-int(lengths.max()) // size)))
+    starts = np.array([0, *(FIRST_SPAN << i for i in range(20) if FIRST_SPAN << i < lengths.max())])
+    sums = np.zeros((len(names) + 2, len(starts)))
     bytes_ = stream.bytes.cpu().numpy()
     for batch in train_gpt.batch_documents(lengths, run):
         found = trace(model, stream, run, batch, batch)[list(names.values())]
         for i, document in enumerate(batch):
             n, start = lengths[document], stream.starts[document]
             rows = np.vstack([found[:, i, :n], np.ones(n), bytes_[start : start + n]])
-            sums[:, : -(-n // size)] += np.add.reduceat(rows, np.arange(0, n, size), axis=1)
-    return {"figures": np.array(list(names)), "nll": sums[:-2], "targets": sums[-2], "bytes": sums[-1]}
+            begun = starts[starts < n]
+            sums[:, : len(begun)] += np.add.reduceat(rows, begun, axis=1)
+    ends = np.append(starts[1:], lengths.max())
+    return {"figures": np.array(list(names)), "nll": sums[:-2], "targets": sums[-2], "bytes": sums[-1], "ends": ends}
 
 
 def open_run(left: common.Run) -> tuple:

@@ -82,11 +82,8 @@ def write_atomic(path: Path, content: bytes) -> None:
 
 @contextmanager
 def new_directory(out: Path) -> Iterator[Path]:
-    """Yields an empty sibling of `out` to fill; it takes the name `out` only if the block ends without an exception.
-
-    UserError if `out` is there and not an empty folder.
-    """
-    if out.exists() and not (out.is_dir() and not os.listdir(out)):
+    """Yields an empty folder to fill, which gets the name `out` if the block ends well; UserError if that is taken."""
+    if out.is_file() or (out.exists() and os.listdir(out)):
         raise UserError(f"{out} is a file or a folder that is not empty — choose another folder, or delete it")
     out = out.resolve()
     partial = out.with_name(f"{out.name}.partial-{os.getpid()}")

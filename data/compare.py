@@ -19,10 +19,7 @@ FIGURES = ["no adaptation", "backward-looking", "gain", "95% interval", "behind 
 
 
 def read_alike(paths: list[Path]) -> tuple[list[Run], np.ndarray, np.ndarray, np.ndarray]:
-    """Returns the runs, the documents' bytes (D,), and bits without adaptation and backward-looking, (runs, D) each.
-
-    UserError unless all scored the same documents, at least two, with the same weights, and adapted to each.
-    """
+    """Runs, the bytes of their documents (D,), and bits without adaptation and backward-looking, (runs, D) each."""
     runs = [read_run(path) for path in paths]
     arrays = [read_documents(run) for run in runs]
     first, bytes_ = runs[0].result, arrays[0]["bytes"]

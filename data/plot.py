@@ -12,7 +12,7 @@ import re
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
@@ -40,6 +40,7 @@ STYLE = {
 }
 # How a figure is drawn, by what it is: without adaptation, a valid score, trained on what it scores.
 PLAIN, VALID, SEEN = {"lw": 1.4, "ls": ":"}, {"lw": 1.8, "ls": "-"}, {"lw": 1.5, "ls": "--", "mfc": "white"}
+LOGGED = {"train": ["loss"], "val": ["loss", "bpb"]}
 UNITS = {"loss": "nats per token", "bpb": "bits per byte"}
 BATCH, VALIDATION = {"lw": 0.9, "alpha": 0.55}, {"lw": 1.5, "marker": "o", "ms": 3.5}
 STAR = {"lw": 0, "marker": "*", "ms": 13, "mec": "white", "zorder": 4}
@@ -48,23 +49,14 @@ LOOKS["no_adaptation"] = PLAIN | {"zorder": 3}, ""
 BELOW = {"loc": "upper center", "bbox_to_anchor": (0.5, 0), "borderaxespad": 5}  # a legend under its panel
 
 
-class Point(NamedTuple):
-    """One `step:` line: seconds of training so far, loss in nats per token, and bits per byte if it is a validation."""
-
-    step: int
-    seconds: float
-    loss: float
-    bpb: float | None
-
-
 @dataclass
 class Run:
     """What a log and a result tell; whatever they do not say stays empty."""
 
     label: str
     colour: str
-    train: dict[int, Point] = field(default_factory=dict)  # by step
-    val: dict[int, Point] = field(default_factory=dict)
+    train: dict[int, dict[str, float]] = field(default_factory=dict)  # by step: seconds of training, loss, bpb
+    val: dict[int, dict[str, float]] = field(default_factory=dict)
     kinds: dict[str, int] = field(default_factory=dict)  # bytes of the artifact and the code
     cap: int = 16_000_000  # of both together; a log of the reference scripts does not say
     final: float | None = None  # this and what follows in bits per byte
@@ -72,9 +64,8 @@ class Run:
     epochs: dict[int, float] = field(default_factory=dict)  # of replay, from 1
     single_pass: float | None = None
     scored: tuple[str, ...] = ()  # weights and text of the result
-    chunk: int = 1  # what follows is bits and bytes by chunk of the document
-    positions: dict[str, np.ndarray] = field(default_factory=dict)  # by figure
-    bytes: np.ndarray | None = None
+    positions: dict[str, np.ndarray] = field(default_factory=dict)  # by figure, in spans of the document
+    ends: tuple[int, ...] = ()  # of the spans, in tokens
 
     def read_line(self, line: str) -> None:
         """Takes in one line of a log; most tell nothing. ValueError or KeyError for a known form with a wrong value."""
@@ -82,10 +73,9 @@ class Run:
         if found := re.match(r"(Code size|Serialized model \S+): (\d+) bytes", line):  # the reference scripts
             self.kinds["code" if found[1] == "Code size" else "model"] = int(found[2])
         elif found := re.match(r"step:(\d+)/\d+ (train|val)_loss:", line):
-            step, split = int(found[1]), found[2]
-            seconds = float(values["train_time"].removesuffix("ms")) / 1000
-            bpb = float(values["val_bpb"]) if split == "val" else None
-            getattr(self, split)[step] = Point(step, seconds, float(values[f"{split}_loss"]), bpb)
+            step, seconds = int(found[1]), float(values["train_time"].removesuffix("ms")) / 1000
+            figures = {name: float(values[f"{found[2]}_{name}"]) for name in LOGGED[found[2]]}
+            getattr(self, found[2])[step] = {"step": step, "seconds": seconds, **figures}
         elif line.startswith("final_int8_zlib_roundtrip_exact val_loss:"):
             self.final = float(values["val_bpb"])
         elif line.startswith("export kind:"):
@@ -102,21 +92,20 @@ class Run:
         if "sliding" in found.figures:
             return
         read_documents(found)  # are they this evaluation's?
-        settings = found.result["settings"]
         self.scored = found.result["weights_sha256"], found.result["data"]["validation"]
         self.no_adaptation = found.figures["no_adaptation"]["val_bpb"]
-        if settings.get("ttt_protocol") == "single_pass":
+        if found.result["settings"].get("ttt_protocol") == "single_pass":
             self.single_pass = self.final
         else:
             self.epochs = {row["epoch"]: row["val_bpb"] for row in found.result["evaluation"].get("curve", [])}
         if (path := found.beside("ttt_positions")).is_file():  # audit.py --positions wrote it
-            arrays = read_arrays(path, {"nll": 2, "targets": 1, "bytes": 1})
+            arrays = read_arrays(path, {"nll": 2, "ends": 1, "bytes": 1})
             names = arrays.get("figures", np.array(()))
-            self.chunk, self.bytes = settings.get("ttt_chunk_size"), arrays["bytes"]
-            same = str(arrays.get("weights")) == self.scored[0] and isinstance(self.chunk, int)
-            if not same or names.shape != arrays["nll"].shape[:1]:
+            if str(arrays.get("weights")) != self.scored[0] or names.shape != arrays["nll"].shape[:1]:
                 raise UserError(f"{path} is damaged or of another run — {UNTOUCHED}")
-            self.positions = dict(zip(names.tolist(), arrays["nll"] / math.log(2), strict=True))
+            self.ends = tuple(arrays["ends"].tolist())
+            bytes_ = np.where(arrays["bytes"] > 0, arrays["bytes"], np.nan)  # none where only the next BOS is left
+            self.positions = dict(zip(names.tolist(), arrays["nll"] / math.log(2) / bytes_, strict=True))
 
 
 def read_runs(paths: list[Path]) -> list[Run]:
@@ -148,8 +137,8 @@ def draw_training(ax: Any, runs: list[Run], x: str, y: str) -> None:
     """Loss or bits per byte against step or seconds: training batches, validations, and the artifact's score."""
     for run in runs:
         for series, style in ((run.train, BATCH), (run.val, VALIDATION)):
-            points = [point for point in series.values() if getattr(point, y) is not None]
-            ax.plot([getattr(p, x) for p in points], [getattr(p, y) for p in points], color=run.colour, **style)
+            points = [point for point in series.values() if y in point]
+            ax.plot([point[x] for point in points], [point[y] for point in points], color=run.colour, **style)
         if y == "bpb" and run.val and run.final is not None:
             ax.plot(max(run.val), run.final, color=run.colour, **STAR)
     shown = {"training batch": BATCH} if y == "loss" else {"score of the artifact": STAR}
@@ -203,21 +192,13 @@ def draw_ttt(ax: Any, runs: list[Run]) -> None:
 
 def draw_position(ax: Any, runs: list[Run]) -> None:
     """Bits per byte by position in the document: what context brings, what adaptation adds, what is only memorised."""
-    runs = [run for run in runs if run.positions]
-    size = math.lcm(*(run.chunk for run in runs))  # tokens of the first span; the next are as long as all before them
     for run in runs:
         who = named(runs, run)
-        length = len(run.bytes) * run.chunk
-        ends = [*(size << i for i in range(20) if size << i < length), length]
-        starts = [0, *(end // run.chunk for end in ends[:-1])]
-        bytes_ = np.add.reduceat(run.bytes, starts)
-        bytes_ = np.where(bytes_ > 0, bytes_, np.nan)  # none in a span that holds the next document's BOS alone
-        for name, bits in run.positions.items():
+        for name, bpb in run.positions.items():
             style, kind = LOOKS.get(name, (SEEN, " (not a score)"))
             label = who + name.removeprefix("last_").replace("_", " ") + kind
             colour = "black" if name == "no_adaptation" and not who else run.colour
-            rates = np.add.reduceat(bits, starts) / bytes_
-            ax.plot(ends, rates, color=colour, marker="o", ms=4.5, label=label, **style)
+            ax.plot(run.ends, bpb, color=colour, marker="o", ms=4.5, label=label, **style)
     ax.set_xscale("log", base=2)
     ax.xaxis.set_major_formatter("{x:,g}")
     ax.set(xlabel="end of the span, in tokens from the document's start", ylabel="bits per byte (lower is better)")

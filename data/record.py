@@ -51,6 +51,11 @@ OUTCOMES = {True: "pass", False: "fail", None: "not applicable"}
 SHARED = {f"environment.{name}" for name in ("torch", "dtype", "device")}
 SHARED |= {"source_sha256", "data.validation", "data.train"}
 FREE = {"seed", "run_id", "resume", "checkpoint_every", "eval_only", "data_path", "tokenizer_path", "output_dir"}
+ABOUT_RUN = [
+    *("seed", "run_id", "val_bpb", "val_loss", "world_size", "weights_sha256"),
+    "environment.device",
+    "training.steps",
+]
 # What no two trainings have in common.
 UNIQUE = ["seed", "run_id", "weights_sha256", "artifact.sha256", "training.seconds"]
 
@@ -137,21 +142,13 @@ def t_test(losses: list[float], baseline: float | None) -> dict[str, float | int
 
         test = stats.ttest_1samp(losses, baseline - MARGIN, alternative="less")
         t, p = -float(test.statistic), float(test.pvalue)
-    return {
-        "baseline_val_loss": baseline,
-        "improvement_nats": baseline - statistics.fmean(losses) if baseline is not None and losses else None,
-        "margin_nats": MARGIN,
-        "t": t,
-        "degrees_of_freedom": max(len(losses) - 1, 0),
-        "p": p,
-    }
+    improvement = baseline - statistics.fmean(losses) if baseline is not None and losses else None
+    found = dict(baseline_val_loss=baseline, improvement_nats=improvement, margin_nats=MARGIN)
+    return found | dict(t=t, degrees_of_freedom=max(len(losses) - 1, 0), p=p)
 
 
 def submission(runs: list[Run], baseline: float | None, about: dict[str, str | None]) -> dict[str, Any]:
-    """Returns the content of submission.json. `about`: name, author and the like.
-
-    A rule that fails makes a non-record; short of that, one that cannot be judged leaves the submission incomplete.
-    """
+    """The content of submission.json: a non-record if a rule fails, incomplete if one cannot be judged."""
     # A sample of the t-test is a run that trained, one for each model.
     trained = {run.result["weights_sha256"]: run.result["val_loss"] for run in runs if run.result["training"]}
     test = t_test(list(trained.values()), baseline)
@@ -200,18 +197,17 @@ def replay_summary(runs: list[Run]) -> dict[str, Any]:
 
 def run_summary(run: Run) -> dict[str, Any]:
     """What submission.json says of one run."""
-    paths = "seed run_id val_bpb val_loss world_size weights_sha256 environment.device training.steps"
-    content = {path.split(".")[-1]: value_of(run.result, path) for path in paths.split()} | measures(run)
-    lacking = run.score["lacking"]
-    return content | {"documents_scored_without_adaptation": lacking, "replay_last_epoch": replay_summary([run])}
+    content = {path.split(".")[-1]: value_of(run.result, path) for path in ABOUT_RUN} | measures(run)
+    content["documents_scored_without_adaptation"] = run.score["lacking"]
+    return content | {"replay_last_epoch": replay_summary([run])}
 
 
 def report(content: dict[str, Any]) -> str:
     """A submission in lines: each run, the mean, replay's last epoch, the rules."""
     form = "seed {seed}: val_bpb {val_bpb:.6f}, val_loss {val_loss:.6f}"
     lines = [form.format(**run) for run in content["runs"]]
-    spread = "" if content["val_bpb_std"] is None else f" ± {content['val_bpb_std']:.6f}"
-    lines.append(f"mean: val_bpb {content['val_bpb']:.6f}{spread}, {SCORE_LABEL}")
+    deviation = "" if content["val_bpb_std"] is None else f" ± {content['val_bpb_std']:.6f}"
+    lines.append(f"mean: val_bpb {content['val_bpb']:.6f}{deviation}, {SCORE_LABEL}")
     replay = content["replay_last_epoch"]
     if replay["val_bpb"] is not None:
         lines.append(f"replay epoch {replay['epoch']}: {replay['val_bpb']:.6f}, {replay['label']}")
@@ -224,10 +220,8 @@ def write_folder(folder: Path, runs: list[Run], content: dict[str, Any], encoded
     logs = {f"train_seed{run.result['seed']}.log": read_log(run) for run in runs}
     if len({source for _, source in logs.values()}) > 1 or len(logs) < len(runs):
         raise UserError("the runs have several sources, or a seed twice — give one train_gpt.py, each seed once")
+    readme = "# {name}\n\n{blurb}\n\nBy {author}.\n".format(**content) + f"\n```\n{report(content)}\n```\n"
     with new_directory(folder) as partial:
-        readme = (
-            f"# {content['name']}\n\n{content['blurb']}\n\nBy {content['author']}.\n\n```\n{report(content)}\n```\n"
-        )
         (partial / "README.md").write_text(readme, encoding="utf-8")
         (partial / "submission.json").write_bytes(encoded)
         for name, (log, source) in logs.items():

@@ -36,10 +36,7 @@ Document = tuple[bytes, str]
 
 
 class ShardWriter:
-    """Writes one split as fineweb_<split>_NNNNNN.bin files of `shard_tokens` tokens (the last may be shorter).
-
-    Documents run on from one shard into the next. `tokens` and `documents` count what was written; close() it.
-    """
+    """Writes one split as fineweb_<split>_NNNNNN.bin files; documents run on from one into the next. Close it."""
 
     def __init__(self, directory: Path, split: str, shard_tokens: int = SHARD_TOKENS) -> None:
         self.directory = directory
@@ -70,11 +67,9 @@ class ShardWriter:
             self.file.close()
 
 
-def write_splits(
-    directory: Path, documents: Iterable[tuple[bool, np.ndarray]], shard_tokens: int = SHARD_TOKENS
-) -> list[str]:
+def write_splits(folder: Path, documents: Iterable[tuple[bool, np.ndarray]], shard_tokens=SHARD_TOKENS) -> list[str]:
     """Writes documents, each with whether it is for validation; returns a line on each split."""
-    writers = [ShardWriter(directory, split, shard_tokens) for split in ("train", "val")]
+    writers = [ShardWriter(folder, split, shard_tokens) for split in ("train", "val")]
     for validation, tokens in documents:
         writers[validation].write(tokens)
     for writer in writers:
@@ -83,10 +78,7 @@ def write_splits(
 
 
 def find_files(paths: Iterable[Path]) -> tuple[list[Path], int]:
-    """Returns the text files among `paths`, folders searched through in sorted order, and how many others were there.
-
-    UserError for a path that does not exist or a named file of an unknown kind.
-    """
+    """Returns the text files among `paths`, folders searched through in sorted order, and the number of others."""
     found = []
     for path in paths:
         if not path.is_dir() and not (path.exists() and kind_of(path)):
@@ -104,10 +96,7 @@ def kind_of(path: Path) -> str | None:
 
 
 def read_documents(files: Iterable[Path], delimiter: str, seed: int, counts: Counter) -> Iterator[Document]:
-    """Yields the distinct documents of `files` in order, white space at their ends removed.
-
-    Counts documents and bytes (UTF-8) of what it yields, and what was empty, duplicates and not_utf8.
-    """
+    """Yields the distinct documents of `files` in order, stripped; counts them and what was met beside them."""
     seen: set[bytes] = set()
     for found in chain.from_iterable(read_texts(path, delimiter) for path in files):
         text, replaced = re.subn("[\ud800-\udfff]", "\ufffd", found.strip())
@@ -186,10 +175,9 @@ def cut(text: str) -> list[str]:
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> bytes:
-    """Trains a SentencePiece BPE and returns the model file's content.
+    """Trains a SentencePiece BPE that loses nothing, and returns the model file's content; UserError for too few texts.
 
-    The tokenizer loses nothing: text is not normalized, and characters without a piece become byte pieces.
-    The same texts in the same order give the same bytes. UserError if the text is too small for `vocab_size`.
+    The same texts in the same order give the same bytes.
     """
     pieces = list(chain.from_iterable(map(cut, texts)))
     # SentencePiece wants a piece for nearly every character, which in some scripts are more than the vocabulary holds.
@@ -237,11 +225,7 @@ def batches(documents: Iterable[Document]) -> Iterator[list[Document]]:
 
 
 def draw_validation(digests: list[bytes], fraction: float) -> bytes:
-    """Returns the largest digest of a validation document: the `fraction` (at least one) with the smallest are it.
-
-    A digest depends on the text and the seed alone, so equal documents can never fall on both sides.
-    UserError if no training document would be left.
-    """
+    """Returns the largest digest of a validation document: those with the smallest are it. UserError for too few."""
     count = max(1, round(fraction * len(digests)))
     if count >= len(digests):
         found = f"{len(digests)} distinct documents cannot be split into training and validation"

@@ -578,7 +578,7 @@ def legend(axes: Any) -> list[str]:
 def test_our_log_is_read(folder: Path):
     (run,) = plot.read_runs([folder])
     assert list(run.train) == list(range(1, 41))
-    assert run.val == {0: (0, 0, 6.89257524, 4.12179666), 40: (40, 3.6, 3.9, 2.33)}
+    assert [(*point.values(),) for point in run.val.values()] == [(0, 0, 6.89257524, 4.12179666), (40, 3.6, 3.9, 2.33)]
     assert run.kinds == {"int5": 600, "scale": 20, "header": 80, "code": 300}
     assert (run.cap, run.final) == (2000, 2.33)
     assert panels(drawn(folder, what=("bytes",))) == ["Bytes: 1,000, 50.0% of the cap"]
@@ -586,8 +586,8 @@ def test_our_log_is_read(folder: Path):
 
 def test_a_reference_log_is_read(reference: Path):
     (run,) = plot.read_runs([reference])
-    assert run.train == {200: (200, 8.7, 2.7801, None)}
-    assert run.val[13780] == (13780, 600.038, 2.0606, 1.2172)
+    assert run.train == {200: {"step": 200, "seconds": 8.7, "loss": 2.7801}}
+    assert run.val[13780] == {"step": 13780, "seconds": 600.038, "loss": 2.0606, "bpb": 1.2172}
     assert (run.final, sum(run.kinds.values()), run.cap) == (1.2243657, 15_863_489, 16_000_000)
     assert not run.epochs
 
@@ -719,7 +719,7 @@ def a_scored_run(
     path.write_text(json.dumps(result))
     last = "last_epoch_50" if replay else "single_pass"
     names = ["no_adaptation", "epoch_1", last] if replay else ["no_adaptation", last]
-    by_chunk = np.arange(1.0, 1 + 5 * len(names)).reshape(len(names), 5)
+    by_span = np.arange(1.0, 1 + 5 * len(names)).reshape(len(names), 5)
     np.savez(
         folder / f"ttt_documents{tag}.npz",
         index=np.arange(len(bytes_)),
@@ -733,8 +733,8 @@ def a_scored_run(
         folder / f"ttt_positions{tag}.npz",
         weights=result["weights_sha256"],
         figures=np.array(names),
-        nll=by_chunk,
-        targets=np.full(5, 6),
+        nll=by_span,
+        ends=np.array([64, 128, 256, 512, 600]),
         bytes=np.array([10, 10, 8, 4, last_bytes]),
     )
     return path if tag else folder
@@ -847,22 +847,17 @@ def test_two_evaluations_of_one_folder_are_compared_and_drawn(tmp_path: Path, fo
     assert f"{third}: " in legend(drawn(folder, other, third, what=("ttt",)).axes[0])[-1]
 
 
-def test_positions_are_drawn_in_spans_that_double(folder: Path) -> None:
+def test_positions_are_drawn_where_their_spans_end(folder: Path) -> None:
     a, b = np.array([50.0, 60.0]), np.array([7, 8])
     a_scored_run(folder, a, a - 1, b, ttt_protocol="replay")
     (axes,) = drawn(folder, what=("position",)).axes
     plain, first, _ = axes.lines
-    # Chunks 0, 1, 2-3 and 4 of 256 tokens.
-    assert plain.get_xdata().tolist() == [256, 512, 1024, 1280]
-    assert plain.get_ydata() == pytest.approx(np.array([1 / 10, 2 / 10, 7 / 12, 5 / 2]) / math.log(2))
-    assert first.get_ydata() == pytest.approx(np.array([6 / 10, 7 / 10, 17 / 12, 10 / 2]) / math.log(2))
-    a_scored_run(folder, a, a - 1, b, last_bytes=0)  # a last chunk that holds the next document's BOS alone
+    assert plain.get_xdata().tolist() == [64, 128, 256, 512, 600]
+    assert plain.get_ydata() == pytest.approx(np.array([1 / 10, 2 / 10, 3 / 8, 4 / 4, 5 / 2]) / math.log(2))
+    assert first.get_ydata() == pytest.approx(np.array([6 / 10, 7 / 10, 8 / 8, 9 / 4, 10 / 2]) / math.log(2))
+    a_scored_run(folder, a, a - 1, b, last_bytes=0)  # a last span that holds the next document's BOS alone
     (axes,) = drawn(folder, what=("position",)).axes
-    assert np.isfinite(axes.lines[0].get_ydata()).tolist() == [True, True, True, False]
-    a_scored_run(folder, a, a - 1, b, ttt_chunk_size=64)
-    wide = a_scored_run(folder, a, a - 1, b, tag="_wide", ttt_chunk_size=128, ttt_protocol="replay")
-    (axes,) = drawn(folder, wide, what=("position",)).axes  # spans of both begin and end alike
-    assert [line.get_xdata().tolist() for line in axes.lines[1:3]] == [[128, 256, 320], [128, 256, 512, 640]]
+    assert np.isfinite(axes.lines[0].get_ydata()).tolist() == [True, True, True, True, False]
 
 
 def test_positions_are_drawn_only_where_they_were_kept(folder: Path) -> None:
