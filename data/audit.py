@@ -1,8 +1,7 @@
 """Does a later token reach an earlier score? `python data/audit.py RUN --documents 2` finds out by experiment.
 
-For K documents it replaces every token after a point t, inside a chunk, and scores again: the largest change of any
-target's NLL up to t, beside that of an unchanged repeat. Exit code 1 if a backward-looking figure moved. --positions
-writes instead what plot.py needs for bits per byte by position: sums by span, in ttt_positions.npz.
+It prints the largest change of any target's NLL up to a point, behind which all tokens were replaced, beside that of an
+unchanged repeat, and ends with code 1 if a backward-looking figure moved. --positions writes sums for plot.py instead.
 """
 
 import argparse
@@ -108,10 +107,9 @@ def positions(model, stream, run, documents: int | None) -> dict[str, np.ndarray
 
 def open_run(left: common.Run) -> tuple:
     """The model that a run scored, the text, and the settings; UserError if either is not what it was."""
-    folder = left.path.parent
     kept = {k: v for k, v in left.result["settings"].items() if k in train_gpt.Settings.__dataclass_fields__}
-    kept["eval_only"] = kept.get("eval_only") or str(folder / "final_model.ptz")
-    kept |= {"output_dir": str(folder), "resume": False, "compile": 0, "device": "auto"}
+    kept["eval_only"] = kept.get("eval_only") or str(left.path.with_name("final_model.ptz"))
+    kept |= {"output_dir": str(left.path.parent), "resume": False, "compile": 0, "device": "auto"}
     try:
         run = train_gpt.Run(train_gpt.Settings(**kept).checked())
         settings, state, digest = train_gpt.read_model(Path(run.s.eval_only), run)

@@ -19,7 +19,6 @@ from typing import Any, NoReturn
 import numpy as np
 
 MAGIC, VERSION, HEADER_BYTES = 20240520, 1, 1024
-TOKEN = np.dtype("<u2")
 
 
 class UserError(Exception):
@@ -36,14 +35,13 @@ class Parser(argparse.ArgumentParser):
 def number(kind: type, low: float, high: float = math.inf) -> Callable[[str], Any]:
     """Returns an argparse type: an int from `low` to `high`, or a float strictly between them."""
 
-    def read(text: str) -> Any:
+    def number(text: str) -> Any:  # argparse says "invalid number value" for what is none
         value = kind(text)
         if not (low <= value <= high if kind is int else low < value < high):
             raise argparse.ArgumentTypeError(f"{text} is not between {low:,} and {high:,}")
         return value
 
-    read.__name__ = kind.__name__  # argparse: "invalid int value"
-    return read
+    return number
 
 
 def run_tool(main: Callable[[argparse.ArgumentParser], None]) -> NoReturn:
@@ -87,7 +85,6 @@ def new_directory(out: Path) -> Iterator[Path]:
         raise UserError(f"{out} is a file or a folder that is not empty — choose another folder, or delete it")
     out = out.resolve()
     partial = out.with_name(f"{out.name}.partial-{os.getpid()}")
-    shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     try:
         yield partial
@@ -98,12 +95,10 @@ def new_directory(out: Path) -> Iterator[Path]:
 
 def check_shard(path: Path) -> int:
     """Returns the number of tokens in a shard; UserError unless magic, version, count and size agree."""
-    with open(path, "rb") as file:
-        head = file.read(12).ljust(12, b"\0")
-    magic, version, count = np.frombuffer(head, "<i4").tolist()
-    if (magic, version, HEADER_BYTES + TOKEN.itemsize * count) != (MAGIC, VERSION, path.stat().st_size):
+    header = np.fromfile(path, "<i4", 3).tolist()
+    if len(header) < 3 or header[:2] != [MAGIC, VERSION] or path.stat().st_size != HEADER_BYTES + 2 * header[2]:
         raise UserError(f"{path} is not a whole token shard — delete it and get or build it again")
-    return count
+    return header[2]
 
 
 # What result.json (schema version 2) and its parts hold: dotted paths, by the type that they must be of.

@@ -19,10 +19,10 @@ REMOTE = "datasets"  # the folder of the repository that holds the manifest and 
 AGAIN = "run it again; if it stays so, HF_ENDPOINT serves something else"
 
 
-def find_variant(manifest: bytes, variant: str, train_shards: int = 1) -> list[str]:
+def find_variant(content: bytes, variant: str, train_shards: int = 1) -> list[str]:
     """Returns the paths of a variant's tokenizer, validation shards and first training shards; UserError without."""
     try:
-        manifest = json.loads(manifest)
+        manifest = json.loads(content)
         models = {entry["name"]: entry.get("model_path") for entry in manifest["tokenizers"]}
         datasets = {entry["name"].removeprefix("fineweb10B_"): entry for entry in manifest["datasets"]}
         if variant not in datasets:
@@ -76,8 +76,7 @@ def main(parser: argparse.ArgumentParser) -> None:
     out = options.out
     staging = out / "fineweb.partial"
     commit = fetch(["manifest.json"], staging)
-    manifest = (staging / REMOTE / "manifest.json").read_bytes()
-    paths = find_variant(manifest, options.variant, options.train_shards)
+    paths = find_variant((staging / REMOTE / "manifest.json").read_bytes(), options.variant, options.train_shards)
     missing = [path for path in paths if not (out / path).exists()]
     if missing:
         fetch(missing, staging, commit)
@@ -90,11 +89,9 @@ def main(parser: argparse.ArgumentParser) -> None:
             raise
         (out / path).parent.mkdir(parents=True, exist_ok=True)
         staged.replace(out / path)
-    counts = {out / path: check_shard(out / path) for path in paths[1:]}
-    for path, count in counts.items():
-        print(f"{path.name}: {count:,} tokens")
+    counts = [check_shard(out / path) for path in paths[1:]]
     shutil.rmtree(staging)
-    print(f"{path.parent}: {sum(counts.values()):,} tokens in {len(counts)} shards; tokenizer {out / paths[0]}")
+    print(f"{(out / paths[1]).parent}: {sum(counts):,} tokens in {len(counts)} shards; tokenizer {out / paths[0]}")
 
 
 if __name__ == "__main__":

@@ -1,9 +1,7 @@
 """Draws runs: loss, validation bits per byte, where the bytes go, and test-time training by epoch and by position.
 
-    python data/plot.py runs/a runs/b --out pictures/runs
-    python data/plot.py runs/a runs/a/result_*.json --what ttt position --out pictures/evaluation
-
-A run is its folder, its log alone, or the result_<tag>.json of another evaluation in its folder.
+python data/plot.py runs/a runs/b --out pictures/runs
+python data/plot.py runs/a runs/a/result_*.json --what ttt position --out pictures/evaluation
 """
 
 import argparse
@@ -25,8 +23,7 @@ GREY, PALE, WARNING = "#6b6b6b", "#f1efe9", "#8a3200"
 WIDTH, ROW, LEGEND = 9.0, 3.2, 1.2  # inches: at 100 pixels to the inch, the width of a README
 STYLE = {
     "font.family": "DejaVu Sans",  # comes with matplotlib, so that every machine draws the same
-    "font.size": 9.5,
-    "axes.titlesize": 10.5,
+    "axes.titlesize": "medium",
     "axes.titleweight": "bold",
     "axes.titlelocation": "left",
     "axes.spines.top": False,
@@ -114,7 +111,7 @@ def read_runs(paths: list[Path]) -> list[Run]:
         raise UserError(f"{len(paths)} runs are too many for one picture — draw at most {len(COLOURS)}")
     runs: list[Run] = []
     for path, colour in zip(paths, COLOURS, strict=False):
-        run = Run(path.as_posix(), colour)
+        run = Run("/".join(path.parts[-2:]), colour)
         log = path / "train.log" if path.is_dir() else path
         lines = log.read_text(encoding="utf-8", errors="replace").splitlines() if path.suffix != ".json" else ()
         for number, line in enumerate(lines, start=1):
@@ -163,20 +160,19 @@ def draw_ttt(ax: Any, runs: list[Run]) -> None:
     ax.axvspan(1.5, right, color=PALE, lw=0, zorder=0)
     for run in runs:
         who = named(runs, run)
-        colour = {"color": run.colour}
         if run.no_adaptation is not None:
             label = f"{who}no adaptation {run.no_adaptation:.4f}"
-            ax.axhline(run.no_adaptation, label=label, **PLAIN | (colour if who else {"color": "black"}))
+            ax.axhline(run.no_adaptation, color=run.colour if who else "black", label=label, **PLAIN)
         if run.single_pass is not None:
             label = f"{who}single pass {run.single_pass:.4f}, a valid score"
-            ax.axhline(run.single_pass, label=label, **VALID | colour)
+            ax.axhline(run.single_pass, color=run.colour, label=label, **VALID)
         if 1 in run.epochs:
             label = f"{who}epoch 1 {run.epochs[1]:.4f}, a valid score"
-            ax.plot(1, run.epochs[1], "o", ms=9, mec="white", zorder=4, label=label, **colour)
+            ax.plot(1, run.epochs[1], "o", ms=9, mec="white", zorder=4, label=label, color=run.colour)
         if len(run.epochs) > 1:
             label = f"{who}epoch {max(run.epochs)} {run.epochs[max(run.epochs)]:.4f} (not a score)"
-            hollow = SEEN | colour | {"marker": "o", "ms": 6, "markevery": [-1], "zorder": 3}
-            ax.plot(list(run.epochs), list(run.epochs.values()), label=label, **hollow)
+            hollow = SEEN | {"marker": "o", "ms": 6, "markevery": [-1], "zorder": 3}
+            ax.plot(list(run.epochs), list(run.epochs.values()), color=run.colour, label=label, **hollow)
     ax.set(xlabel="epoch", ylabel="bits per byte (lower is better)", xlim=(0.2, right))
     ax.set_xticks(sorted({1, last, *range(10, last - 4, 10)}))
     ax.margins(y=0.12)
@@ -184,9 +180,9 @@ def draw_ttt(ax: Any, runs: list[Run]) -> None:
     seen = f"epochs 2 to {last}: has trained\non what it scores \N{EM DASH}\nnot a compression rate"
     ax.text(0.97, 0.66, seen, color=WARNING, style="italic", transform=ax.transAxes, ha="right", va="top", **note)
     first = min(run.epochs[1] for run in runs if 1 in run.epochs)
-    arrow = {"arrowstyle": "-|>", "color": "black", "shrinkB": 7, "relpos": (0.1, 1)}
-    at = {"xytext": (0.07, 0.08), "textcoords": "axes fraction"}
-    ax.annotate("epoch 1:\nbackward-looking,\na valid score", (1, first), weight="bold", arrowprops=arrow, **at, **note)
+    note |= {"arrowprops": {"arrowstyle": "-|>", "color": "black", "shrinkB": 7, "relpos": (0.1, 1)}, "weight": "bold"}
+    score = "epoch 1:\nbackward-looking,\na valid score"
+    ax.annotate(score, (1, first), xytext=(0.07, 0.08), textcoords="axes fraction", **note)
     ax.legend(**BELOW)
 
 
@@ -252,14 +248,13 @@ def draw(runs: list[Run], wanted: list[str]) -> Any:
     rows = [names[i : i + 2] for i in range(0, len(names), 2)]
     heights = [ROW + LEGEND * ("ttt" in row or "position" in row) for row in rows]
     figure = Figure((WIDTH, sum(heights)), layout="constrained", facecolor="white")
-    figure.get_layout_engine().set(w_pad=0.1, h_pad=0.1)  # inches
     axes = figure.subplot_mosaic([row * (2 // len(row)) for row in rows], height_ratios=heights)
     for name, ax in axes.items():
         ax.set_title(PANELS[name][0])
         PANELS[name][1](ax, runs)
     if len(runs) > 1 and names[0] not in ("ttt", "position"):  # their own legends name the runs
         samples = [Line2D([], [], color=run.colour, lw=3) for run in runs]
-        figure.legend(samples, [run.label for run in runs], loc="outside upper left", ncols=4)
+        figure.legend(samples, [run.label for run in runs], loc="outside upper left", ncols=3)
     return figure
 
 

@@ -25,7 +25,7 @@ PLACEHOLDER = json.loads((Path(__file__).resolve().parent.parent / "submission.j
 ABOUT = {name: PLACEHOLDER[name] for name in ("name", "author", "github_id", "blurb")}
 
 # The challenge's rules, in its numbers, and what is said of one that is kept.
-LIMITS = {"bytes_total": 16_000_000, "train_seconds": 600, "eval_seconds": 600}
+SIZE_CAP, BUDGET = 16_000_000, 600  # bytes of train_gpt.py and artifact together; seconds
 LONGEST_LAST_STEP = 0.5  # training ends with the step under way at 600 s: 0.09 s on 8xH100; slower steps get no more
 WORLD_SIZE, DEVICE = 8, "H100"
 DOCUMENTS, MILLION_TOKENS, VOCABULARY = 50_000, 62.0, 1024  # of the full FineWeb validation split
@@ -48,8 +48,7 @@ KEPT = {
 OUTCOMES = {True: "pass", False: "fail", None: "not applicable"}
 
 # What must agree in all runs of a submission, beside all settings but those that change nothing of the experiment.
-SHARED = {f"environment.{name}" for name in ("torch", "dtype", "device")}
-SHARED |= {"source_sha256", "data.validation", "data.train"}
+SHARED = {"source_sha256", "data.validation", "data.train", *(f"environment.{x}" for x in ("torch", "dtype", "device"))}
 FREE = {"seed", "run_id", "resume", "checkpoint_every", "eval_only", "data_path", "tokenizer_path", "output_dir"}
 ABOUT_RUN = [
     *("seed", "run_id", "val_bpb", "val_loss", "world_size", "weights_sha256"),
@@ -83,15 +82,15 @@ def judge_run(run: Run) -> Iterator[Finding]:
     """What is wrong with a run by itself."""
     result, score, artifact, training = run.result, run.score, run.result["artifact"], run.result["training"]
     seed = f"seed {result['seed']}"
-    for name, limit in LIMITS.items():
-        rule, value = name.replace("bytes_total", "size_cap"), measures(run)[name]
-        if value is None:
+    step = min(training["seconds"] / max(training["steps"], 1), LONGEST_LAST_STEP) if training else 0
+    spent = measures(run)
+    limits = {"bytes_total": SIZE_CAP, "train_seconds": BUDGET + step, "eval_seconds": BUDGET}
+    for name, limit in limits.items():
+        rule = "size_cap" if name == "bytes_total" else name
+        if spent[name] is None:
             yield rule, None, f"{seed} has no {name}"
-            continue
-        if name == "train_seconds":
-            limit += min(training["seconds"] / max(training["steps"], 1), LONGEST_LAST_STEP)
-        if value > limit:
-            yield rule, False, f"{seed}: {value:,} of {limit:,}"
+        elif spent[name] > limit:
+            yield rule, False, f"{seed}: {spent[name]:,} of {limit:,}"
     world, device = result["world_size"], result["environment"]["device"]
     if world != WORLD_SIZE or DEVICE not in device.split():
         yield "hardware_8xH100", False, f"{seed}: {world} x {device}"
@@ -154,8 +153,7 @@ def submission(runs: list[Run], baseline: float | None, about: dict[str, str | N
     test = t_test(list(trained.values()), baseline)
     found = [*chain.from_iterable(map(judge_run, runs)), *judge_repetition(runs)]
     if test["p"] is None:
-        need = "a baseline and at least 2 runs that trained models of their own, with other losses, are needed"
-        found.append(("significant_improvement", None, need))
+        found.append(("significant_improvement", None, "takes a baseline and at least 2 runs with different losses"))
     elif test["p"] >= SIGNIFICANCE:
         found.append(("significant_improvement", False, f"{test['improvement_nats']:.5f} nats, p = {test['p']:.3g}"))
     rules = {}
@@ -180,7 +178,12 @@ def submission(runs: list[Run], baseline: float | None, about: dict[str, str | N
         "rules": rules,
         "protocol": {name: value_of(runs[0].result, f"settings.{name}") for name in PLACEHOLDER["protocol"]},
         "source_sha256": runs[0].result["source_sha256"],
-        "runs": [run_summary(run) for run in runs],
+        "runs": [
+            {path.split(".")[-1]: value_of(run.result, path) for path in ABOUT_RUN}
+            | measures(run)
+            | {"documents_scored_without_adaptation": run.score["lacking"], "replay_last_epoch": replay_summary([run])}
+            for run in runs
+        ],
     }
 
 
@@ -193,13 +196,6 @@ def replay_summary(runs: list[Run]) -> dict[str, Any]:
     loss = spread("val_loss", [figure["val_loss"] for figure in figures])["val_loss"]
     epoch = figures[0].get("epoch") if figures else None
     return {"label": REPLAY_LABEL, "epoch": epoch, **bpb, "val_loss": loss}
-
-
-def run_summary(run: Run) -> dict[str, Any]:
-    """What submission.json says of one run."""
-    content = {path.split(".")[-1]: value_of(run.result, path) for path in ABOUT_RUN} | measures(run)
-    content["documents_scored_without_adaptation"] = run.score["lacking"]
-    return content | {"replay_last_epoch": replay_summary([run])}
 
 
 def report(content: dict[str, Any]) -> str:
@@ -241,8 +237,7 @@ def main(parser: argparse.ArgumentParser) -> None:
     runs = [read_run(path) for path in options.results]
     for run in runs:
         read_log(run)  # is it this run's?
-    date = datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
-    about = {name: getattr(options, name) for name in ABOUT} | {"date": date}
+    about = {name: getattr(options, name) for name in ABOUT} | {"date": f"{datetime.now(UTC):%Y-%m-%dT%H:%M:%SZ}"}
     content = submission(runs, options.baseline_loss, about)
     encoded = (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode()
     if options.folder:

@@ -17,7 +17,6 @@ import numpy as np
 import text
 from common import UserError, new_directory, run_tool
 
-OUT = Path(__file__).resolve().parent / "sample"
 FILES = "fineweb_train_000000.bin", "fineweb_val_000000.bin", "sample_1024_bpe.model"
 VOCAB_SIZE = 1024
 SEED = 1337
@@ -92,7 +91,8 @@ def build(out: Path) -> None:
 
 
 def main(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--out", type=Path, default=OUT, help="the dataset's folder (default: sample beside this file)")
+    here = Path(__file__).resolve().parent
+    parser.add_argument("--out", type=Path, default=here / "sample", help="default: %(default)s")
     out = parser.parse_args().out
     files = [out / name for name in FILES]
     if all(map(Path.is_file, files)):

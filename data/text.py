@@ -20,7 +20,7 @@ from pathlib import Path
 import numpy as np
 import sentencepiece as spm
 
-from common import HEADER_BYTES, MAGIC, TOKEN, VERSION, UserError, new_directory, number, run_tool, value_of
+from common import HEADER_BYTES, MAGIC, VERSION, UserError, new_directory, number, run_tool, value_of
 
 PAD, BOS, EOS, UNK = range(4)
 RESERVED = 4 + 256  # the four ids above and one piece for every byte
@@ -55,7 +55,7 @@ class ShardWriter:
                 self.file.write(bytes(HEADER_BYTES))
                 self.shards += 1
             part, document = np.split(document, [self.shards * self.shard_tokens - self.tokens])
-            self.file.write(part.astype(TOKEN).tobytes())
+            self.file.write(part.astype("<u2").tobytes())
             self.tokens += len(part)
 
     def close(self) -> None:
@@ -82,8 +82,7 @@ def find_files(paths: Iterable[Path]) -> tuple[list[Path], int]:
     found = []
     for path in paths:
         if not path.is_dir() and not (path.exists() and kind_of(path)):
-            kinds = ".txt, .md, .jsonl (also .gz, .zst) or .parquet"
-            raise UserError(f"{path} does not exist or is of an unknown kind — give {kinds}")
+            raise UserError(f"{path} does not exist or is no .txt, .md, .jsonl (also .gz, .zst) or .parquet — give one")
         found += sorted(filter(Path.is_file, path.rglob("*"))) if path.is_dir() else [path]
     files = [path for path in found if kind_of(path)]
     return files, len(found) - len(files)
@@ -152,8 +151,9 @@ def records(path: Path, separator: bytes) -> Iterator[bytes]:
             *whole, held = (held + block).split(separator) if separator else [held + block]
             yield from whole
             if len(held) > MAX_DOCUMENT_BYTES:
-                limit = MAX_DOCUMENT_BYTES >> 20
-                raise UserError(f"{path} has a document of more than {limit} MiB — split it, or name a --delimiter")
+                raise UserError(
+                    f"{path} has a document over {MAX_DOCUMENT_BYTES >> 20} MiB — split it or use --delimiter"
+                )
     if held or not separator:
         yield held
 
@@ -175,10 +175,7 @@ def cut(text: str) -> list[str]:
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> bytes:
-    """Trains a SentencePiece BPE that loses nothing, and returns the model file's content; UserError for too few texts.
-
-    The same texts in the same order give the same bytes.
-    """
+    """Trains a SentencePiece BPE that loses nothing; returns the model file's content. UserError for too few texts."""
     pieces = list(chain.from_iterable(map(cut, texts)))
     # SentencePiece wants a piece for nearly every character, which in some scripts are more than the vocabulary holds.
     frequent = Counter(chain.from_iterable(pieces)).most_common()
@@ -196,8 +193,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> bytes:
     except RuntimeError as error:
         if not re.search("Vocabulary size too high|sentences_.empty", str(error)):
             raise
-        found = f"{sum(map(len, pieces)):,} characters of training text are too few for a vocabulary of {vocab_size:,}"
-        raise UserError(f"{found} — add text or lower --vocab-size") from error
+        raise UserError(f"{sum(map(len, pieces)):,} characters are too few — add text or lower --vocab-size") from error
     return model.getvalue()
 
 
@@ -228,8 +224,9 @@ def draw_validation(digests: list[bytes], fraction: float) -> bytes:
     """Returns the largest digest of a validation document: those with the smallest are it. UserError for too few."""
     count = max(1, round(fraction * len(digests)))
     if count >= len(digests):
-        found = f"{len(digests)} distinct documents cannot be split into training and validation"
-        raise UserError(f"{found} — add files, or cut a file into documents with --delimiter")
+        raise UserError(
+            f"{len(digests)} distinct documents are too few to split — add files, or cut one by --delimiter"
+        )
     return heapq.nsmallest(count, digests)[-1]
 
 
@@ -258,15 +255,10 @@ def build(files: list[Path], directory: Path, name: str, options: argparse.Names
             while size > SAMPLE_CHARS:
                 size -= len(heapq.heappop(sample)[-1])
     threshold = draw_validation(digests, options.val_fraction)
-    del digests
 
-    if options.tokenizer:
-        model_name = options.tokenizer.stem
-        model = options.tokenizer.read_bytes()
-    else:
-        model_name = f"{name}_{options.vocab_size}_bpe"
-        pieces = [piece for _, digest, piece in sorted(sample) if digest > threshold]
-        model = train_tokenizer(pieces, options.vocab_size)
+    pieces = [piece for _, digest, piece in sorted(sample) if digest > threshold]
+    model_name = options.tokenizer.stem if options.tokenizer else f"{name}_{options.vocab_size}_bpe"
+    model = options.tokenizer.read_bytes() if options.tokenizer else train_tokenizer(pieces, options.vocab_size)
     tokenizer = load_tokenizer(model, model_name)
     (directory / f"{model_name}.model").write_bytes(model)
 

@@ -628,7 +628,7 @@ def test_epoch_1_is_marked_and_the_rest_labelled(scored: Path):
 
 def test_a_run_without_test_time_training_is_not_in_its_legend(scored: Path, reference: Path):
     (axes,) = drawn(scored, reference, what=("ttt",)).axes
-    assert {text.split(":")[0] for text in legend(axes)} == {str(scored)}
+    assert {text.split(":")[0] for text in legend(axes)} == {f"{scored.parent.name}/ours"}
 
 
 def test_the_cap_is_drawn_when_it_is_in_reach(reference: Path, folder: Path):
@@ -661,9 +661,9 @@ def test_the_background_is_opaque_white(scored: Path, tmp_path: Path):
     assert (pixels[[0, 0, -1, -1], [0, -1, 0, -1], :3] == 1).all()
 
 
-def test_runs_are_named_as_the_user_names_them(scored: Path, reference: Path):
+def test_runs_are_called_by_the_ends_of_their_paths(scored: Path, reference: Path):
     (axes,) = drawn(scored, scored / "result.json", what=("ttt",)).axes
-    assert {text.rpartition(": ")[0] for text in legend(axes)} == {f"{scored}", f"{scored / 'result.json'}"}
+    assert {text.rpartition(": ")[0] for text in legend(axes)} == {f"{scored.parent.name}/ours", "ours/result.json"}
 
 
 def test_mistakes_are_one_line(folder: Path, reference: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -844,7 +844,7 @@ def test_two_evaluations_of_one_folder_are_compared_and_drawn(tmp_path: Path, fo
     names = ["no adaptation", "epoch 1, a valid score", "epoch 50 (not a score)", "single pass, a valid score"]
     assert legend(position) == names
     third = a_scored_run(folder, a, a - 3, b, tag="_again")
-    assert f"{third}: " in legend(drawn(folder, other, third, what=("ttt",)).axes[0])[-1]
+    assert "ours/result_again.json: " in legend(drawn(folder, other, third, what=("ttt",)).axes[0])[-1]
 
 
 def test_positions_are_drawn_where_their_spans_end(folder: Path) -> None:
