@@ -21,8 +21,8 @@ from common import Run, UserError, new_directory, number, read_log, read_run, ru
 
 SCORE_LABEL = "backward-looking: every token is scored once, before any update has seen it"
 REPLAY_LABEL = "not a compression rate: the adapters have trained on the whole document before this pass scores it"
-PLACEHOLDER = json.loads((Path(__file__).resolve().parent.parent / "submission.json").read_bytes())
-ABOUT = {name: PLACEHOLDER[name] for name in ("name", "author", "github_id", "blurb")}
+PLACEHOLDER = Path(__file__).resolve().parent.parent / "submission.json"  # what a submission says of itself
+ABOUT = ("name", "author", "github_id", "blurb")
 
 # The challenge's rules, in its numbers, and what is said of one that is kept.
 SIZE_CAP, BUDGET = 16_000_000, 600  # bytes of train_gpt.py and artifact together; seconds
@@ -50,11 +50,7 @@ OUTCOMES = {True: "pass", False: "fail", None: "not applicable"}
 # What must agree in all runs of a submission, beside all settings but those that change nothing of the experiment.
 SHARED = {"source_sha256", "data.validation", "data.train", *(f"environment.{x}" for x in ("torch", "dtype", "device"))}
 FREE = {"seed", "run_id", "resume", "checkpoint_every", "eval_only", "data_path", "tokenizer_path", "output_dir"}
-ABOUT_RUN = [
-    *("seed", "run_id", "val_bpb", "val_loss", "world_size", "weights_sha256"),
-    "environment.device",
-    "training.steps",
-]
+ABOUT_RUN = "seed run_id val_bpb val_loss world_size weights_sha256 environment.device training.steps"
 # What no two trainings have in common.
 UNIQUE = ["seed", "run_id", "weights_sha256", "artifact.sha256", "training.seconds"]
 
@@ -146,7 +142,7 @@ def t_test(losses: list[float], baseline: float | None) -> dict[str, float | int
     return found | dict(t=t, degrees_of_freedom=max(len(losses) - 1, 0), p=p)
 
 
-def submission(runs: list[Run], baseline: float | None, about: dict[str, str | None]) -> dict[str, Any]:
+def submission(runs: list[Run], baseline: float | None, about: dict[str, Any], settings: list[str]) -> dict[str, Any]:
     """The content of submission.json: a non-record if a rule fails, incomplete if one cannot be judged."""
     # A sample of the t-test is a run that trained, one for each model.
     trained = {run.result["weights_sha256"]: run.result["val_loss"] for run in runs if run.result["training"]}
@@ -176,10 +172,10 @@ def submission(runs: list[Run], baseline: float | None, about: dict[str, str | N
         **{name: None if None in values else max(values) for name, values in columns.items()},
         "significance": test,
         "rules": rules,
-        "protocol": {name: value_of(runs[0].result, f"settings.{name}") for name in PLACEHOLDER["protocol"]},
+        "protocol": {name: value_of(runs[0].result, f"settings.{name}") for name in settings},
         "source_sha256": runs[0].result["source_sha256"],
         "runs": [
-            {path.split(".")[-1]: value_of(run.result, path) for path in ABOUT_RUN}
+            {path.split(".")[-1]: value_of(run.result, path) for path in ABOUT_RUN.split()}
             | measures(run)
             | {"documents_scored_without_adaptation": run.score["lacking"], "replay_last_epoch": replay_summary([run])}
             for run in runs
@@ -231,14 +227,15 @@ def main(parser: argparse.ArgumentParser) -> None:
     add("--baseline-loss", type=number(float, 0), metavar="NATS", help="per token: val_loss of the record to beat")
     add("--out", type=Path, default=Path("submission.json"), help="default: submission.json")
     add("--folder", type=Path, help="make the folder of a pull request instead")
-    for name, value in ABOUT.items():
-        add("--" + name.replace("_", "-"), default=value, help="default: what submission.json says")
+    placeholder = json.loads(PLACEHOLDER.read_bytes())
+    for name in ABOUT:
+        add("--" + name.replace("_", "-"), default=placeholder[name], help="default: what submission.json says")
     options = parser.parse_args()
     runs = [read_run(path) for path in options.results]
     for run in runs:
         read_log(run)  # is it this run's?
     about = {name: getattr(options, name) for name in ABOUT} | {"date": f"{datetime.now(UTC):%Y-%m-%dT%H:%M:%SZ}"}
-    content = submission(runs, options.baseline_loss, about)
+    content = submission(runs, options.baseline_loss, about, list(placeholder["protocol"]))
     encoded = (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode()
     if options.folder:
         write_folder(options.folder, runs, content, encoded)
