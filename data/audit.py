@@ -1,13 +1,10 @@
 """Does a later token reach an earlier score? `python data/audit.py RUN --documents 2` finds out by experiment.
 
-For K documents of at least two chunks it replaces every token after a point t, inside a chunk, by another one and
-scores again. It prints, for each figure, the largest change of any target's NLL up to t, beside that of an unchanged
-repeat, and adds the rows to the run's result.json. Backward-looking figures must not move; the last epoch of replay
-shows its leak. Exit code 1 if a backward-looking figure moved. With --positions it writes instead what plot.py needs
-for bits per byte by position: sums by chunk of the first K documents (default: all), in ttt_positions.npz."""
+It prints the largest change of any target's NLL up to a point, behind which all tokens were replaced, beside that of an
+unchanged repeat, and ends with code 1 if a backward-looking figure moved. --positions writes sums for plot.py instead.
+"""
 
-from __future__ import annotations
-
+import argparse
 import io
 import json
 import math
@@ -20,6 +17,8 @@ import common
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import train_gpt
+
+FIRST_SPAN = 64  # tokens; each next span of a document is as long as all before it
 
 
 class Traced(train_gpt.DocumentBatch):
@@ -39,7 +38,7 @@ class Traced(train_gpt.DocumentBatch):
         return nll
 
 
-def trace(model: train_gpt.GPT, stream: train_gpt.Stream, run: train_gpt.Run, documents: np.ndarray, seeds: np.ndarray):
+def trace(model, stream, run, documents: np.ndarray, seeds: np.ndarray) -> np.ndarray:
     """NLL of every target of documents given longest first, as Traced has it, under the adapters of `seeds`."""
     batch = Traced(model, stream, documents, run)
     batch.plain()
@@ -49,7 +48,7 @@ def trace(model: train_gpt.GPT, stream: train_gpt.Stream, run: train_gpt.Run, do
     return batch.trace
 
 
-def figure_names(s: train_gpt.Settings) -> dict[str, int]:
+def figure_names(s) -> dict[str, int]:
     """The figures that are compared, and their rows in a trace."""
     if s.ttt_protocol == "single_pass":
         return {"no_adaptation": 0, "single_pass": 1}
@@ -57,7 +56,7 @@ def figure_names(s: train_gpt.Settings) -> dict[str, int]:
     return {"no_adaptation": 0, "epoch_1": 1} | last
 
 
-def audit(model: train_gpt.GPT, stream: train_gpt.Stream, run: train_gpt.Run, documents: int) -> list[dict]:
+def audit(model, stream, run, documents: int) -> list[dict]:
     """One row for each document and figure: t, the largest change of an NLL up to t in nats, and the repeat's."""
     s = run.s
     rng = np.random.default_rng([s.seed, 0xA0D17])
@@ -66,17 +65,16 @@ def audit(model: train_gpt.GPT, stream: train_gpt.Stream, run: train_gpt.Run, do
     if not len(chosen):
         raise common.UserError(f"no document has two chunks of {s.ttt_chunk_size} targets — score longer documents")
     lengths = stream.lengths[chosen]
-    starts = np.cumsum(lengths + 1) - lengths - 1
-    tokens = stream.tokens.cpu().numpy()
-    before = [tokens[start : start + n + 1] for start, n in zip(stream.starts[chosen], lengths, strict=True)]
     points = rng.integers(1, lengths)
-    after = []
-    for document, t in zip(before, points, strict=True):
-        other = rng.integers(train_gpt.BOS + 1, s.vocab_size - 1, len(document))
-        other += other >= document  # never the token itself
-        after.append(np.where(np.arange(len(document)) > t, other, document))
+    tokens = stream.tokens.cpu().numpy()
+    places = [start + np.arange(n + 1) for start, n in zip(stream.starts[chosen], lengths, strict=True)]
+    before = tokens[np.concatenate(places)]
+    later = np.concatenate([np.arange(n + 1) > t for n, t in zip(lengths, points, strict=True)])
+    other = rng.integers(train_gpt.BOS + 1, s.vocab_size - 1, len(before))
+    other += other >= before  # never the token itself
+    starts = np.cumsum(lengths + 1) - lengths - 1
     traces = []
-    for flat in map(np.concatenate, (before, before, after)):
+    for flat in (before, before, np.where(later, other, before)):
         own = train_gpt.Stream(flat, np.zeros(len(flat) - 1, np.int16), run.device, (starts, lengths))
         traces.append(trace(model, own, run, np.arange(len(chosen)), chosen))
     rows = []
@@ -89,30 +87,31 @@ def audit(model: train_gpt.GPT, stream: train_gpt.Stream, run: train_gpt.Run, do
     return rows
 
 
-def positions(model: train_gpt.GPT, stream: train_gpt.Stream, run: train_gpt.Run, documents: int | None) -> dict:
-    """Sums by chunk of the first documents: figures (F,), nll (F, C), targets and bytes (C,)."""
-    size, names = run.s.ttt_chunk_size, figure_names(run.s)
+def positions(model, stream, run, documents: int | None) -> dict[str, np.ndarray]:
+    """Sums by span of the first documents: figures (F,), nll (F, S), targets, bytes and ends (S,)."""
+    names = figure_names(run.s)
     lengths = stream.lengths[:documents]
-    chunks = -(-int(lengths.max()) // size)
-    sums = np.zeros((len(names) + 2, chunks))
+    starts = np.array([0, *(FIRST_SPAN << i for i in range(20) if FIRST_SPAN << i < lengths.max())])
+    sums = np.zeros((len(names) + 2, len(starts)))
     bytes_ = stream.bytes.cpu().numpy()
     for batch in train_gpt.batch_documents(lengths, run):
         found = trace(model, stream, run, batch, batch)[list(names.values())]
         for i, document in enumerate(batch):
             n, start = lengths[document], stream.starts[document]
             rows = np.vstack([found[:, i, :n], np.ones(n), bytes_[start : start + n]])
-            cuts = np.arange(0, n, size)
-            sums[:, : len(cuts)] += np.add.reduceat(rows, cuts, axis=1)
-    return {"figures": np.array(list(names)), "nll": sums[:-2], "targets": sums[-2], "bytes": sums[-1]}
+            begun = starts[starts < n]
+            sums[:, : len(begun)] += np.add.reduceat(rows, begun, axis=1)
+    ends = np.append(starts[1:], lengths.max())
+    return {"figures": np.array(list(names)), "nll": sums[:-2], "targets": sums[-2], "bytes": sums[-1], "ends": ends}
 
 
-def open_run(left: common.Run) -> tuple[train_gpt.GPT, train_gpt.Stream, train_gpt.Run]:
+def open_run(left: common.Run) -> tuple:
     """The model that a run scored, the text, and the settings; UserError if either is not what it was."""
-    folder = left.path.parent
     kept = {k: v for k, v in left.result["settings"].items() if k in train_gpt.Settings.__dataclass_fields__}
-    kept |= {"eval_only": kept.get("eval_only") or str(folder / "final_model.ptz"), "output_dir": str(folder)}
+    kept["eval_only"] = kept.get("eval_only") or str(left.path.with_name("final_model.ptz"))
+    kept |= {"output_dir": str(left.path.parent), "resume": False, "compile": 0, "device": "auto"}
     try:
-        run = train_gpt.Run(train_gpt.Settings(**kept | {"resume": False, "compile": 0, "device": "auto"}).checked())
+        run = train_gpt.Run(train_gpt.Settings(**kept).checked())
         settings, state, digest = train_gpt.read_model(Path(run.s.eval_only), run)
         run = run.using(**settings.of(train_gpt.ModelSettings))
         model = train_gpt.scoring_model(run)
@@ -125,8 +124,7 @@ def open_run(left: common.Run) -> tuple[train_gpt.GPT, train_gpt.Stream, train_g
     return model, stream, run
 
 
-def main() -> None:
-    parser = common.Parser(__doc__)
+def main(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run", type=Path, help="a run's folder, or a result_<tag>.json in it")
     parser.add_argument("--documents", type=common.number(int, 1), help="default: 2, with --positions all")
     parser.add_argument("--positions", action="store_true", help="write ttt_positions.npz instead")
@@ -149,4 +147,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    common.run(main)
+    common.run_tool(main)

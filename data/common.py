@@ -1,7 +1,5 @@
 """What the tools of this folder share: errors, command lines, atomic files and folders, shards, and run folders."""
 
-from __future__ import annotations
-
 import argparse
 import errno
 import hashlib
@@ -20,23 +18,15 @@ from typing import Any, NoReturn
 
 import numpy as np
 
-MAGIC, VERSION, HEADER_INTS = 20240520, 1, 256
-HEADER_BYTES = 4 * HEADER_INTS
-TOKEN = np.dtype("<u2")
+MAGIC, VERSION, HEADER_BYTES = 20240520, 1, 1024
 
 
 class UserError(Exception):
     """Something the user can put right. The message reads `what is wrong — what to do`."""
 
 
-# ---------------------------------------------------------------------------------------------- command line
-
-
 class Parser(argparse.ArgumentParser):
     """argparse, but a bad command line is a UserError: one line instead of the usage text."""
-
-    def __init__(self, description: str | None) -> None:
-        super().__init__(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
 
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message} — see --help")
@@ -45,24 +35,22 @@ class Parser(argparse.ArgumentParser):
 def number(kind: type, low: float, high: float = math.inf) -> Callable[[str], Any]:
     """Returns an argparse type: an int from `low` to `high`, or a float strictly between them."""
 
-    def read(text: str) -> Any:
-        try:
-            value = kind(text)
-        except ValueError:
-            value = math.nan
+    def number(text: str) -> Any:  # argparse says "invalid number value" for what is none
+        value = kind(text)
         if not (low <= value <= high if kind is int else low < value < high):
             raise argparse.ArgumentTypeError(f"{text} is not between {low:,} and {high:,}")
         return value
 
-    return read
+    return number
 
 
-def run(main: Callable[[], None]) -> NoReturn:
+def run_tool(main: Callable[[argparse.ArgumentParser], None]) -> NoReturn:
     """Runs a tool's main function; what goes wrong ends in one line on stderr and exit code 2 (130 for Ctrl-C)."""
+    parser = Parser(description=main.__globals__["__doc__"], formatter_class=argparse.RawDescriptionHelpFormatter)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that a terminated run still removes what it began
     code = 2
     try:
-        main()
+        main(parser)
         sys.exit(0)
     except UserError as error:
         message = str(error)
@@ -80,9 +68,6 @@ def run(main: Callable[[], None]) -> NoReturn:
     sys.exit(code)
 
 
-# ---------------------------------------------------------------------------------------------- files and folders
-
-
 def write_atomic(path: Path, content: bytes) -> None:
     """Writes a file that is at any moment the old one or the new one, whole."""
     partial = path.with_name(path.name + ".tmp")
@@ -94,64 +79,38 @@ def write_atomic(path: Path, content: bytes) -> None:
 
 
 @contextmanager
-def new_directory(out: Path, replace: bool = False) -> Iterator[Path]:
-    """Yields an empty sibling of `out` to fill; it takes the name `out` only if the block ends without an exception.
-
-    UserError if `out` holds anything and `replace` is false, or holds files that are no part of a dataset.
-    """
-    require_free(out, replace)
+def new_directory(out: Path) -> Iterator[Path]:
+    """Yields an empty folder to fill, which gets the name `out` if the block ends well; UserError if that is taken."""
+    if out.is_file() or (out.exists() and os.listdir(out)):
+        raise UserError(f"{out} is a file or a folder that is not empty — choose another folder, or delete it")
     out = out.resolve()
     partial = out.with_name(f"{out.name}.partial-{os.getpid()}")
-    retired = partial.with_name(f"{partial.name}-old")
-    shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     try:
         yield partial
-        if replace and out.exists():
-            out.rename(retired)
-        require_free(out, replace=False)  # another run may have finished first
-        partial.rename(out)
-        shutil.rmtree(retired, ignore_errors=True)
+        partial.rename(out)  # OSError if another run has finished first
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def require_free(out: Path, replace: bool) -> None:
-    """UserError unless a folder may be made at `out`."""
-    if out.exists() and not out.is_dir():
-        raise UserError(f"{out} is a file — choose another folder")
-    names = sorted(entry.name for entry in out.iterdir()) if out.exists() else []
-    if names and not replace:
-        raise UserError(f"{out} is not empty — choose another folder, or replace a dataset with --force")
-    for name in names:
-        if not re.fullmatch(r"fineweb_(train|val)_\d+\.bin|.*\.model", name):
-            raise UserError(f"{out} holds {name}, which is no part of a dataset — choose another folder")
-
-
 def check_shard(path: Path) -> int:
     """Returns the number of tokens in a shard; UserError unless magic, version, count and size agree."""
-    with open(path, "rb") as file:
-        head = file.read(HEADER_BYTES)
-        size = os.fstat(file.fileno()).st_size
-    magic, version, count = np.frombuffer(head[:12].ljust(12, b"\0"), dtype="<i4").tolist()
-    if (magic, version, HEADER_BYTES + TOKEN.itemsize * count) != (MAGIC, VERSION, size):
+    header = np.fromfile(path, "<i4", 3).tolist()
+    if len(header) < 3 or header[:2] != [MAGIC, VERSION] or path.stat().st_size != HEADER_BYTES + 2 * header[2]:
         raise UserError(f"{path} is not a whole token shard — delete it and get or build it again")
-    return count
+    return header[2]
 
 
-# ---------------------------------------------------------------------------------------------- run folders
-
-# What result.json and its parts hold: dotted paths, by the type that they must be of.
-SCHEMA_VERSION = 2
+# What result.json (schema version 2) and its parts hold: dotted paths, by the type that they must be of.
 RESULT = {
     str: "run_id source_sha256 weights_sha256 environment.torch environment.device environment.dtype data.validation",
     int: "seed settings.seed source_bytes world_size",
-    float: "val_loss val_bpb",
+    float: "val_loss val_bpb evaluation.seconds",
     bool: "quantised",
 }
 FIGURE = {float: "val_loss val_bpb", int: "targets bytes lacking", bool: "backward_looking"}
 OPTIONAL = {
-    "training": {int: "steps", float: "seconds"},
+    "training": {int: "steps", float: "seconds calibration"},
     "artifact": {int: "model_bytes code_bytes total_bytes", str: "sha256"},
 }
 ROWS = {
@@ -173,54 +132,56 @@ class Run:
         return self.path.with_name(self.path.name.replace("result", name, 1)).with_suffix(".npz")
 
     @property
-    def score(self) -> dict[str, Any]:
-        """The figure that counts: of the sliding window, or the backward-looking one of test-time training."""
-        evaluation = self.result["evaluation"]
-        return evaluation["sliding"] if "sliding" in evaluation else evaluation["backward_looking"]
+    def figures(self) -> dict[str, dict[str, Any]]:
+        """The figures of the evaluation by name; replay's last epoch, if any, comes last."""
+        names = ("sliding", "no_adaptation", "backward_looking", "last_epoch")
+        return {name: figure for name in names if (figure := self.result["evaluation"].get(name))}
 
     @property
-    def figures(self) -> list[dict[str, Any]]:
-        """All figures of the evaluation, `score` among them; replay's last epoch, if any, comes last."""
-        evaluation = self.result["evaluation"]
-        names = ("sliding", "no_adaptation", "backward_looking", "last_epoch")
-        return [evaluation[name] for name in names if name in evaluation]
+    def score(self) -> dict[str, Any]:
+        """The figure that counts: of the sliding window, or the backward-looking one of test-time training."""
+        return self.figures.get("sliding") or self.figures["backward_looking"]
 
 
 def read_run(path: Path) -> Run:
     """Reads a result.json, or the one in a run's folder; UserError if it is anything else."""
     path = path / "result.json" if path.is_dir() else path
     try:
-        result = json.loads(path.read_bytes(), parse_int=bounded, parse_float=bounded)
-        json.dumps(result, ensure_ascii=False, allow_nan=False).encode()  # no NaN, no half of a character
+        result = json.loads(path.read_bytes(), parse_int=bounded, parse_float=bounded, parse_constant=bounded)
+        json.dumps(result, ensure_ascii=False).encode()  # no half of a character
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is no JSON of a run ({error}) — {UNTOUCHED}") from error
-    version = result.get("schema_version") if isinstance(result, dict) else None
-    if version != SCHEMA_VERSION:
-        raise UserError(f"{path} has schema_version {version!r}, not {SCHEMA_VERSION} — {UNTOUCHED}")
-    evaluation = result.get("evaluation")
-    sliding = isinstance(evaluation, dict) and "sliding" in evaluation
-    figures = ["sliding"] if sliding else ["no_adaptation", "backward_looking", "last_epoch"]
-    require(result, RESULT, path)
-    require(evaluation, {int: "" if sliding else "documents", float: "seconds"}, path, "evaluation.")
-    for name in figures:
-        require(evaluation.get(name), FIGURE, path, f"evaluation.{name}.")
+    if (version := value_of(result, "schema_version")) != 2:
+        raise UserError(f"{path} has schema_version {version!r}, not 2 — {UNTOUCHED}")
+
+    def require(form: dict[type, str], place: str, part: Any) -> None:
+        for kind, names in form.items():
+            for name in names.split():
+                value = value_of(part, name)
+                if type(value) is not kind and (type(value), kind) != (int, float):
+                    raise UserError(f"{path} has no {place}{name} of type {kind.__name__} — {UNTOUCHED}")
+
+    require(RESULT, "", result)
+    evaluation = result["evaluation"]
+    for name in ["sliding"] if "sliding" in evaluation else ["no_adaptation", "backward_looking", "last_epoch"]:
+        require(FIGURE, f"evaluation.{name}.", evaluation.get(name))
     for name, form in OPTIONAL.items():
         if result.get(name) is not None:
-            require(result[name], form, path, f"{name}.")
-    for name, form in ROWS.items():
-        require(evaluation, {list: name} if evaluation.get(name) is not None else {}, path, "evaluation.")
-        for index, row in enumerate(evaluation.get(name) or []):
-            require(row, form, path, f"evaluation.{name}[{index}].")
+            require(form, f"{name}.", result[name])
+    for name in ROWS.keys() & evaluation.keys():
+        require({list: name}, "evaluation.", evaluation)
+        for index, row in enumerate(evaluation[name]):
+            require(ROWS[name], f"evaluation.{name}[{index}].", row)
     if result["seed"] != result["settings"]["seed"]:
         raise UserError(f"{path} has seed {result['seed']} and another in its settings — {UNTOUCHED}")
     return Run(path, result)
 
 
 def bounded(digits: str) -> float:
-    """A number of JSON; infinity for one that 64 bits could not count."""
+    """A number of JSON; ValueError for one that 64 bits could not count."""
     value = float(digits)
-    if abs(value) >= 2**63:
-        return math.inf
+    if not abs(value) < 2**63:
+        raise ValueError(f"{digits:.20} is no figure")
     return value if set(digits) & set(".eE") else int(digits)
 
 
@@ -229,16 +190,6 @@ def value_of(value: Any, path: str) -> Any:
     for key in path.split("."):
         value = value.get(key) if isinstance(value, dict) else None
     return value
-
-
-def require(value: Any, form: dict[type, str], path: Path, place: str = "") -> None:
-    """UserError naming what is missing or of another type in the part `place` of a result."""
-    for kind, names in form.items():
-        for name in names.split():
-            found = value_of(value, name)
-            right = isinstance(found, (int, float) if kind is float else kind)
-            if not right or (isinstance(found, bool) and kind is not bool):
-                raise UserError(f"{path} has no {place}{name} of type {kind.__name__} — {UNTOUCHED}")
 
 
 def read_log(run: Run) -> tuple[bytes, bytes]:
@@ -258,7 +209,7 @@ def read_arrays(path: Path, axes: dict[str, int]) -> dict[str, np.ndarray]:
     """Reads an .npz of numbers with so many axes each, the last as long in all; UserError if it is anything else."""
     try:
         with np.load(path) as file:
-            arrays = dict(file.items())
+            arrays = dict(file)
         fit = all(arrays[name].ndim == n and arrays[name].dtype.kind in "iuf" for name, n in axes.items())
         if not fit or len({arrays[name].shape[-1] for name in axes}) != 1:
             raise ValueError("shapes or types")
@@ -270,18 +221,13 @@ def read_arrays(path: Path, axes: dict[str, int]) -> dict[str, np.ndarray]:
 
 
 def read_documents(run: Run) -> dict[str, np.ndarray]:
-    """Reads an evaluation's ttt_documents.npz; D documents, E figures that a document has besides no adaptation.
-
-    Holds index, targets, bytes, nll_no_adaptation and figures_finished (D,), and nll_per_epoch (E, D), in nats.
-    UserError if the file is missing, damaged or of another evaluation.
-    """
-    if "sliding" in run.result["evaluation"]:
+    """Reads an evaluation's ttt_documents.npz: bytes and nll_no_adaptation (D,), nll_per_epoch (E, D), in nats."""
+    if "sliding" in run.figures:
         raise UserError(f"{run.path} is of a sliding window — give runs with test-time training")
     path = run.beside("ttt_documents")
-    names = {"targets": 1, "bytes": 1, "nll_no_adaptation": 1, "nll_per_epoch": 2, "figures_finished": 1}
-    arrays = read_arrays(path, names)
+    arrays = read_arrays(path, {"bytes": 1, "nll_no_adaptation": 1, "nll_per_epoch": 2})
     found = arrays["nll_no_adaptation"].sum(), *arrays["nll_per_epoch"][:1].sum(1)
-    for nats, figure in zip(found, run.figures, strict=False):
+    for nats, figure in zip(found, run.figures.values(), strict=False):
         if not figure["lacking"] and not math.isclose(nats, figure["val_loss"] * figure["targets"], rel_tol=1e-6):
             raise UserError(f"{path} has other figures than {run.path} — {UNTOUCHED}")
     return arrays

@@ -2,45 +2,31 @@
 
     python data/compare.py runs/a runs/b runs/c
 
-Only backward-looking figures count: single_pass's, or epoch 1 of replay. All runs must have scored the same documents
-with the same weights file. Each gain has a confidence interval by bootstrap over documents (Efron 1979): documents are
-drawn again with replacement, the same draws for every run, so that the gain over the best run is compared document by
-document. Prints a Markdown table, the best run first.
+Only backward-looking figures count: single_pass's, or epoch 1 of replay. Intervals are by bootstrap over documents
+(Efron 1979), with the same draws for every run, so that the gain over the best is compared document by document.
 """
 
-from __future__ import annotations
-
+import argparse
 import math
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
-from common import Parser, Run, UserError, number, read_documents, read_run
-from common import run as run_tool
+from common import Run, UserError, number, read_documents, read_run, run_tool
 
 SETTINGS = ["protocol", "context", "eval_seq_len", "n_epochs", "lora_lr", "chunk_size", "lora_rank"]
 FIGURES = ["no adaptation", "backward-looking", "gain", "95% interval", "behind the best, 95% interval"]
 
 
-def bits(nats: Any, bytes_: Any) -> Any:
-    """Bits per byte."""
-    return nats / math.log(2) / bytes_
-
-
-def read_alike(paths: Sequence[Path]) -> tuple[list[Run], np.ndarray, np.ndarray, np.ndarray]:
-    """Returns the runs, the documents' bytes (D,), and nats without adaptation and backward-looking, (runs, D) each.
-
-    UserError unless all scored the same documents, at least two, with the same weights, and adapted to each.
-    """
+def read_alike(paths: list[Path]) -> tuple[list[Run], np.ndarray, np.ndarray, np.ndarray]:
+    """Runs, the bytes of their documents (D,), and bits without adaptation and backward-looking, (runs, D) each."""
     runs = [read_run(path) for path in paths]
     arrays = [read_documents(run) for run in runs]
     first, bytes_ = runs[0].result, arrays[0]["bytes"]
     for run, found in zip(runs, arrays, strict=True):
+        pair = f"{run.path} and {runs[0].path}"
         if lacking := run.score["lacking"]:
             raise UserError(f"{run.path}: the deadline left {lacking:,} documents out — raise EVAL_MAX_SECONDS")
-        pair = f"{run.path} and {runs[0].path}"
         if run.result["weights_sha256"] != first["weights_sha256"]:
             raise UserError(f"{pair} scored different models — compare like with like")
         same_text = run.result["data"]["validation"] == first["data"]["validation"]
@@ -48,42 +34,41 @@ def read_alike(paths: Sequence[Path]) -> tuple[list[Run], np.ndarray, np.ndarray
             raise UserError(f"{pair} did not score the same documents — compare like with like")
     if len(bytes_) < 2:
         raise UserError(f"{runs[0].path} has a single document — compare evaluations of several")
-    plain = np.stack([found["nll_no_adaptation"] for found in arrays])
-    return runs, bytes_, plain, np.stack([found["nll_per_epoch"][0] for found in arrays])
+    plain = np.stack([found["nll_no_adaptation"] for found in arrays]) / math.log(2)
+    return runs, bytes_, plain, np.stack([found["nll_per_epoch"][0] for found in arrays]) / math.log(2)
 
 
-def interval(nats: np.ndarray, bytes_: np.ndarray, samples: int, seed: int) -> str:
+def interval(bits: np.ndarray, bytes_: np.ndarray, samples: int, seed: int) -> str:
     """The middle 95% of bits per byte of `samples` sets of documents, drawn with replacement."""
     from scipy import stats
 
     found = stats.bootstrap(
-        (nats, bytes_),
-        lambda nats, bytes_, axis: bits(nats.sum(axis), bytes_.sum(axis)),
+        (bits, bytes_),
+        lambda bits, bytes_, axis: bits.sum(axis) / bytes_.sum(axis),
         **dict(paired=True, vectorized=True, method="percentile", n_resamples=samples, batch=256, rng=seed),
     )
     return "{:+.4f} to {:+.4f}".format(*found.confidence_interval)
 
 
-def main() -> None:
-    parser = Parser(__doc__)
+def main(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("runs", nargs="+", type=Path, metavar="RUN", help="a run's folder, or a result_<tag>.json in it")
-    add("--samples", type=number(int, 1), default=10_000, help="bootstrap samples (default: %(default)s)")
+    add("--samples", type=number(int, 1), default=10_000, help="of the bootstrap (default: %(default)s)")
     add("--seed", type=number(int, 0), default=0, help="of the bootstrap (default: %(default)s)")
     options = parser.parse_args()
     runs, bytes_, plain, adapted = read_alike(options.runs)
+    draws = bytes_, options.samples, options.seed  # the same for every run
     gains = plain - adapted
-    order = np.argsort(adapted.sum(1), kind="stable")
-    rows = [[*SETTINGS, *FIGURES], ["---"] * len(SETTINGS + FIGURES)]
+    best, *_ = order = np.argsort(adapted.sum(1), kind="stable")
+    rows = [SETTINGS + FIGURES, ["---"] * len(SETTINGS + FIGURES)]
     for i in order:
         shown = {name: str(runs[i].result["settings"].get(f"ttt_{name}", "?")) for name in SETTINGS}
         if shown["protocol"] == "replay":
             shown["n_epochs"] = f"1 of {shown['n_epochs']}"
-        before, after, gain = (bits(nats[i].sum(), bytes_.sum()) for nats in (plain, adapted, gains))
-        draws = bytes_, options.samples, options.seed  # the same for every run
-        behind = "–" if i == order[0] else interval(gains[order[0]] - gains[i], *draws)
-        figures = [f"{before:.4f}", f"{after:.4f}", f"{gain:+.4f}", interval(gains[i], *draws)]
-        rows.append([*shown.values(), *figures, behind])
+        before, after, gain = (bits[i].sum() / bytes_.sum() for bits in (plain, adapted, gains))
+        behind = "–" if i == best else interval(gains[best] - gains[i], *draws)
+        figures = f"{before:.4f}", f"{after:.4f}", f"{gain:+.4f}", interval(gains[i], *draws), behind
+        rows.append([*shown.values(), *figures])
     print("\n".join("| " + " | ".join(row) + " |" for row in rows))
     print(f"\n{len(bytes_):,} documents, {int(bytes_.sum()):,} bytes, {options.samples:,} bootstrap samples")
 

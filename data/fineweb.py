@@ -2,53 +2,45 @@
 
     python data/fineweb.py --variant sp1024 --train-shards 80
 
-The environment variables of huggingface_hub apply, among them HF_ENDPOINT (a mirror) and HF_TOKEN. A file takes its
-place only when it is whole and its header is right; run the command again to go on after an interruption.
+Run it again to go on after an interruption. The environment variables of huggingface_hub apply.
 """
 
-from __future__ import annotations
-
+import argparse
 import json
 import shutil
 import sys
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-from common import Parser, UserError, check_shard, number, run
+from common import UserError, check_shard, number, run_tool
 from text import load_tokenizer
 
 REPO = "willdepueoai/parameter-golf"
 REMOTE = "datasets"  # the folder of the repository that holds the manifest and all it names
-OUT = Path(__file__).resolve().parent
 AGAIN = "run it again; if it stays so, HF_ENDPOINT serves something else"
 
 
-def find_variant(manifest: Any, variant: str, train_shards: int = 1) -> list[str]:
+def find_variant(content: bytes, variant: str, train_shards: int = 1) -> list[str]:
     """Returns the paths of a variant's tokenizer, validation shards and first training shards; UserError without."""
     try:
-        datasets = {entry["name"].removeprefix("fineweb10B_"): entry for entry in manifest["datasets"]}
+        manifest = json.loads(content)
         models = {entry["name"]: entry.get("model_path") for entry in manifest["tokenizers"]}
+        datasets = {entry["name"].removeprefix("fineweb10B_"): entry for entry in manifest["datasets"]}
         if variant not in datasets:
             raise UserError(f"there is no variant {variant} — choose from {', '.join(sorted(datasets))}")
-        entry, stats = datasets[variant], datasets[variant]["stats"]
-        name, model, most, held_out = (
-            entry["name"],
-            models[entry["tokenizer_name"]],
-            stats["files_train"],
-            stats["files_val"],
-        )
+        dataset = datasets[variant]
+        model = models[dataset["tokenizer_name"]]
+        most = {split: dataset["stats"][f"files_{split}"] for split in ("val", "train")}
         if not model:
             raise UserError(f"variant {variant} has no SentencePiece model — choose an sp variant")
-        if train_shards > most:
-            raise UserError(f"{variant} has {most} training shards — lower --train-shards to that")
-        shards = [("val", i) for i in range(held_out)] + [("train", i) for i in range(train_shards)]
-        return [model, *(f"datasets/{name}/fineweb_{split}_{i:06d}.bin" for split, i in shards)]
-    except (KeyError, TypeError, AttributeError) as error:
+        if train_shards > most["train"]:
+            raise UserError(f"{variant} has {most['train']} training shards — lower --train-shards to that")
+        shards = [f"{split}_{i:06d}" for split, count in (most | {"train": train_shards}).items() for i in range(count)]
+        return [model, *(f"datasets/{dataset['name']}/fineweb_{shard}.bin" for shard in shards)]
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"the manifest of {REPO} has another form than expected ({error!r}) — {AGAIN}") from error
 
 
-def fetch(paths: Sequence[str], staging: Path, commit: str | None = None) -> str:
+def fetch(paths: list[str], staging: Path, commit: str | None = None) -> str:
     """Downloads files below REMOTE to `staging`, under their paths, all of one commit: the newest, which it returns."""
     import huggingface_hub
     from huggingface_hub import constants, errors, utils
@@ -59,9 +51,8 @@ def fetch(paths: Sequence[str], staging: Path, commit: str | None = None) -> str
     wanted = [f"{REMOTE}/{path}" for path in paths]
     try:
         commit = commit or huggingface_hub.HfApi().dataset_info(REPO).sha
-        huggingface_hub.snapshot_download(
-            REPO, repo_type="dataset", revision=commit, local_dir=staging, allow_patterns=wanted
-        )
+        options = dict(repo_type="dataset", revision=commit, local_dir=staging, allow_patterns=wanted)
+        huggingface_hub.snapshot_download(REPO, **options)
     except Exception as error:  # the hub's, its HTTP library's (not the same in every release) or the system's
         if getattr(error, "errno", None):
             raise
@@ -69,61 +60,39 @@ def fetch(paths: Sequence[str], staging: Path, commit: str | None = None) -> str
         if isinstance(error, errors.RepositoryNotFoundError) or status in (401, 403):
             raise UserError(f"no access to {REPO} — set HF_TOKEN to a token that may read it") from error
         found = f"cannot download from {constants.ENDPOINT} ({type(error).__name__}: {str(error)[:300]})"
-        raise UserError(
-            f"{found} — check the connection and HF_HUB_OFFLINE, run it again; finished files are kept"
-        ) from error
+        raise UserError(f"{found} — check the connection and HF_HUB_OFFLINE, run it again; it goes on") from error
     for name in wanted:
         if not (staging / name).is_file():
             raise UserError(f"{name} is not in {REPO} — {AGAIN}")
     return commit
 
 
-def place(staging: Path, out: Path, paths: Sequence[str]) -> None:
-    """Moves the downloaded files that are there to `out`; UserError for one that is damaged, which is deleted."""
-    for path in paths:
-        staged = staging / REMOTE / path
-        if staged.is_file():
-            try:
-                check_shard(staged) if staged.suffix == ".bin" else load_tokenizer(staged.read_bytes(), path)
-            except UserError:
-                staged.unlink()
-                raise
-            (out / path).parent.mkdir(parents=True, exist_ok=True)
-            staged.replace(out / path)
-
-
-def download(variant: str, train_shards: int, out: Path) -> None:
-    """Brings a variant's tokenizer, validation shards and first training shards to out/tokenizers and out/datasets."""
-    staging = out / "fineweb.partial"
-    commit = fetch(["manifest.json"], staging)
-    try:
-        manifest = json.loads((staging / REMOTE / "manifest.json").read_bytes())
-    except ValueError as error:
-        raise UserError(f"the manifest of {REPO} is not JSON — {AGAIN}") from error
-    paths = find_variant(manifest, variant, train_shards)
-    missing = [path for path in paths if not (out / path).exists()]
-    try:
-        if missing:
-            fetch(missing, staging, commit)
-    finally:  # what arrived takes its place even if something else did not
-        place(staging, out, missing)
-    counts = {path: check_shard(out / path) for path in paths[1:]}
-    for path, count in counts.items():
-        print(f"{Path(path).name}: {count:,} tokens")
-    shutil.rmtree(staging)
-    folder = (out / paths[1]).parent
-    print(f"{folder}: {sum(counts.values()):,} tokens in {len(counts)} shards; tokenizer {out / paths[0]}")
-
-
-def main() -> None:
-    parser = Parser(__doc__)
+def main(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--variant", default="sp1024", help="the tokenization (default sp1024)")
     add("--train-shards", type=number(int, 1), default=80, help="of 100 million tokens each (default 80)")
-    add("--out", type=Path, default=OUT, help="gets datasets/ and tokenizers/ (default: this folder)")
+    add("--out", type=Path, default=Path(__file__).parent, help="gets datasets/ and tokenizers/ (default: this folder)")
     options = parser.parse_args()
-    download(options.variant, options.train_shards, options.out)
+    out = options.out
+    staging = out / "fineweb.partial"
+    commit = fetch(["manifest.json"], staging)
+    paths = find_variant((staging / REMOTE / "manifest.json").read_bytes(), options.variant, options.train_shards)
+    missing = [path for path in paths if not (out / path).exists()]
+    if missing:
+        fetch(missing, staging, commit)
+    for path in missing:
+        staged = staging / REMOTE / path
+        try:
+            check_shard(staged) if staged.suffix == ".bin" else load_tokenizer(staged.read_bytes(), path)
+        except UserError:
+            staged.unlink()
+            raise
+        (out / path).parent.mkdir(parents=True, exist_ok=True)
+        staged.replace(out / path)
+    counts = [check_shard(out / path) for path in paths[1:]]
+    shutil.rmtree(staging)
+    print(f"{(out / paths[1]).parent}: {sum(counts):,} tokens in {len(counts)} shards; tokenizer {out / paths[0]}")
 
 
 if __name__ == "__main__":
-    run(main)
+    run_tool(main)

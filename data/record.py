@@ -2,334 +2,246 @@
 
     python data/record.py runs/seed42 runs/seed43 runs/seed44 --baseline-loss 1.9296 [--folder records/NAME]
 
-The score is the backward-looking figure: every token was scored before any update had seen it. Replay's last epoch has
-trained on what it scores; it stands in a field of its own and takes part in nothing. --folder makes what a pull request
-to the challenge needs: README.md, submission.json, train_gpt.py and the logs. Name, author and blurb come from the
-repository's submission.json, which has the same fields and says, until there are runs, that nothing was measured.
+The score is the backward-looking figure. Replay's last epoch has trained on what it scores: it stands in a field of its
+own and takes part in nothing. --folder makes what a pull request needs: README, submission.json, source and logs.
 """
 
-from __future__ import annotations
-
+import argparse
 import json
 import math
 import statistics
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator
 from datetime import UTC, datetime
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from common import Parser, Run, UserError, new_directory, number, read_log, read_run, value_of, write_atomic
-from common import run as run_tool
-
-# The challenge's rules, in its numbers.
-LIMITS = [
-    ("size_cap", "artifact.total_bytes", 16_000_000, "bytes"),  # train_gpt.py and artifact together
-    ("train_seconds", "training.seconds", 600, "s"),
-    ("eval_seconds", "evaluation.seconds", 600, "s"),
-]
-WORLD_SIZE, DEVICE = 8, "H100"
-DOCUMENTS, MILLION_TOKENS, VOCABULARY = 50_000, 62.0, 1024  # of the full FineWeb validation split
-MARGIN = 0.005  # nats per token by which a record must beat the one before
-SIGNIFICANCE = 0.01
-SOURCE_RULE = "no_network_no_training_data_at_evaluation"
-
-LONGEST_LAST_STEP = 0.5  # training ends with the step under way at 600 s: 0.09 s on 8xH100; slower steps get no more
-OUTCOMES = {True: "pass", False: "fail", None: "not applicable"}
-
-# The settings behind the figures, as in result.json.
-PROTOCOL = [
-    *("ttt_enabled", "ttt_protocol", "ttt_context", "ttt_n_epochs", "ttt_lora_lr", "ttt_lora_rank"),
-    *("ttt_chunk_size", "ttt_eval_seq_len", "eval_stride"),
-]
-# What must agree in all runs of a submission, beside all settings but those that change nothing of the experiment.
-SHARED = [
-    *("source_sha256", "data.validation", "data.train"),
-    *("environment.torch", "environment.dtype", "environment.device"),
-]
-FREE = {"seed", "run_id", "resume", "checkpoint_every", "eval_only", "data_path", "tokenizer_path", "output_dir"}
-# What no two trainings have in common.
-UNIQUE = ["seed", "run_id", "weights_sha256", "artifact.sha256", "training.seconds"]
+from common import Run, UserError, new_directory, number, read_log, read_run, run_tool, value_of, write_atomic
 
 SCORE_LABEL = "backward-looking: every token is scored once, before any update has seen it"
 REPLAY_LABEL = "not a compression rate: the adapters have trained on the whole document before this pass scores it"
 PLACEHOLDER = Path(__file__).resolve().parent.parent / "submission.json"  # what a submission says of itself
 ABOUT = ("name", "author", "github_id", "blurb")
 
+# The challenge's rules, in its numbers, and what is said of one that is kept.
+SIZE_CAP, BUDGET = 16_000_000, 600  # bytes of train_gpt.py and artifact together; seconds
+LONGEST_LAST_STEP = 0.5  # training ends with the step under way at 600 s: 0.09 s on 8xH100; slower steps get no more
+WORLD_SIZE, DEVICE = 8, "H100"
+DOCUMENTS, MILLION_TOKENS, VOCABULARY = 50_000, 62.0, 1024  # of the full FineWeb validation split
+MARGIN = 0.005  # nats per token by which a record must beat the one before
+SIGNIFICANCE = 0.01
+SOURCE_RULE = "no_network_no_training_data_at_evaluation"
+KEPT = {
+    "size_cap": "train_gpt.py and artifact together have at most 16,000,000 bytes",
+    "train_seconds": "training and calibration took at most 600 s, but for the step under way at their end",
+    "eval_seconds": "at most 600 s",
+    "hardware_8xH100": "8 x H100",
+    "full_validation_split": "50,000 documents, 62.0 M tokens; not verifiable here: that this text is FineWeb's",
+    "every_target_scored_once": "all figures count the same targets and bytes, and loss and bpb agree",
+    "backward_looking_score": SCORE_LABEL,
+    "quantised_artifact": "scored from the artifact",
+    "same_experiment": "source, data, settings, torch, dtype and device agree",
+    "distinct_trainings": "every seed has a model of its own",
+    "significant_improvement": f"p < {SIGNIFICANCE} against an improvement of no more than {MARGIN} nats",
+}
+OUTCOMES = {True: "pass", False: "fail", None: "not applicable"}
 
-def mean_std(values: Sequence[float]) -> tuple[float | None, float | None]:
-    """Returns the mean and the sample standard deviation, None where there are too few values."""
+# What must agree in all runs of a submission, beside all settings but those that change nothing of the experiment.
+SHARED = {"source_sha256", "data.validation", "data.train", *(f"environment.{x}" for x in ("torch", "dtype", "device"))}
+FREE = {"seed", "run_id", "resume", "checkpoint_every", "eval_only", "data_path", "tokenizer_path", "output_dir"}
+ABOUT_RUN = "seed run_id val_bpb val_loss world_size weights_sha256 environment.device training.steps"
+# What no two trainings have in common.
+UNIQUE = ["seed", "run_id", "weights_sha256", "artifact.sha256", "training.seconds"]
+
+
+def spread(name: str, values: list[float]) -> dict[str, float | None]:
+    """The mean and the sample standard deviation, None where there are too few values."""
     mean = statistics.fmean(values) if values else None
-    return mean, statistics.stdev(values) if len(values) > 1 else None
+    return {name: mean, f"{name}_std": statistics.stdev(values) if len(values) > 1 else None}
 
 
-def largest(runs: Sequence[Run], path: str) -> float | None:
-    """Returns the maximum of what stands at a dotted path, or None if a run has nothing there or there is no run."""
-    values = [value_of(run.result, path) for run in runs]
-    return None if not values or None in values else max(values)
-
-
-# ---------------------------------------------------------------------------------------------- rules
-
-Verdict = tuple[bool | None, str]  # is a rule kept (None: that cannot be judged), and on what it was judged
-
-
-def judge_limits(runs: Sequence[Run]) -> dict[str, Verdict]:
-    """Bytes, seconds and machine."""
-    judged: dict[str, Verdict] = {}
-    for name, path, limit, unit in LIMITS:
-        most = largest(runs, path)
-        judged[name] = None, f"a run has no {path}"
-        if most is not None:
-            over = [value_of(run.result, path) > limit + last_step(run) * (name == "train_seconds") for run in runs]
-            judged[name] = not any(over), f"{most:,} of {limit:,} {unit}"
-    machines = {(run.result["world_size"], run.result["environment"]["device"]) for run in runs}
-    fits = all(world == WORLD_SIZE and DEVICE in device.split() for world, device in machines)
-    judged["hardware_8xH100"] = fits, ", ".join(sorted(f"{world} x {device}" for world, device in machines))
-    return judged
-
-
-def last_step(run: Run) -> float:
-    """Seconds that training may exceed its budget by: the step under way at the end may finish."""
-    training = run.result["training"] or {"seconds": 0, "steps": 0}
-    return min(training["seconds"] / max(training["steps"], 1), LONGEST_LAST_STEP)
-
-
-def judge_split(runs: Sequence[Run]) -> Verdict:
-    """The full split is known by its counts, if all runs scored one text; that it is FineWeb's no result can show."""
-    paths = "data.validation", "settings.vocab_size", "evaluation.documents"
-    found = {(run.score["targets"] + 1, *(value_of(run.result, path) for path in paths)) for run in runs}
-    detail = "tokens, fingerprint, vocabulary and documents: " + "; ".join(sorted(map(str, found)))
-    tokens, _, vocabulary, documents = found.pop()
-    full = not found and (round(tokens / 1e6, 1), vocabulary) == (MILLION_TOKENS, VOCABULARY)
-    if documents is None and full:
-        return None, f"{detail}; the sliding window does not count documents"
-    return full and documents == DOCUMENTS, f"{detail}; not verifiable here: that this text is FineWeb's"
-
-
-def judge_scores(runs: Sequence[Run]) -> dict[str, Verdict]:
-    """What was scored, in which order, and from which file."""
-    first = runs[0].score
-    audited = sum(len({row["document"] for row in audit_of(run)}) for run in runs)
-    judged: dict[str, Verdict] = {
-        "every_target_scored_once": (True, f"{first['targets']:,} targets, {first['bytes']:,} bytes in every figure"),
-        "backward_looking_score": (True, f"{SCORE_LABEL}; documents audited: {audited}"),
-        "quantised_artifact": (True, "scored from the artifact"),
-    }
-    for run in runs:
-        result, score = run.result, run.score
-        seed = f"seed {result['seed']}"
-        for figure in run.figures:
-            whole = figure["targets"] == score["targets"] > 0 and figure["bytes"] == score["bytes"] > 0
-            nats = figure["val_bpb"] * figure["bytes"] * math.log(2)
-            if not whole or not math.isclose(nats, figure["val_loss"] * figure["targets"]):
-                judged["every_target_scored_once"] = False, f"the figures of {seed} contradict one another"
-        reported = result["val_loss"], result["val_bpb"]
-        if not score["backward_looking"] or reported != (score["val_loss"], score["val_bpb"]):
-            judged["backward_looking_score"] = False, f"the score of {seed} is not its backward-looking figure"
-        if any(row["backward_looking"] and row["change"] > row["repeat"] for row in audit_of(run)):
-            judged["backward_looking_score"] = False, f"the audit of {seed} found later tokens in earlier scores"
-        if not result["quantised"]:
-            judged["quantised_artifact"] = False, f"{seed} scored an unquantised state dict"
-        elif result["artifact"] and result["artifact"]["sha256"] != result["weights_sha256"]:
-            judged["quantised_artifact"] = False, f"{seed} scored another file than the artifact it made"
-    return judged
-
-
-def audit_of(run: Run) -> list[dict[str, Any]]:
-    """The rows of a run's audit, if there was one."""
-    return run.result["evaluation"].get("audit") or []
-
-
-def judge_repetition(runs: Sequence[Run]) -> dict[str, Verdict]:
-    """The runs repeat one experiment, each with a training of its own: one artifact scored twice is not two seeds."""
-
-    def conditions(run: Run) -> dict[str, Any]:
-        settings = {f"settings.{name}": value for name, value in run.result["settings"].items() if name not in FREE}
-        scored = {f"{name} scored": run.score[name] for name in ("targets", "bytes")}
-        return {path: value_of(run.result, path) for path in SHARED} | scored | settings
-
-    first = conditions(runs[0])
-    differences = {}
-    for other in map(conditions, runs[1:]):
-        for name in sorted(first.keys() | other.keys()):
-            if first.get(name) != other.get(name):
-                differences[name] = f"{name}: {first.get(name)} and {other.get(name)}"
-    repeated = []
-    for path in UNIQUE:
-        counts = Counter(value_of(run.result, path) for run in runs)
-        repeated += [f"{path} {value} more than once" for value, n in counts.items() if value is not None and n > 1]
-    same = "source, data, settings, torch, dtype and device agree"
+def measures(run: Run) -> dict[str, float | None]:
+    """Bytes and seconds; None for what the run, an evaluation alone, did not do."""
+    training = run.result["training"]
     return {
-        "same_experiment": (not differences, "; ".join(differences.values()) or same),
-        "distinct_trainings": (not repeated, "; ".join(repeated) or "every seed has a model of its own"),
+        **{f"bytes_{part}": value_of(run.result, f"artifact.{part}_bytes") for part in ("total", "model", "code")},
+        "train_seconds": training and training["seconds"] + training["calibration"],  # that reads training data, too
+        "eval_seconds": run.result["evaluation"]["seconds"],
     }
 
 
-def t_test(losses: Sequence[float], baseline: float | None) -> dict[str, float | int | None]:
+Finding = tuple[str, bool | None, str]  # a rule that is broken (False) or cannot be judged (None), and why
+
+
+def judge_run(run: Run) -> Iterator[Finding]:
+    """What is wrong with a run by itself."""
+    result, score, artifact, training = run.result, run.score, run.result["artifact"], run.result["training"]
+    seed = f"seed {result['seed']}"
+    step = min(training["seconds"] / max(training["steps"], 1), LONGEST_LAST_STEP) if training else 0
+    spent = measures(run)
+    limits = {"bytes_total": SIZE_CAP, "train_seconds": BUDGET + step, "eval_seconds": BUDGET}
+    for name, limit in limits.items():
+        rule = "size_cap" if name == "bytes_total" else name
+        if spent[name] is None:
+            yield rule, None, f"{seed} has no {name}"
+        elif spent[name] > limit:
+            yield rule, False, f"{seed}: {spent[name]:,} of {limit:,}"
+    world, device = result["world_size"], result["environment"]["device"]
+    if world != WORLD_SIZE or DEVICE not in device.split():
+        yield "hardware_8xH100", False, f"{seed}: {world} x {device}"
+
+    tokens, documents = score["targets"] + 1, value_of(result, "evaluation.documents")
+    vocabulary = value_of(result, "settings.vocab_size")
+    full = (round(tokens / 1e6, 1), vocabulary) == (MILLION_TOKENS, VOCABULARY)
+    if documents is None and full:
+        yield "full_validation_split", None, f"{seed}: the sliding window does not count documents"
+    elif not full or documents != DOCUMENTS:
+        yield "full_validation_split", False, f"{seed}: {tokens:,} tokens of {vocabulary}, {documents} documents"
+    for figure in run.figures.values():
+        whole = figure["targets"] == score["targets"] > 0 and figure["bytes"] == score["bytes"] > 0
+        nats = figure["val_bpb"] * figure["bytes"] * math.log(2)
+        if not whole or not math.isclose(nats, figure["val_loss"] * figure["targets"]):
+            yield "every_target_scored_once", False, f"the figures of {seed} contradict one another"
+    if not score["backward_looking"] or any(result[name] != score[name] for name in ("val_loss", "val_bpb")):
+        yield "backward_looking_score", False, f"the score of {seed} is not its backward-looking figure"
+    audit = result["evaluation"].get("audit", [])
+    if any(row["backward_looking"] and row["change"] > row["repeat"] for row in audit):
+        yield "backward_looking_score", False, f"the audit of {seed} found later tokens in earlier scores"
+    if not result["quantised"]:
+        yield "quantised_artifact", False, f"{seed} scored an unquantised state dict"
+    elif artifact and artifact["sha256"] != result["weights_sha256"]:
+        yield "quantised_artifact", False, f"{seed} scored another file than the artifact it made"
+
+
+def judge_repetition(runs: list[Run]) -> Iterator[Finding]:
+    """The runs repeat one experiment, each with a training of its own: one artifact scored twice is not two seeds."""
+    settings = {f"settings.{name}" for run in runs for name in run.result["settings"] if name not in FREE}
+    for path in sorted(settings | SHARED):
+        values = dict.fromkeys(str(value_of(run.result, path)) for run in runs)
+        if len(values) > 1:
+            yield "same_experiment", False, f"{path}: {' and '.join(values)}"
+            if path == "data.validation":
+                yield "full_validation_split", False, "the runs scored several texts"
+    for path in UNIQUE:
+        for value, count in Counter(value_of(run.result, path) for run in runs).items():
+            if value is not None and count > 1:
+                yield "distinct_trainings", False, f"{path} {value} more than once"
+
+
+def t_test(losses: list[float], baseline: float | None) -> dict[str, float | int | None]:
     """One-sided t-test that `baseline` exceeds the mean of `losses` by more than MARGIN; None where it cannot tell."""
-    mean = mean_std(losses)[0]
     t = p = None
     if baseline is not None and len(losses) > 1 and not math.isclose(min(losses), max(losses), rel_tol=1e-12):
         from scipy import stats
 
         test = stats.ttest_1samp(losses, baseline - MARGIN, alternative="less")
         t, p = -float(test.statistic), float(test.pvalue)
-    return {
-        "baseline_val_loss": baseline,
-        "improvement_nats": None if baseline is None or mean is None else baseline - mean,
-        "margin_nats": MARGIN,
-        "t": t,
-        "degrees_of_freedom": max(len(losses) - 1, 0),
-        "p": p,
-    }
+    improvement = baseline - statistics.fmean(losses) if baseline is not None and losses else None
+    found = dict(baseline_val_loss=baseline, improvement_nats=improvement, margin_nats=MARGIN)
+    return found | dict(t=t, degrees_of_freedom=max(len(losses) - 1, 0), p=p)
 
 
-def judge_significance(test: dict[str, Any]) -> Verdict:
-    """The rule that makes a record, given what t_test returned."""
-    if test["p"] is None:
-        return None, "a baseline and at least 2 runs that trained models of their own, with other losses, are needed"
-    detail = f"{test['improvement_nats']:.5f} nats; p = {test['p']:.3g} against an improvement of no more than {MARGIN}"
-    return test["p"] < SIGNIFICANCE, detail
-
-
-# ---------------------------------------------------------------------------------------------- submission
-
-
-def submission(runs: Sequence[Run], baseline: float | None, about: dict[str, str | None]) -> dict[str, Any]:
-    """Returns the content of submission.json. `about`: name, author and the like.
-
-    A rule that fails makes a non-record; short of that, one that cannot be judged leaves the submission incomplete.
-    """
+def submission(runs: list[Run], baseline: float | None, about: dict[str, Any], settings: list[str]) -> dict[str, Any]:
+    """The content of submission.json: a non-record if a rule fails, incomplete if one cannot be judged."""
     # A sample of the t-test is a run that trained, one for each model.
     trained = {run.result["weights_sha256"]: run.result["val_loss"] for run in runs if run.result["training"]}
     test = t_test(list(trained.values()), baseline)
-    judged = judge_limits(runs) | {"full_validation_split": judge_split(runs)}
-    judged |= judge_scores(runs) | judge_repetition(runs) | {"significant_improvement": judge_significance(test)}
-    reasons = [f"{name}: {OUTCOMES[kept]} ({detail})" for name, (kept, detail) in judged.items() if not kept]
-    failed = any(kept is False for kept, _ in judged.values())
-    judged |= {SOURCE_RULE: (None, "a property of the source, which no result can show")}
-    loss, loss_std = mean_std([run.result["val_loss"] for run in runs])
-    bpb, bpb_std = mean_std([run.result["val_bpb"] for run in runs])
+    found = [*chain.from_iterable(map(judge_run, runs)), *judge_repetition(runs)]
+    if test["p"] is None:
+        found.append(("significant_improvement", None, "takes a baseline and at least 2 runs with different losses"))
+    elif test["p"] >= SIGNIFICANCE:
+        found.append(("significant_improvement", False, f"{test['improvement_nats']:.5f} nats, p = {test['p']:.3g}"))
+    rules = {}
+    for rule, kept in KEPT.items():
+        outcomes = {outcome for name, outcome, _ in found if name == rule}
+        outcome = False if False in outcomes else None if outcomes else True
+        why = dict.fromkeys(detail for name, _, detail in found if name == rule)
+        rules[rule] = {"outcome": OUTCOMES[outcome], "detail": "; ".join(why) or kept}
+    reasons = [f"{rule}: {j['outcome']} ({j['detail']})" for rule, j in rules.items() if j["outcome"] != "pass"]
+    failed = any(outcome is False for _, outcome, _ in found)
+    rules[SOURCE_RULE] = {"outcome": OUTCOMES[None], "detail": "a property of the source, which no result can show"}
+    columns = {name: [measures(run)[name] for run in runs] for name in measures(runs[0])}
     return about | {
         "status": "non-record" if failed else "incomplete" if reasons else "record",
         "reasons": reasons,
-        "val_bpb": bpb,
-        "val_bpb_std": bpb_std,
-        "val_loss": loss,
-        "val_loss_std": loss_std,
+        **spread("val_bpb", [run.result["val_bpb"] for run in runs]),
+        **spread("val_loss", [run.result["val_loss"] for run in runs]),
         "score": SCORE_LABEL,
         "replay_last_epoch": replay_summary(runs),
-        "bytes_total": largest(runs, "artifact.total_bytes"),
-        "bytes_model": largest(runs, "artifact.model_bytes"),
-        "bytes_code": largest(runs, "artifact.code_bytes"),
-        "train_seconds": largest(runs, "training.seconds"),
-        "eval_seconds": largest(runs, "evaluation.seconds"),
+        **{name: None if None in values else max(values) for name, values in columns.items()},
         "significance": test,
-        "rules": {name: {"outcome": OUTCOMES[kept], "detail": detail} for name, (kept, detail) in judged.items()},
-        "protocol": {name: value_of(runs[0].result, f"settings.{name}") for name in PROTOCOL},
+        "rules": rules,
+        "protocol": {name: value_of(runs[0].result, f"settings.{name}") for name in settings},
         "source_sha256": runs[0].result["source_sha256"],
-        "runs": [run_summary(run) for run in runs],
+        "runs": [
+            {path.split(".")[-1]: value_of(run.result, path) for path in ABOUT_RUN.split()}
+            | measures(run)
+            | {"documents_scored_without_adaptation": run.score["lacking"], "replay_last_epoch": replay_summary([run])}
+            for run in runs
+        ],
     }
 
 
-def replay_summary(runs: Sequence[Run]) -> dict[str, Any]:
+def replay_summary(runs: list[Run]) -> dict[str, Any]:
     """The last epoch of replay over all runs, kept apart from the score and labelled; empty if a run has none."""
-    figures = [run.figures[-1] for run in runs]
+    figures = [run.figures.get("last_epoch", run.score) for run in runs]
     if any(figure["backward_looking"] for figure in figures):
         figures = []
-    bpb, deviation = mean_std([figure["val_bpb"] for figure in figures])
+    bpb = spread("val_bpb", [figure["val_bpb"] for figure in figures])
+    loss = spread("val_loss", [figure["val_loss"] for figure in figures])["val_loss"]
     epoch = figures[0].get("epoch") if figures else None
-    loss, _ = mean_std([figure["val_loss"] for figure in figures])
-    return {"label": REPLAY_LABEL, "epoch": epoch, "val_bpb": bpb, "val_bpb_std": deviation, "val_loss": loss}
+    return {"label": REPLAY_LABEL, "epoch": epoch, **bpb, "val_loss": loss}
 
 
-def run_summary(run: Run) -> dict[str, Any]:
-    """What submission.json says of one run."""
-    names = ["seed", "run_id", "val_bpb", "val_loss", "world_size", "weights_sha256"]
-    paths = ["environment.device", "training.steps"]
-    paths += [f"artifact.{name}_bytes" for name in ("total", "model", "code")]
-    return (
-        {name: run.result[name] for name in names}
-        | {path.split(".")[1]: value_of(run.result, path) for path in paths}
-        | {
-            "train_seconds": value_of(run.result, "training.seconds"),
-            "eval_seconds": value_of(run.result, "evaluation.seconds"),
-        }
-        | {"documents_scored_without_adaptation": run.score["lacking"], "replay_last_epoch": replay_summary([run])}
-    )
-
-
-def summary(content: dict[str, Any]) -> list[str]:
-    """A submission in lines: each run, the mean, replay's last epoch."""
+def report(content: dict[str, Any]) -> str:
+    """A submission in lines: each run, the mean, replay's last epoch, the rules."""
     form = "seed {seed}: val_bpb {val_bpb:.6f}, val_loss {val_loss:.6f}"
     lines = [form.format(**run) for run in content["runs"]]
-    spread = "" if content["val_bpb_std"] is None else f" ± {content['val_bpb_std']:.6f}"
-    lines.append(f"mean: val_bpb {content['val_bpb']:.6f}{spread}, {SCORE_LABEL}")
+    deviation = "" if content["val_bpb_std"] is None else f" ± {content['val_bpb_std']:.6f}"
+    lines.append(f"mean: val_bpb {content['val_bpb']:.6f}{deviation}, {SCORE_LABEL}")
     replay = content["replay_last_epoch"]
     if replay["val_bpb"] is not None:
         lines.append(f"replay epoch {replay['epoch']}: {replay['val_bpb']:.6f}, {replay['label']}")
-    return lines
+    lines += [f"{rule['outcome']:<14} {name}: {rule['detail']}" for name, rule in content["rules"].items()]
+    return "\n".join([*lines, f"status: {content['status']}"])
 
 
-def write_folder(folder: Path, runs: Sequence[Run], content: dict[str, Any], encoded: bytes) -> None:
+def write_folder(folder: Path, runs: list[Run], content: dict[str, Any], encoded: bytes) -> None:
     """Makes the folder of a pull request to the challenge; UserError unless it is new and the runs have one source."""
     logs = {f"train_seed{run.result['seed']}.log": read_log(run) for run in runs}
-    sources = {source for _, source in logs.values()}
-    if len(sources) > 1 or len(logs) < len(runs):
+    if len({source for _, source in logs.values()}) > 1 or len(logs) < len(runs):
         raise UserError("the runs have several sources, or a seed twice — give one train_gpt.py, each seed once")
-    scores = "\n".join(f"- {line}" for line in summary(content))
-    rules = "\n".join(f"| {name} | {rule['outcome']} | {rule['detail']} |" for name, rule in content["rules"].items())
-    settings = " ".join(f"{name.upper()}={value}" for name, value in content["protocol"].items())
-    readme = f"""# {content["name"]}
-
-{content["blurb"]}
-
-By {content["author"]}. Status: **{content["status"]}**.
-
-{scores}
-
-| rule | outcome | judged on |
-| --- | --- | --- |
-{rules}
-
-`train_gpt.py` is the source that ran: every log begins with it, and lists all settings and versions after it. Evaluated
-with `{settings}`.
-"""
+    readme = "# {name}\n\n{blurb}\n\nBy {author}.\n".format(**content) + f"\n```\n{report(content)}\n```\n"
     with new_directory(folder) as partial:
         (partial / "README.md").write_text(readme, encoding="utf-8")
         (partial / "submission.json").write_bytes(encoded)
-        (partial / "train_gpt.py").write_bytes(sources.pop())
-        for name, (log, _) in logs.items():
+        for name, (log, source) in logs.items():
             (partial / name).write_bytes(log)
+            (partial / "train_gpt.py").write_bytes(source)
 
 
-def main() -> None:
-    parser = Parser(__doc__)
+def main(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("results", nargs="+", type=Path, metavar="RUN", help="a run's folder, or a result.json with its log beside it")
     add("--baseline-loss", type=number(float, 0), metavar="NATS", help="per token: val_loss of the record to beat")
     add("--out", type=Path, default=Path("submission.json"), help="default: submission.json")
     add("--folder", type=Path, help="make the folder of a pull request instead")
-    for name, value in json.loads(PLACEHOLDER.read_bytes()).items():
-        if name in ABOUT:
-            add("--" + name.replace("_", "-"), default=value, help="default: what submission.json says")
+    placeholder = json.loads(PLACEHOLDER.read_bytes())
+    for name in ABOUT:
+        add("--" + name.replace("_", "-"), default=placeholder[name], help="default: what submission.json says")
     options = parser.parse_args()
     runs = [read_run(path) for path in options.results]
     for run in runs:
         read_log(run)  # is it this run's?
-    about = {name: getattr(options, name) for name in ABOUT} | {
-        "date": datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
-    }
-    content = submission(runs, options.baseline_loss, about)
+    about = {name: getattr(options, name) for name in ABOUT} | {"date": f"{datetime.now(UTC):%Y-%m-%dT%H:%M:%SZ}"}
+    content = submission(runs, options.baseline_loss, about, list(placeholder["protocol"]))
     encoded = (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode()
     if options.folder:
         write_folder(options.folder, runs, content, encoded)
     else:
         write_atomic(options.out, encoded)
-    rules = [f"{rule['outcome']:<14} {name}: {rule['detail']}" for name, rule in content["rules"].items()]
-    print("\n".join([*summary(content), *rules, f"status: {content['status']}"]))
-    print(f"wrote {options.folder or options.out}")
+    print(f"{report(content)}\nwrote {options.folder or options.out}")
 
 
 if __name__ == "__main__":

@@ -1,16 +1,9 @@
 """Turns any text into a dataset: a SentencePiece tokenizer, training shards and validation shards.
 
-    python data/text.py notes/ book.txt dump.jsonl.zst --out data/mine --vocab-size 1024
-
-The input is read twice as a stream: first to count, to choose the validation documents and to sample text for the
-tokenizer, then to encode. What stays in memory is one 16-byte digest per document and a bounded sample of the text.
+python data/text.py notes/ book.txt dump.jsonl.zst --out data/mine --vocab-size 1024
 """
 
-from __future__ import annotations
-
 import argparse
-import codecs
-import gzip
 import hashlib
 import heapq
 import io
@@ -18,22 +11,16 @@ import json
 import os
 import random
 import re
-import shutil
-import sys
 import time
-import zlib
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from contextlib import closing
-from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import sentencepiece as spm
 
-from common import HEADER_BYTES, MAGIC, TOKEN, VERSION, Parser, UserError, new_directory, number, run
+from common import HEADER_BYTES, MAGIC, VERSION, UserError, new_directory, number, run_tool, value_of
 
 PAD, BOS, EOS, UNK = range(4)
 RESERVED = 4 + 256  # the four ids above and one piece for every byte
@@ -44,12 +31,12 @@ PIECE_CHARS = 1000  # SentencePiece skips training sentences of more than 4192 b
 BATCH_CHARS = 1 << 20  # encoded at once by SentencePiece's threads
 READ_BYTES = 1 << 18
 
+# 16 bytes that depend on text and seed alone, the document's identity and its place in the draw; and the text.
+Document = tuple[bytes, str]
+
 
 class ShardWriter:
-    """Writes one split as fineweb_<split>_NNNNNN.bin files of `shard_tokens` tokens (the last may be shorter).
-
-    Documents run on from one shard into the next. `tokens` and `documents` count what was written; close() it.
-    """
+    """Writes one split as fineweb_<split>_NNNNNN.bin files; documents run on from one into the next. Close it."""
 
     def __init__(self, directory: Path, split: str, shard_tokens: int = SHARD_TOKENS) -> None:
         self.directory = directory
@@ -68,7 +55,7 @@ class ShardWriter:
                 self.file.write(bytes(HEADER_BYTES))
                 self.shards += 1
             part, document = np.split(document, [self.shards * self.shard_tokens - self.tokens])
-            self.file.write(part.astype(TOKEN).tobytes())
+            self.file.write(part.astype("<u2").tobytes())
             self.tokens += len(part)
 
     def close(self) -> None:
@@ -80,43 +67,25 @@ class ShardWriter:
             self.file.close()
 
 
-# ---------------------------------------------------------------------------------------------- reading
-
-
-@dataclass
-class Counts:
-    """What was met while reading; `documents` and `bytes` (UTF-8) count only what is kept."""
-
-    documents: int = 0
-    bytes: int = 0
-    empty: int = 0
-    duplicates: int = 0
-    invalid_utf8: int = 0
-
-
-class Document(NamedTuple):
-    """`digest` is 16 bytes that depend on the text and the seed: the document's identity and its place in the draw."""
-
-    digest: bytes
-    text: str
+def write_splits(folder: Path, documents: Iterable[tuple[bool, np.ndarray]], shard_tokens=SHARD_TOKENS) -> list[str]:
+    """Writes documents, each with whether it is for validation; returns a line on each split."""
+    writers = [ShardWriter(folder, split, shard_tokens) for split in ("train", "val")]
+    for validation, tokens in documents:
+        writers[validation].write(tokens)
+    for writer in writers:
+        writer.close()
+    return [f"{w.split:>5}: {w.documents:,} documents, {w.tokens:,} tokens, {w.shards} shards" for w in writers]
 
 
 def find_files(paths: Iterable[Path]) -> tuple[list[Path], int]:
-    """Returns the text files among `paths`, folders searched through in sorted order, and how many others were there.
-
-    UserError for a path that does not exist or a named file of an unknown kind.
-    """
-    files = []
-    skipped = 0
+    """Returns the text files among `paths`, folders searched through in sorted order, and the number of others."""
+    found = []
     for path in paths:
-        if not path.exists():
-            raise UserError(f"{path} does not exist — check the path")
-        if not path.is_dir() and not kind_of(path):
-            raise UserError(f"{path} is of an unknown kind — use .txt, .md, .jsonl (also .gz, .zst) or .parquet")
-        found = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
-        files += [p for p in found if kind_of(p)]
-        skipped += sum(not kind_of(p) for p in found)
-    return files, skipped
+        if not path.is_dir() and not (path.exists() and kind_of(path)):
+            raise UserError(f"{path} does not exist or is no .txt, .md, .jsonl (also .gz, .zst) or .parquet — give one")
+        found += sorted(filter(Path.is_file, path.rglob("*"))) if path.is_dir() else [path]
+    files = [path for path in found if kind_of(path)]
+    return files, len(found) - len(files)
 
 
 def kind_of(path: Path) -> str | None:
@@ -125,153 +94,89 @@ def kind_of(path: Path) -> str | None:
     return found and (found[1] or ".parquet")
 
 
-def read_documents(files: Iterable[Path], delimiter: str | None, seed: int, counts: Counts) -> Iterator[Document]:
-    """Yields the distinct documents of `files` in order, white space at their ends removed, and keeps `counts`."""
+def read_documents(files: Iterable[Path], delimiter: str, seed: int, counts: Counter) -> Iterator[Document]:
+    """Yields the distinct documents of `files` in order, stripped; counts them and what was met beside them."""
     seen: set[bytes] = set()
-    for text, valid in chain.from_iterable(read_texts(path, delimiter) for path in files):
-        data = text.strip().encode()
+    for found in chain.from_iterable(read_texts(path, delimiter) for path in files):
+        text, replaced = re.subn("[\ud800-\udfff]", "\ufffd", found.strip())
+        data = text.encode()
         digest = hashlib.blake2b(data, digest_size=16, key=b"%d" % (seed % 2**64)).digest()
-        counts.invalid_utf8 += not valid
+        counts["not_utf8"] += replaced > 0
         if not data:
-            counts.empty += 1
+            counts["empty"] += 1
         elif digest in seen:
-            counts.duplicates += 1
+            counts["duplicates"] += 1
         else:
             seen.add(digest)
-            counts.documents += 1
-            counts.bytes += len(data)
-            yield Document(digest, text.strip())
+            counts["documents"] += 1
+            counts["bytes"] += len(data)
+            yield digest, text
 
 
-def decode(raw: bytes) -> tuple[str, bool]:
-    """Returns the text and whether it was valid UTF-8; what is not becomes U+FFFD."""
-    try:
-        return raw.decode(), True
-    except UnicodeDecodeError:
-        return raw.decode(errors="replace"), False
+def read_texts(path: Path, delimiter: str) -> Iterator[str]:
+    """Yields the documents of a file, a surrogate for each byte that is not UTF-8; UserError if it is damaged."""
+    import pyarrow
+    from pyarrow import parquet
 
-
-def read_texts(path: Path, delimiter: str | None) -> Iterator[tuple[str, bool]]:
-    """Yields (text, was it valid UTF-8) for each document of a file; UserError if it cannot be read as its kind."""
     kind = kind_of(path)
-    if kind == ".parquet":
-        yield from parquet_rows(path)
-        return
-    separator = b"\n" if kind == ".jsonl" else delimiter and delimiter.encode()
+    separator = b"\n" if kind == ".jsonl" else delimiter.encode()
     try:
+        if kind == ".parquet":
+            for batch in parquet.ParquetFile(path).iter_batches(batch_size=256, columns=["text"]):
+                for row in batch.column("text").cast(pyarrow.binary()).to_pylist():
+                    yield (row or b"").decode(errors="surrogateescape")
+            return
         for line, record in enumerate(records(path, separator), start=1):
-            raw = record.removeprefix(codecs.BOM_UTF8) if line == 1 else record
+            text = record.decode(errors="surrogateescape")
+            if line == 1:
+                text = text.removeprefix("\ufeff")
             if kind != ".jsonl":
-                yield decode(raw)
-            elif raw.strip():
-                yield json_text(raw, f"{path} line {line}")
-    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-        raise UserError(f"{path} is damaged ({error}) — get it again") from error
+                yield text
+            elif text.strip():
+                yield json_text(text, f"{path} line {line}")
+    except (OSError, KeyError, pyarrow.ArrowException) as error:
+        if getattr(error, "errno", None):  # the system's, not the format's
+            raise
+        raise UserError(f"{path} is damaged or has no column `text` ({error}) — get it again") from error
 
 
-def records(path: Path, separator: bytes | None) -> Iterator[bytes]:
+def records(path: Path, separator: bytes) -> Iterator[bytes]:
     """Yields the parts of a file between separators, or the whole of it; UserError for a part that is too large."""
+    import pyarrow  # it notices a compressed file that was cut short, as zstandard does not
+
+    codec = {".gz": "gzip", ".zst": "zstd"}.get(path.suffix.lower())
     held = b""
-    for chunk in chunks(path):
-        *whole, held = (held + chunk).split(separator) if separator else [held + chunk]
-        yield from whole
-        if len(held) > MAX_DOCUMENT_BYTES:
-            limit = MAX_DOCUMENT_BYTES >> 20
-            raise UserError(f"{path} has a document of more than {limit} MiB — split it, or name a --delimiter")
+    with pyarrow.input_stream(path, compression=codec) as file:
+        while block := file.read(READ_BYTES):
+            *whole, held = (held + block).split(separator) if separator else [held + block]
+            yield from whole
+            if len(held) > MAX_DOCUMENT_BYTES:
+                raise UserError(
+                    f"{path} has a document over {MAX_DOCUMENT_BYTES >> 20} MiB — split it or use --delimiter"
+                )
     if held or not separator:
         yield held
 
 
-def chunks(path: Path) -> Iterator[bytes]:
-    """Yields a file's bytes, decompressed, some READ_BYTES at a time; EOFError, zlib.error, BadGzipFile for damage."""
-    with gzip.open(path) if path.suffix.lower() == ".gz" else open(path, "rb") as file:
-        blocks = iter(lambda: file.read(READ_BYTES), b"")
-        yield from decompress_zstd(blocks) if path.suffix.lower() == ".zst" else blocks
-
-
-def decompress_zstd(blocks: Iterable[bytes]) -> Iterator[bytes]:
-    """Yields the content of one or more Zstandard frames; EOFError if one is damaged or the last is not whole."""
-    import zstandard
-
-    # zstandard's own stream reader takes a file that was cut short for a whole one, so the frames are followed here.
-    frame = zstandard.ZstdDecompressor().decompressobj()
+def json_text(line: str, where: str) -> str:
+    """Returns the field `text` of a JSON object; UserError naming `where` if there is none."""
     try:
-        for block in blocks:
-            while block:
-                if frame.eof:
-                    frame = zstandard.ZstdDecompressor().decompressobj()
-                yield frame.decompress(block)
-                block = frame.unused_data if frame.eof else b""
-    except zstandard.ZstdError as error:
-        raise EOFError(str(error)) from error
-    if not frame.eof:
-        raise EOFError("it ends too early")
+        text = value_of(json.loads(line), "text")
+    except (ValueError, RecursionError):
+        text = None
+    if not isinstance(text, str):
+        raise UserError(f"{where} is no JSON object with a string `text` — correct or remove it")
+    return text
 
 
-def json_text(line: bytes, where: str) -> tuple[str, bool]:
-    """Returns (field `text` of a JSON object, was it valid UTF-8); UserError naming `where` if there is none."""
-    line_text, valid = decode(line)
-    try:
-        raw = json.loads(line_text)["text"].encode(errors="surrogatepass")
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise UserError(f"{where} is no JSON object with a string `text` — correct or remove it") from error
-    text, whole = decode(raw)  # an escape such as \ud800 alone is no character
-    return text, valid and whole
+def cut(text: str) -> list[str]:
+    """A text in pieces of PIECE_CHARS."""
+    return [text[start : start + PIECE_CHARS] for start in range(0, len(text), PIECE_CHARS)]
 
 
-def parquet_rows(path: Path) -> Iterator[tuple[str, bool]]:
-    """Yields the column `text` as read_texts does, a null as an empty text; UserError for damage or no such column."""
-    import pyarrow as pa
-    from pyarrow import parquet
-
-    try:
-        with parquet.ParquetFile(path) as file:
-            if "text" not in file.schema_arrow.names:
-                raise UserError(f"{path} has no column `text` — rename the column that holds the text")
-            for batch in file.iter_batches(batch_size=256, columns=["text"]):
-                yield from (decode(row or b"") for row in batch.column(0).cast(pa.binary()).to_pylist())
-    except pa.ArrowException as error:
-        raise UserError(f"{path} cannot be read ({error}) — get it again") from error
-
-
-# ---------------------------------------------------------------------------------------------- tokenizer
-
-
-class TextSample:
-    """A uniform sample of the pieces of many documents that holds at most `limit` characters.
-
-    Not SentencePiece's input_sentence_size: which documents are for validation, and which characters are too rare for
-    a piece, is known only when all were read, so it would need two more readings.
-    """
-
-    def __init__(self, seed: int, limit: int = SAMPLE_CHARS) -> None:
-        self.random = random.Random(seed)
-        self.limit = limit
-        self.size = self.count = 0
-        self.heap: list[tuple[float, int, Document]] = []  # the piece to give up first is on top
-
-    def add(self, document: Document) -> None:
-        """Offers a document, cut into pieces of PIECE_CHARS."""
-        for start in range(0, len(document.text), PIECE_CHARS):
-            piece = Document(document.digest, document.text[start : start + PIECE_CHARS])
-            heapq.heappush(self.heap, (self.random.random(), self.count, piece))
-            self.count += 1
-            self.size += len(piece.text)
-            while self.size > self.limit:
-                self.size -= len(heapq.heappop(self.heap)[2].text)
-
-    def pieces(self, threshold: bytes = b"") -> list[str]:
-        """Returns, in the order they came, the pieces of the documents whose digest exceeds `threshold`."""
-        ordered = sorted(self.heap, key=lambda entry: entry[1])
-        return [piece.text for _, _, piece in ordered if piece.digest > threshold]
-
-
-def train_tokenizer(pieces: list[str], vocab_size: int) -> bytes:
-    """Trains a SentencePiece BPE on texts of at most PIECE_CHARS characters and returns the model file's content.
-
-    The tokenizer loses nothing: text is not normalized, and characters without a piece become byte pieces.
-    The same pieces in the same order give the same bytes. UserError if the text is too small for `vocab_size`.
-    """
+def train_tokenizer(texts: Iterable[str], vocab_size: int) -> bytes:
+    """Trains a SentencePiece BPE that loses nothing; returns the model file's content. UserError for too few texts."""
+    pieces = list(chain.from_iterable(map(cut, texts)))
     # SentencePiece wants a piece for nearly every character, which in some scripts are more than the vocabulary holds.
     frequent = Counter(chain.from_iterable(pieces)).most_common()
     rare = {ord(character): " " for character, _ in frequent[(vocab_size - RESERVED) // 2 :]}
@@ -280,32 +185,22 @@ def train_tokenizer(pieces: list[str], vocab_size: int) -> bytes:
         spm.SentencePieceTrainer.train(
             sentence_iterator=(piece.translate(rare) for piece in pieces),
             model_writer=model,
-            model_type="bpe",
             vocab_size=vocab_size,
-            byte_fallback=True,
-            split_digits=True,
-            normalization_rule_name="identity",
-            remove_extra_whitespaces=False,
-            add_dummy_prefix=False,
-            pad_id=PAD,
-            bos_id=BOS,
-            eos_id=EOS,
-            unk_id=UNK,
-            num_threads=1,
-            minloglevel=2,
+            **dict(model_type="bpe", byte_fallback=True, split_digits=True, num_threads=1, minloglevel=2),
+            **dict(normalization_rule_name="identity", remove_extra_whitespaces=False, add_dummy_prefix=False),
+            **dict(pad_id=PAD, bos_id=BOS, eos_id=EOS, unk_id=UNK),
         )
     except RuntimeError as error:
         if not re.search("Vocabulary size too high|sentences_.empty", str(error)):
             raise
-        found = f"{sum(map(len, pieces)):,} characters of training text are too few for a vocabulary of {vocab_size:,}"
-        raise UserError(f"{found} — add text or lower --vocab-size") from error
+        raise UserError(f"{sum(map(len, pieces)):,} characters are too few — add text or lower --vocab-size") from error
     return model.getvalue()
 
 
 def load_tokenizer(model: bytes, name: str) -> spm.SentencePieceProcessor:
-    """Loads a model file's content; UserError naming it if it is none, or its ids do not suit the shards."""
+    """Loads a model file's content, BOS before each text; UserError naming it if its ids do not suit the shards."""
     try:
-        tokenizer = spm.SentencePieceProcessor(model_proto=model)
+        tokenizer = spm.SentencePieceProcessor(model_proto=model, add_bos=True)
     except RuntimeError as error:
         raise UserError(f"{name} is not a SentencePiece model — choose another --tokenizer") from error
     if tokenizer.bos_id() != BOS or tokenizer.vocab_size() > 1 << 16:
@@ -313,129 +208,93 @@ def load_tokenizer(model: bytes, name: str) -> spm.SentencePieceProcessor:
     return tokenizer
 
 
-def encode(tokenizer: spm.SentencePieceProcessor, texts: list[str], threads: int = 1) -> list[np.ndarray]:
-    """Returns, for each document, BOS and its tokens: int32[1 + tokens]."""
-    return tokenizer.encode(texts, num_threads=threads, add_bos=True, return_type="numpy")
-
-
 def batches(documents: Iterable[Document]) -> Iterator[list[Document]]:
     """Groups documents into lists of about BATCH_CHARS characters."""
     batch, size = [], 0
-    for document in documents:
-        batch.append(document)
-        size += len(document.text)
+    for digest, text in documents:
+        batch.append((digest, text))
+        size += len(text)
         if size >= BATCH_CHARS:
             yield batch
             batch, size = [], 0
     yield batch
 
 
-# ---------------------------------------------------------------------------------------------- the dataset
-
-
 def draw_validation(digests: list[bytes], fraction: float) -> bytes:
-    """Returns the largest digest of a validation document: the `fraction` (at least one) with the smallest are it.
-
-    A digest depends on the text and the seed alone, so equal documents can never fall on both sides.
-    UserError if no training document would be left.
-    """
+    """Returns the largest digest of a validation document: those with the smallest are it. UserError for too few."""
     count = max(1, round(fraction * len(digests)))
     if count >= len(digests):
-        found = f"{len(digests)} distinct documents cannot be split into training and validation"
-        raise UserError(f"{found} — add files, or cut a file into documents with --delimiter")
+        raise UserError(
+            f"{len(digests)} distinct documents are too few to split — add files, or cut one by --delimiter"
+        )
     return heapq.nsmallest(count, digests)[-1]
-
-
-def watched(documents: Iterable[Document], counts: Counts, label: str, total: int | None = None) -> Iterator[Document]:
-    """Yields the documents and draws a bar of the bytes counted, on stderr and only if that is a terminal."""
-    from tqdm import tqdm
-
-    with tqdm(desc=label, total=total, unit="B", unit_scale=True, leave=False, disable=None) as bar:
-        for document in documents:
-            bar.update(counts.bytes - bar.n)
-            yield document
 
 
 def build(files: list[Path], directory: Path, name: str, options: argparse.Namespace) -> str:
     """Fills `directory` with shards and `<name>_<vocabulary>_bpe.model`, and returns a summary of a few lines."""
-    began = time.monotonic()
-    first, second = Counts(), Counts()
-    digests = []
-    sample = TextSample(options.seed)
-    for document in watched(read_documents(files, options.delimiter, options.seed, first), first, "reading"):
-        digests.append(document.digest)
-        if not options.tokenizer:
-            sample.add(document)
-    threshold = draw_validation(digests, options.val_fraction)
-    del digests
+    from tqdm import tqdm
 
-    if options.tokenizer:
-        model_name = options.tokenizer.stem
-        model = options.tokenizer.read_bytes()
-    else:
-        model_name = f"{name}_{options.vocab_size}_bpe"
-        model = train_tokenizer(sample.pieces(threshold), options.vocab_size)
+    def read(label: str, counts: Counter, total: int | None = None) -> Iterable[Document]:
+        documents = read_documents(files, delimiter, options.seed, counts)
+        return tqdm(documents, label, total, unit=" documents", leave=False, disable=None)  # None: only on a terminal
+
+    began = time.monotonic()
+    delimiter = options.delimiter.replace("\\n", "\n").replace("\\t", "\t")
+    first, second = Counter(), Counter()
+    digests = []
+    # A uniform sample of pieces for the tokenizer. Not SentencePiece's input_sentence_size: which documents are for
+    # validation, and which characters are too rare for a piece, is known only when all were read.
+    sample: list[tuple[float, bytes, str]] = []  # a heap: the piece to give up first is on top
+    size = 0
+    draw = random.Random(options.seed)
+    for digest, text in read("reading", first):
+        digests.append(digest)
+        for piece in () if options.tokenizer else cut(text):
+            heapq.heappush(sample, (draw.random(), digest, piece))
+            size += len(piece)
+            while size > SAMPLE_CHARS:
+                size -= len(heapq.heappop(sample)[-1])
+    threshold = draw_validation(digests, options.val_fraction)
+
+    pieces = [piece for _, digest, piece in sorted(sample) if digest > threshold]
+    model_name = options.tokenizer.stem if options.tokenizer else f"{name}_{options.vocab_size}_bpe"
+    model = options.tokenizer.read_bytes() if options.tokenizer else train_tokenizer(pieces, options.vocab_size)
     tokenizer = load_tokenizer(model, model_name)
     (directory / f"{model_name}.model").write_bytes(model)
 
-    again = watched(read_documents(files, options.delimiter, options.seed, second), second, "encoding", first.bytes)
-    train, val = (ShardWriter(directory, split, options.shard_tokens) for split in ("train", "val"))
-    with closing(train), closing(val):
-        for batch in batches(again):
-            tokens = encode(tokenizer, [document.text for document in batch], options.threads)
-            for document, encoded in zip(batch, tokens, strict=True):
-                (train if document.digest > threshold else val).write(encoded)
+    def encoded() -> Iterator[tuple[bool, np.ndarray]]:
+        for batch in batches(read("encoding", second, first["documents"])):
+            texts = [text for _, text in batch]
+            tokens = tokenizer.encode(texts, num_threads=options.threads, return_type="numpy")
+            yield from zip((digest <= threshold for digest, _ in batch), tokens, strict=True)
+
+    lines = write_splits(directory, encoded(), options.shard_tokens)
     if second != first:
         raise UserError("the input changed while it was read — run it again when nothing writes to it")
     seconds = time.monotonic() - began
-    lines = [
-        f"{writer.split:>5}: {writer.documents:,} documents, {writer.tokens:,} tokens, {writer.shards} shards"
-        for writer in (train, val)
-    ]
-    speed = f"{seconds:.1f} s ({first.bytes / 1e6 / seconds:.2f} MB/s)"
-    lines += [f"{first.bytes:,} bytes of text, {tokenizer.vocab_size():,} pieces, {speed}"]
-    lines += [f"{first.duplicates:,} duplicates dropped, {first.empty:,} empty, {first.invalid_utf8:,} not UTF-8"]
-    return "\n".join(lines)
+    speed = f"{seconds:.1f} s ({first['bytes'] / 1e6 / seconds:.2f} MB/s)"
+    lines += [f"{first['bytes']:,} bytes of text, {tokenizer.vocab_size():,} pieces, {speed}"]
+    kept_out = f"{first['duplicates']:,} duplicates dropped, {first['empty']:,} empty"
+    return "\n".join([*lines, f"{kept_out}, {first['not_utf8']:,} not UTF-8"])
 
 
-def unescape(text: str) -> str:
-    """An argparse type: a non-empty string in which \\n and \\t mean a line break and a tab."""
-    if not text:
-        raise argparse.ArgumentTypeError("it is empty")
-    return text.replace("\\n", "\n").replace("\\t", "\t")
-
-
-def main() -> None:
-    parser = Parser(__doc__)
+def main(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("inputs", nargs="+", metavar="INPUT", help="files, folders or - for stdin: .txt .md .jsonl (.gz .zst) .parquet")
+    add("inputs", nargs="+", type=Path, metavar="INPUT", help="files or folders: .txt .md .jsonl (.gz .zst) .parquet")
     add("--out", type=Path, required=True, help="the dataset's folder")
-    add("--force", action="store_true", help="replace the dataset in --out")
     add("--vocab-size", type=number(int, RESERVED + 1, 1 << 16), default=1024, help="pieces to train (default 1024)")
     add("--tokenizer", type=Path, help="use this SentencePiece model and train none")
-    add("--delimiter", type=unescape, help="separates documents in text files, \\n and \\t understood (default: none)")
-    add("--stdin-format", choices=("txt", "jsonl"), default="txt", help="what - holds (default txt)")
+    add("--delimiter", default="", help="separates documents in text files, \\n and \\t understood (default: none)")
     add("--val-fraction", type=number(float, 0, 1), default=0.01, help="share for validation (default 0.01)")
     add("--seed", type=int, default=0, help="of the split and of the tokenizer's sample (default 0)")
     add("--shard-tokens", type=number(int, 1), default=SHARD_TOKENS, help="tokens per shard (default 100 million)")
     add("--threads", "--processes", type=number(int, 1), default=os.cpu_count() or 1, help="default: one per CPU")
     options = parser.parse_args()
-    if "-" in options.inputs and len(options.inputs) > 1:
-        raise UserError("- stands beside other inputs — give it alone")
-    name = options.out.resolve().name
-    with new_directory(options.out, options.force) as directory:
-        if options.inputs == ["-"]:
-            # What follows reads its input twice, and that may be larger than memory.
-            spooled = directory / f"stdin.{options.stdin_format}"
-            with open(spooled, "wb") as file:
-                shutil.copyfileobj(sys.stdin.buffer, file)
-            report = build([spooled], directory, name, options)
-            spooled.unlink()
-        else:
-            files, skipped = find_files(map(Path, options.inputs))
-            report = build(files, directory, name, options) + f", {skipped:,} files of other kinds"
-    print(f"{report}\nwrote {options.out}")
+    files, skipped = find_files(options.inputs)
+    with new_directory(options.out) as directory:
+        report = build(files, directory, options.out.resolve().name, options)
+    print(f"{report}, {skipped:,} files of other kinds\nwrote {options.out}")
 
 
 if __name__ == "__main__":
-    run(main)
+    run_tool(main)

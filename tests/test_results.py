@@ -67,7 +67,13 @@ def a_result(seed: int, loss: float) -> dict[str, Any]:
         "quantised": True,
         "data": {"train": "aa" * 32, "validation": "bb" * 32},
         "preflight": {"training": 31.0},
-        "training": {"steps": 6700, "seconds": 600.04 + seed / 1e4, "averaged": 30, "resumed": False},
+        "training": {
+            "steps": 6700,
+            "seconds": 595.04 + seed / 1e4,
+            "calibration": 5.0,
+            "averaged": 30,
+            "resumed": False,
+        },
         "artifact": artifact | {"max_bytes": 16_000_000, "fits": True, "sha256": f"{seed:064x}", "kinds": {}},
         "evaluation": {
             "documents": DOCUMENTS,
@@ -263,7 +269,8 @@ def test_single_pass_and_sliding_runs_have_no_replay_figure(runs: Callable[..., 
         (lambda result: result.update(weights_sha256=f"{result['seed'] + 7:064x}"), "quantised_artifact"),
         (put("artifact.total_bytes", 16_000_001), "size_cap"),
         (lambda result: result["training"].update(seconds=612.3 + result["seed"]), "train_seconds"),
-        (lambda result: result["training"].update(seconds=600.2 + result["seed"] / 1e4), "train_seconds"),  # > a step
+        (lambda result: result["training"].update(seconds=595.2 + result["seed"] / 1e4), "train_seconds"),  # > a step
+        (put("training.calibration", 9.0), "train_seconds"),
         (put("evaluation.seconds", 600.01), "eval_seconds"),
     ],
 )
@@ -344,7 +351,7 @@ def test_runs_that_differ_in_more_than_the_seed_are_no_record(
     assert f"{path}: {before} and {value}" in rule["detail"]
     split = found["rules"]["full_validation_split"]
     assert split["outcome"] == ("fail" if path == "data.validation" else "pass")
-    assert "not verifiable" in split["detail"]
+    assert ("not verifiable" in split["detail"]) == (path != "data.validation")
 
 
 @pytest.mark.parametrize("names", [("seed", "settings.seed"), ("weights_sha256", "artifact.sha256"), ("training",)])
@@ -393,7 +400,7 @@ def test_the_folder_of_a_pull_request_holds_all_it_needs(runs: Callable[..., lis
     assert (folder / "train_gpt.py").read_text() == SOURCE
     assert [(folder / log).read_text() for log in logs] == [a_log(f"run{seed}") for seed in (42, 43, 44)]
     readme = (folder / "README.md").read_text()
-    assert "**record**" in readme
+    assert "status: record" in readme
     assert f"{np.mean(LOSSES):.6f}" not in readme.split("mean:")[0]
     assert json.loads((folder / "submission.json").read_text())["status"] == "record"
     assert is_one_line_error(call(record, *paths, "--folder", folder), "not empty")
@@ -427,7 +434,7 @@ def test_the_committed_placeholder_has_the_fields_of_a_submission(runs: Callable
         (put("evaluation.seconds", [1]), ["evaluation.seconds"]),
         (put("seed", True), ["seed"]),
         (put("run_id", "\ud800"), ["no JSON of a run"]),
-        (put("evaluation", {}), ["evaluation.documents"]),
+        (put("evaluation", {}), ["evaluation.seconds"]),
         (put("evaluation.audit", [{}]), ["evaluation.audit[0].document"]),
         (put("evaluation.audit", {}), ["evaluation.audit"]),
         (put("artifact", []), ["artifact"]),
@@ -508,7 +515,6 @@ OURS = SOURCE + "\n".join(
         "export kind:scale weights:10 bytes:20 bits_per_weight:16.0000",
         "export model_bytes:700 code_bytes:300 total_bytes:1000 max_bytes:2000 fits:True seconds:0.1",
         "no_adaptation val_loss:3.91000000 val_bpb:2.34000000",
-        *(f"ttt_epoch:{e}/9 val_loss:{4 - e / 10:.8f} val_bpb:{2.34 - e / 100:.8f}" for e in range(1, 10)),
         "final_ttt_exact protocol:replay context:cached backward_looking_val_bpb:2.33 last_epoch_val_bpb:2.25",
         "final_int8_zlib_roundtrip_exact val_loss:3.90000000 val_bpb:2.33000000",
     ]
@@ -548,6 +554,14 @@ def reference(tmp_path: Path) -> Path:
     return path
 
 
+@pytest.fixture
+def scored(folder: Path) -> Path:
+    """A run's folder with an evaluation: replay of 9 epochs."""
+    without = np.array([50.0, 60.0])
+    a_scored_run(folder, without, without - 1, np.array([7, 8]), ttt_protocol="replay", epochs=9)
+    return folder
+
+
 def panels(figure: Any) -> list[str]:
     return [axes.get_title(loc="left") for axes in figure.axes]
 
@@ -557,22 +571,24 @@ def drawn(*paths: Path, what: tuple[str, ...] = tuple(plot.PANELS)) -> Any:
         return plot.draw(plot.read_runs(paths), what)
 
 
+def legend(axes: Any) -> list[str]:
+    return [text.get_text() for text in axes.get_legend().get_texts()]
+
+
 def test_our_log_is_read(folder: Path):
     (run,) = plot.read_runs([folder])
-    assert run.label == "ours"
     assert list(run.train) == list(range(1, 41))
-    assert run.val == {0: (0, 6.89257524, 4.12179666), 40: (3.6, 3.9, 2.33)}
-    assert run.no_adaptation == 2.34
-    assert (run.epochs[1], run.epochs[9], len(run.epochs)) == (2.33, 2.25, 9)
+    assert [(*point.values(),) for point in run.val.values()] == [(0, 0, 6.89257524, 4.12179666), (40, 3.6, 3.9, 2.33)]
     assert run.kinds == {"int5": 600, "scale": 20, "header": 80, "code": 300}
-    assert (run.total, run.cap, run.final) == (1000, 2000, 2.33)
+    assert (run.cap, run.final) == (2000, 2.33)
+    assert panels(drawn(folder, what=("bytes",))) == ["Bytes: 1,000, 50.0% of the cap"]
 
 
 def test_a_reference_log_is_read(reference: Path):
     (run,) = plot.read_runs([reference])
-    assert run.train == {200: (8.7, 2.7801, None)}
-    assert run.val[13780] == (600.038, 2.0606, 1.2172)
-    assert (run.final, run.total, run.cap) == (1.2243657, 15_863_489, 16_000_000)
+    assert run.train == {200: {"step": 200, "seconds": 8.7, "loss": 2.7801}}
+    assert run.val[13780] == {"step": 13780, "seconds": 600.038, "loss": 2.0606, "bpb": 1.2172}
+    assert (run.final, sum(run.kinds.values()), run.cap) == (1.2243657, 15_863_489, 16_000_000)
     assert not run.epochs
 
 
@@ -583,11 +599,11 @@ def test_a_resumed_log_counts_once(folder: Path):
     assert [again] == plot.read_runs([folder])
 
 
-def test_panels_without_figures_are_left_out(folder: Path, reference: Path):
-    assert len(panels(drawn(folder))) == 5
+def test_panels_without_figures_are_left_out(scored: Path, reference: Path):
+    assert len(panels(drawn(scored))) == 6
     assert len(panels(drawn(reference))) == 4
     assert not any("Test-time" in title for title in panels(drawn(reference)))
-    assert panels(drawn(folder, reference, what=("loss",))) == ["Loss against steps"]
+    assert panels(drawn(scored, reference, what=("loss",))) == ["Loss against steps"]
 
 
 def test_a_short_run_stays_in_sight_beside_a_long_one(folder: Path, tmp_path: Path):
@@ -599,34 +615,34 @@ def test_a_short_run_stays_in_sight_beside_a_long_one(folder: Path, tmp_path: Pa
     assert high > 5.5
 
 
-def test_epoch_1_is_marked_and_the_rest_labelled(folder: Path):
-    (axes,) = drawn(folder, what=("ttt",)).axes
+def test_epoch_1_is_marked_and_the_rest_labelled(scored: Path):
+    (axes,) = drawn(scored, what=("ttt",)).axes
     said = " ".join(" ".join(text.get_text().split()) for text in axes.texts)
     assert "epochs 2 to 9: has trained on what it scores" in said
     assert "epoch 1: backward-looking, a valid score" in said
-    legend = [text.get_text() for text in axes.get_legend().get_texts()]
-    assert legend == ["no adaptation 2.3400", "epoch 1 2.3300, a valid score", "epoch 9 2.2500 (not a score)"]
-    full = [line for line in axes.lines if line.get_marker() == "o" and line.get_markerfacecolor() != plot.PALE]
-    assert [line.get_xydata().tolist() for line in full] == [[[1, 2.33]]]
+    plain = f"no adaptation {110 / math.log(2) / 15:.4f}"
+    assert legend(axes) == [plain, "epoch 1 2.9000, a valid score", "epoch 9 2.1000 (not a score)"]
+    full = [line for line in axes.lines if line.get_marker() == "o" and line.get_markerfacecolor() == line.get_color()]
+    assert [line.get_xydata().tolist() for line in full] == [[[1, 2.9]]]
 
 
-def test_a_run_without_test_time_training_is_not_in_its_legend(folder: Path, reference: Path):
-    (axes,) = drawn(folder, reference, what=("ttt",)).axes
-    assert {text.get_text().split(":")[0] for text in axes.get_legend().get_texts()} == {"ours"}
+def test_a_run_without_test_time_training_is_not_in_its_legend(scored: Path, reference: Path):
+    (axes,) = drawn(scored, reference, what=("ttt",)).axes
+    assert {text.split(":")[0] for text in legend(axes)} == {f"{scored.parent.name}/ours"}
 
 
 def test_the_cap_is_drawn_when_it_is_in_reach(reference: Path, folder: Path):
     (axes,) = drawn(reference, what=("bytes",)).axes
-    assert [line.get_xdata()[0] for line in axes.lines] == [16.0]
+    assert [line.get_xdata()[0] for line in axes.lines] == [16e6]
     (folder / "train.log").write_text(OURS.replace("max_bytes:2000", "max_bytes:16000000"))
     (axes,) = drawn(folder, what=("bytes",)).axes
     assert not axes.lines
     assert "beyond the frame" in axes.get_xlabel()
 
 
-def test_png_and_svg_are_written_and_the_same_again(folder: Path, reference: Path, tmp_path: Path):
+def test_png_and_svg_are_written_and_the_same_again(scored: Path, reference: Path, tmp_path: Path):
     for name in ("one/a", "two/b.svg"):
-        result = call(plot, folder, reference, "--what", "bytes", "ttt", "--out", tmp_path / name)
+        result = call(plot, scored, reference, "--what", "bytes", "ttt", "--out", tmp_path / name)
         assert result.code == 0, result.err
     first, second = ((tmp_path / name).with_suffix(".svg").read_bytes() for name in ("one/a", "two/b"))
     assert first == second
@@ -638,17 +654,16 @@ def test_png_and_svg_are_written_and_the_same_again(folder: Path, reference: Pat
     assert int.from_bytes(png[16:20], "big") == 1800  # twice the width of a README
 
 
-def test_the_background_is_opaque_white(folder: Path, tmp_path: Path):
-    assert call(plot, folder, "--what", "ttt", "--out", tmp_path / "a").code == 0
+def test_the_background_is_opaque_white(scored: Path, tmp_path: Path):
+    assert call(plot, scored, "--what", "ttt", "--out", tmp_path / "a").code == 0
     pixels = matplotlib.image.imread(tmp_path / "a.png")
     assert (pixels[..., 3:] == 1).all()
     assert (pixels[[0, 0, -1, -1], [0, -1, 0, -1], :3] == 1).all()
 
 
-def test_runs_of_one_name_are_told_apart():
-    logs = [Path("/x/a/train.log"), Path("/y/a/train.log"), Path("/y/b.txt")]
-    assert plot.labels(logs) == ["x/a", "y/a", "y/b"]
-    assert plot.labels(logs[1:]) == ["a", "b"]
+def test_runs_are_called_by_the_ends_of_their_paths(scored: Path, reference: Path):
+    (axes,) = drawn(scored, scored / "result.json", what=("ttt",)).axes
+    assert {text.rpartition(": ")[0] for text in legend(axes)} == {f"{scored.parent.name}/ours", "ours/result.json"}
 
 
 def test_mistakes_are_one_line(folder: Path, reference: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -679,6 +694,7 @@ def a_scored_run(
     tag: str = "",
     weights: str = "aa",
     last_bytes: int = 2,
+    epochs: int = 2,
     **changes: object,
 ) -> Path:
     """What train_gpt.py leaves of a test-time training evaluation, as far as compare.py and plot.py read it."""
@@ -688,37 +704,37 @@ def a_scored_run(
     result["settings"] |= about | changes
     result["weights_sha256"] = weights * 32
     replay = changes.get("ttt_protocol") == "replay"  # later epochs have trained on what they score: never to be read
-    epochs = np.stack([adapted, adapted / 2]) if replay else adapted[None]
+    figures_of = np.stack([adapted, adapted / 2]) if replay else adapted[None]
     targets = np.maximum(bytes_ // 2, 1)
     counts = {"targets": int(targets.sum()), "bytes": int(bytes_.sum()), "lacking": 0}
-    figures = {"no_adaptation": without, "backward_looking": adapted, "last_epoch": epochs[-1]}
+    figures = {"no_adaptation": without, "backward_looking": adapted, "last_epoch": figures_of[-1]}
     for name, nats in figures.items():
         bpb = float(nats.sum() / math.log(2) / counts["bytes"])
         loss = float(nats.sum() / counts["targets"])
         result["evaluation"][name] |= counts | {"val_loss": loss, "val_bpb": bpb}
     result["evaluation"]["backward_looking"]["lacking"] = lacking
-    curve = [dict(figure(1.0), val_bpb=3.0 - epoch / 10, epoch=epoch) for epoch in (1, 2)]
+    curve = [dict(figure(1.0), val_bpb=3.0 - epoch / 10, epoch=epoch) for epoch in range(1, epochs + 1)]
     result["evaluation"]["curve"] = curve if replay else curve[:1]
     path = folder / f"result{tag}.json"
     path.write_text(json.dumps(result))
-    last = "epoch_50" if replay else "single_pass"
+    last = "last_epoch_50" if replay else "single_pass"
     names = ["no_adaptation", "epoch_1", last] if replay else ["no_adaptation", last]
-    by_chunk = np.arange(1.0, 1 + 5 * len(names)).reshape(len(names), 5)
+    by_span = np.arange(1.0, 1 + 5 * len(names)).reshape(len(names), 5)
     np.savez(
         folder / f"ttt_documents{tag}.npz",
         index=np.arange(len(bytes_)),
         targets=targets,
         bytes=bytes_,
         nll_no_adaptation=without,
-        nll_per_epoch=epochs,
-        figures_finished=np.full(len(bytes_), len(epochs)),
+        nll_per_epoch=figures_of,
+        figures_finished=np.full(len(bytes_), len(figures_of)),
     )
     np.savez(
         folder / f"ttt_positions{tag}.npz",
         weights=result["weights_sha256"],
         figures=np.array(names),
-        nll=by_chunk,
-        targets=np.full(5, 6),
+        nll=by_span,
+        ends=np.array([64, 128, 256, 512, 600]),
         bytes=np.array([10, 10, 8, 4, last_bytes]),
     )
     return path if tag else folder
@@ -817,24 +833,37 @@ def test_two_evaluations_of_one_folder_are_compared_and_drawn(tmp_path: Path, fo
     a_scored_run(folder, a, a - 1, b, ttt_protocol="replay", ttt_n_epochs=50)
     other = a_scored_run(folder, a, a - 2, b, tag="_single")
     assert [row[0] for row in cells(call(compare, folder, other).out)] == ["single_pass", "replay"]
-    replay, single = plot.read_runs([folder, other])
-    assert (replay.label, single.label) == ("ours", "single")
-    assert replay.epochs == {1: 2.9, 2: 2.8}
-    assert single.single_pass == pytest.approx((a - 2).sum() / math.log(2) / 15)
-    # Chunks 0, 1, 2-3 and 4 of 256 tokens: spans that double.
-    assert replay.spans == ["0–256", "256–512", "512–1,024", "1,024–1,280"]
-    assert replay.positions["epoch_1"] == pytest.approx(np.array([6 / 10, 7 / 10, 17 / 12, 10 / 2]) / math.log(2))
-    assert list(single.positions) == ["no_adaptation", "single_pass"]
-    a_scored_run(folder, a, a - 1, b, last_bytes=0)  # a last chunk that holds the next document's BOS alone
-    (replay,) = plot.read_runs([folder])
-    assert replay.spans == ["0–256", "256–512", "512–1,024"]
+    ttt, position = drawn(folder, other, what=("ttt", "position")).axes
+    bpb = [(a - nats).sum() / math.log(2) / 15 for nats in (0, 2)]
+    scores = [
+        "epoch 1 2.9000, a valid score",
+        "epoch 2 2.8000 (not a score)",
+        f"single pass {bpb[1]:.4f}, a valid score",
+    ]
+    assert legend(ttt) == [f"no adaptation {bpb[0]:.4f}", *scores]
+    names = ["no adaptation", "epoch 1, a valid score", "epoch 50 (not a score)", "single pass, a valid score"]
+    assert legend(position) == names
+    third = a_scored_run(folder, a, a - 3, b, tag="_again")
+    assert "ours/result_again.json: " in legend(drawn(folder, other, third, what=("ttt",)).axes[0])[-1]
+
+
+def test_positions_are_drawn_where_their_spans_end(folder: Path) -> None:
+    a, b = np.array([50.0, 60.0]), np.array([7, 8])
+    a_scored_run(folder, a, a - 1, b, ttt_protocol="replay")
+    (axes,) = drawn(folder, what=("position",)).axes
+    plain, first, _ = axes.lines
+    assert plain.get_xdata().tolist() == [64, 128, 256, 512, 600]
+    assert plain.get_ydata() == pytest.approx(np.array([1 / 10, 2 / 10, 3 / 8, 4 / 4, 5 / 2]) / math.log(2))
+    assert first.get_ydata() == pytest.approx(np.array([6 / 10, 7 / 10, 8 / 8, 9 / 4, 10 / 2]) / math.log(2))
+    a_scored_run(folder, a, a - 1, b, last_bytes=0)  # a last span that holds the next document's BOS alone
+    (axes,) = drawn(folder, what=("position",)).axes
+    assert np.isfinite(axes.lines[0].get_ydata()).tolist() == [True, True, True, True, False]
 
 
 def test_positions_are_drawn_only_where_they_were_kept(folder: Path) -> None:
     a_scored_run(folder, np.array([50.0, 60.0]), np.array([49.0, 58.0]), np.array([7, 8]), ttt_protocol="replay")
-    ttt, position = drawn(folder, what=("ttt", "position")).axes
-    labels = [text.get_text() for text in position.get_legend().get_texts()]
-    assert labels == ["no adaptation", "epoch 1, a valid score", "epoch 50 (not a score)"]
+    _, position = drawn(folder, what=("ttt", "position")).axes
+    assert legend(position) == ["no adaptation", "epoch 1, a valid score", "epoch 50 (not a score)"]
     with np.load(folder / "ttt_positions.npz") as file:
         arrays = dict(file)
     for wrong in ({"weights": "bb" * 32}, {"figures": np.array(["a"])}, {"nll": np.ones(3)}, {"bytes": np.ones(4)}):

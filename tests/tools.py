@@ -27,13 +27,14 @@ class Result(NamedTuple):
     err: str
 
 
-def call(module: ModuleType, *arguments: object) -> Result:
-    """Runs a tool's main function in this process as its command line would."""
+def call(module: ModuleType, *arguments: object, terminal: bool = False) -> Result:
+    """Runs a tool's main function in this process as its command line would, at a terminal or with its output piped."""
     out, err, argv, terminate = io.StringIO(), io.StringIO(), sys.argv, signal.getsignal(signal.SIGTERM)
+    err.isatty = lambda: terminal
     sys.argv = [module.__name__, *map(str, arguments)]
     try:
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), pytest.raises(SystemExit) as stop:
-            common.run(module.main)
+            common.run_tool(module.main)
     finally:
         sys.argv = argv
         signal.signal(signal.SIGTERM, terminate)
