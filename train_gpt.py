@@ -999,7 +999,7 @@ class Optimizer:
         pending = []
         warm = min(step / s.muon_momentum_warmup_steps, 1.0) if s.muon_momentum_warmup_steps else 1.0
         momentum = s.muon_momentum_warmup_start + warm * (s.muon_momentum - s.muon_momentum_warmup_start)
-        gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # torch 2.11 has the old name
+        gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # its name before torch 2.13
         for method, lr, decay, span, shape in self.groups:
             if method == "muon":
                 g = self.grads[span]
@@ -1421,25 +1421,25 @@ def pack(tensors: dict[str, Stored], s):
     of its own."""
     config = json.dumps(artifact_config(s)).encode()
     planes = {"config": np.frombuffer(len(config).to_bytes(4, "little") + config, np.uint8)[None]}
-    for stream, pieces in streams_of({name: tensors[name] for name in layout(s)}).items():
+    for kind, pieces in streams_of({name: tensors[name] for name in layout(s)}).items():
         if pieces:
-            numbers = torch.cat([piece.flatten() for piece in pieces]).numpy().astype(STREAMS[stream])
-            planes[stream] = numbers.view(np.uint8).reshape(-1, numbers.itemsize).T
+            numbers = torch.cat([piece.flatten() for piece in pieces]).numpy().astype(STREAMS[kind])
+            planes[kind] = numbers.view(np.uint8).reshape(-1, numbers.itemsize).T
     expanded = sum(plane.size for plane in planes.values())
-    # codes hardly repeat: long matches only is smaller and four times faster
+    # codes hardly repeat, so matches are chance: none under 7 bytes is smaller and four times faster
     level22 = zstandard.ZstdCompressionParameters.from_level(22, source_size=expanded, min_match=7)
     compressor = zstandard.ZstdCompressor(compression_params=level22).compressobj(size=expanded)
     frame = b""
     kinds = {}
-    for stream, rows in planes.items():
+    for kind, rows in planes.items():
         before = len(frame)
         n = rows.shape[1]
         for row in rows:
             frame += compressor.compress(row.tobytes()) + compressor.flush(zstandard.COMPRESSOBJ_FLUSH_BLOCK)
         size = len(frame) - before
-        kinds[stream] = dict(weights=n, bytes=size, bits_per_weight=8 * size / n)
-        if stream in LIMITS:
-            kinds[stream]["entropy"] = entropy(rows)
+        kinds[kind] = dict(weights=n, bytes=size, bits_per_weight=8 * size / n)
+        if kind in LIMITS:
+            kinds[kind]["entropy"] = entropy(rows)
     frame += compressor.flush()
     del kinds["config"]
     return artifact_header(frame, expanded) + frame, kinds
@@ -1476,11 +1476,11 @@ def restored(raw: bytes, s):
     """The float32 state dict. Raises ValueError if the streams are not as long as the model's."""
     tensors = layout(s)
     read = {}
-    for stream, pieces in streams_of(tensors).items():
+    for kind, pieces in streams_of(tensors).items():
         sizes = [piece.numel() for piece in pieces]
-        width = np.dtype(STREAMS[stream]).itemsize
+        width = np.dtype(STREAMS[kind]).itemsize
         planes = np.frombuffer(raw[: sum(sizes) * width], np.uint8).reshape(width, sum(sizes))
-        read[stream] = iter(torch.from_numpy(planes.T.copy().view(STREAMS[stream]).ravel()).split(sizes))
+        read[kind] = iter(torch.from_numpy(planes.T.copy().view(STREAMS[kind]).ravel()).split(sizes))
         raw = raw[planes.size :]
     if raw:
         raise ValueError(f"{len(raw)} bytes too many")
@@ -1848,7 +1848,7 @@ class DocumentBatch:
             self.progress(n * size * visit.score)
         self.run.synchronize(lag=True)
 
-    def read(self, figure, cached, train):
+    def sweep(self, figure, cached, train):
         """Score every chunk for a figure, and train on it or not."""
         self.figure.fill_(figure)
         for chunk, n in enumerate(self.active[:-1]):
@@ -1859,7 +1859,7 @@ class DocumentBatch:
     def plain(self):
         """Score under adapters of zeros: compiled code is shared."""
         self.adapters.begin(None)
-        self.read(0, cached=True, train=False)
+        self.sweep(0, cached=True, train=False)
 
     def adapt(self, a: np.ndarray | None = None):
         """Adapt to every document under TTT_PROTOCOL, until the deadline, from its drawn A or those given.
@@ -1875,7 +1875,7 @@ class DocumentBatch:
         if s.ttt_protocol == "replay":
             for figure, rate in enumerate(rates, 1):
                 self.lr.fill_(rate)
-                self.read(figure, cached, train=True)
+                self.sweep(figure, cached, train=True)
             return
         self.figure.fill_(1)
         for chunk, go_on in enumerate(self.active[1:]):
@@ -2219,7 +2219,7 @@ def main():
     data = dict(train=trainer and trainer.identity["data"], validation=stream.fingerprint)
     known = dict(preflight=seconds, training=trainer and trainer.account(), artifact=artifact, data=data)
     score = score_file(model, stream, run, **known)
-    run.log(f"final_int8_zlib_roundtrip_exact {score}")
+    run.log(f"final_int8_zlib_roundtrip_exact {score}")  # the challenge's name for it
     run.part()
     return 3 if artifact and not artifact["fits"] else 0
 
