@@ -161,6 +161,7 @@ class Settings(TrainSettings):
     ttt_context: str = setting("cached", "keys and values, or windows", choices=("cached", "recompute"))
     ttt_lora_rank: int = setting(8, "rank of the adapters", 1, 4096)
     ttt_lora_lr: float = setting(0.001, "their peak lr", 0.0)
+    ttt_weight_decay: float = setting(0.0, "decoupled, of the adapters", 0.0)
     ttt_n_epochs: int = setting(50, "epochs (replay) or steps per chunk (single_pass)", 1, 100_000)
     ttt_chunk_size: int = setting(256, "targets per adaptation step", 1)
     ttt_eval_seq_len: int = setting(2048, "longest window, with the chunk", 2, tiny=512)
@@ -270,7 +271,7 @@ def place_among_ranks(env):
         if world > 1:
             store, _, _ = next(dist.rendezvous("env://"))
         return rank, world, int(env.get("LOCAL_RANK", rank)), store
-    except ValueError as e:
+    except (ValueError, dist.DistError) as e:
         raise UserError(f"no place among ranks: {e} — launch with torchrun, or unset RANK and WORLD_SIZE") from e
 
 
@@ -472,7 +473,8 @@ def open_output(run):
         begun = {*taken} <= {"train.log", "ttt_documents.npz"}  # nothing is saved yet
         goes_on = s.resume and (begun or (not s.eval_only and "checkpoint.pt" in taken))
         if taken and not goes_on and not scores_its_own(run):
-            raise UserError(f"OUTPUT_DIR={run.output} holds a run's {taken[0]} — choose another, or set RESUME=1")
+            cure = "choose another" if s.resume else "choose another, or set RESUME=1"
+            raise UserError(f"OUTPUT_DIR={run.output} holds a run's {taken[0]} — {cure}")
         run.output.mkdir(parents=True, exist_ok=True)
         run.log_file = open(run.path("train.log"), "a", encoding="utf-8")  # noqa: SIM115 - open to the end
 
@@ -1165,7 +1167,7 @@ class Trainer:
         """Keep free what calibration will take, by trying it. Raises UserError if no time is left. Returns Hessians."""
         s = self.run.s
         hessians, _ = self.timed_calibration(0, s.train_seq_len * self.run.world)  # may load kernels
-        if s.max_wallclock_seconds:
+        if s.max_wallclock_seconds and not self.finished:
             hessians, seconds = self.timed_calibration(0, s.calibration_tokens)
             seconds, _ = self.run.agree(seconds)
             left = s.max_wallclock_seconds - 1.5 * seconds
@@ -1698,7 +1700,7 @@ class Adapters:
         self.sizes = [math.prod(shape) for shape in self.shapes]
         self.flat, self.m, self.v = (torch.zeros(batch, sum(self.sizes), device=run.device) for _ in range(3))
         self.steps = torch.zeros(batch, dtype=torch.int64, device=run.device)
-        self.betas = s.beta1, s.beta2
+        self.recipe = (s.beta1, s.beta2), LORA_EPS, s.ttt_weight_decay
         self.adam_ = run.compiled(adam_, dynamic=True)
 
     def begin(self, a: np.ndarray | None):
@@ -1719,7 +1721,7 @@ class Adapters:
         """Adam on the first len(gradient) documents."""
         n = len(gradient)
         self.steps[:n] += 1
-        self.adam_(self.flat[:n], gradient, self.m[:n], self.v[:n], self.steps[:n], lr, self.betas, LORA_EPS)
+        self.adam_(self.flat[:n], gradient, self.m[:n], self.v[:n], self.steps[:n], lr, *self.recipe)
 
 
 class Visit(NamedTuple):
@@ -1921,15 +1923,16 @@ class Results:
         shape = 1 + run.s.ttt_figures, len(stream.lengths) + 1
 
         def prepare():
-            with contextlib.suppress(OSError, ValueError, EOFError):
+            with contextlib.suppress(Exception):  # damage makes np.load raise many kinds
                 kept = np.load(path, mmap_mode="r")
-                if run.s.resume and (kept.shape, kept.dtype) == (shape, np.float64):
+                if run.s.resume and (kept.shape, kept.dtype) == (shape, np.float64) and not (kept[:2, -1] < 0).any():
                     return
             run.write(name, np.save, arr=np.full(shape, math.nan))
 
         run.together(prepare)
         self.nll, self.spent = np.split(np.load(path, mmap_mode="r+"), [shape[1] - 1], axis=1)
-        self.began = began - float(np.nan_to_num(self.spent[0, 0]))  # seconds of earlier sessions count
+        self.spent = self.spent[:2, 0]  # seconds of all sessions: in all, and without adaptation
+        self.began = began - float(np.nan_to_num(self.spent[0]))
         if self.began < began:
             done = int((~np.isnan(self.nll)).all(0).sum())
             run.log(f"resumed the evaluation after {began - self.began:.1f} s: {done} documents are done")
@@ -1938,14 +1941,14 @@ class Results:
         """Numbers by figure and document, and the time. Another rank may write the other figures meanwhile."""
         known = self.nll[figures, documents]
         self.nll[figures, documents] = np.where(np.isnan(known), nll, known)
-        self.spent[0] = np.fmax(self.spent[0], time.perf_counter() - self.began)
+        plain = figures.start == 0
+        self.spent[: 1 + plain] = np.fmax(self.spent[: 1 + plain], time.perf_counter() - self.began)
 
 
 def score_documents(model, stream, results: Results, deadline: float, run):
-    """Without adaptation, then with, until the deadline; a rank takes the costliest batch that is left. Returns both
-    ends in seconds. Raises Interrupted."""
+    """Without adaptation, then with, until the deadline; a rank takes the costliest batch that is left. Raises
+    Interrupted."""
     batch = None
-    ends = []
     plain = "no_adaptation", slice(0, 1), DocumentBatch.plain, math.inf
     adapted = f"ttt {run.s.ttt_protocol}", slice(1, None), DocumentBatch.adapt, deadline
     todo = np.isnan(results.nll)
@@ -1967,9 +1970,7 @@ def score_documents(model, stream, results: Results, deadline: float, run):
             work(batch)
             results.add(figures, documents, batch.complete()[figures])
             progress(0, batch.sums[figures.start])
-        ends.append(time.perf_counter() - results.began)
     run.meet("evaluation; what is finished is kept")
-    return np.max(run.gather(ends), axis=0).tolist()
 
 
 def evaluate_ttt(model, stream, run, tag, began):
@@ -1979,7 +1980,8 @@ def evaluate_ttt(model, stream, run, tag, began):
     results = Results(stream, run, tag, began)
     margin = min(2.0, 0.1 * s.eval_max_seconds)  # for gathering
     deadline = results.began + (s.eval_max_seconds or math.inf) - margin
-    plain_end, adapted_end = score_documents(model, stream, results, deadline, run)
+    score_documents(model, stream, results, deadline, run)
+    adapted_end, plain_end = results.spent.tolist()
     account = dict(documents=len(stream.lengths)) | time_spent(results.began, run)
     lacking = np.isnan(results.nll)
     nll = np.where(lacking, results.nll[0], results.nll)

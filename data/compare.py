@@ -14,7 +14,7 @@ import numpy as np
 
 from common import Run, UserError, number, read_documents, read_run, run_tool
 
-SETTINGS = ["protocol", "context", "eval_seq_len", "n_epochs", "lora_lr", "chunk_size", "lora_rank"]
+SETTINGS = ["protocol", "context", "eval_seq_len", "n_epochs", "lora_lr", "chunk_size", "lora_rank", "weight_decay"]
 FIGURES = ["no adaptation", "backward-looking", "gain", "95% interval", "behind the best, 95% interval"]
 
 

@@ -101,7 +101,8 @@ class Run:
             if str(arrays.get("weights")) != self.scored[0] or names.shape != arrays["nll"].shape[:1]:
                 raise UserError(f"{path} is damaged or of another run — {UNTOUCHED}")
             self.ends = tuple(arrays["ends"].tolist())
-            bytes_ = np.where(arrays["bytes"] > 0, arrays["bytes"], np.nan)  # none where only the next BOS is left
+            enough = arrays["bytes"] > 0.01 * arrays["bytes"].sum()  # the rest of one document says nothing
+            bytes_ = np.where(enough, arrays["bytes"], np.nan)
             self.positions = dict(zip(names.tolist(), arrays["nll"] / math.log(2) / bytes_, strict=True))
 
 
@@ -197,6 +198,7 @@ def draw_position(ax: Any, runs: list[Run]) -> None:
             ax.plot(run.ends, bpb, color=colour, marker="o", ms=4.5, label=label, **style)
     ax.set_xscale("log", base=2)
     ax.xaxis.set_major_formatter("{x:,g}")
+    ax.tick_params(axis="x", labelrotation=30)
     ax.set(xlabel="end of the span, in tokens from the document's start", ylabel="bits per byte (lower is better)")
     ax.legend(**BELOW)
 

@@ -250,7 +250,9 @@ def test_an_interrupted_evaluation_goes_on_with_the_finished_documents_and_does_
     assert len(first) == 2 and len(second) == 2  # of three batches, the one in work was begun again
     assert sorted(sum(first[:1] + second, [])) == list(range(len(runs.LENGTHS)))
     assert again.lines[-1] == whole.lines[-1] and again.figures("ttt_epoch") == whole.figures("ttt_epoch")
-    assert again.result["evaluation"]["seconds"] > again.result["evaluation"]["no_adaptation"]["seconds"] > 0
+    report, first_session = again.result["evaluation"], float(re.findall(r"after (\S+) s", again.out)[0])
+    assert report["seconds"] > first_session > report["no_adaptation"]["seconds"] > 0
+    assert report["backward_looking"]["seconds"] > first_session - report["no_adaptation"]["seconds"]
     assert not list(tmp_path.glob("ttt_progress*"))
 
 
@@ -280,9 +282,11 @@ def test_progress_is_there_at_once_for_any_rank_and_a_damaged_file_only_costs_th
 
     results = opened()
     assert np.isnan(results.nll).all() and results.nll.shape == (2, 3)
-    results.add(slice(None), np.array([2, 0]), np.arange(4.0).reshape(2, 2))
+    results.add(slice(0, None), np.array([2, 0]), np.arange(4.0).reshape(2, 2))
     other = opened()  # another rank, or after a kill -9
-    other.add(slice(None), np.array([0, 1]), np.array([[7.0, 8], [np.nan, np.nan]]))  # what is known is never replaced
+    other.add(
+        slice(0, None), np.array([0, 1]), np.array([[7.0, 8], [np.nan, np.nan]])
+    )  # what is known is never replaced
     other.add(slice(1, None), np.array([1]), np.array([[9.0]]))
     for seen in (results, other, opened()):
         assert seen.nll.tolist() == [[1, 8, 0], [3, 9, 2]]
@@ -295,6 +299,10 @@ def test_progress_is_there_at_once_for_any_rank_and_a_damaged_file_only_costs_th
         b"x" + good[1:],
         good.replace(b"(2, 4)", b"(4, 2)"),
         good.replace(b"<f8", b">f8"),
+        b"PK\3\4" + good[4:],
+        good[:100] + b"(" + good[101:],
+        good[:-8] + np.float64(-5).tobytes(),
+        good[:-40] + np.float64(-5).tobytes() + good[-32:],
     ):
         path.unlink()  # the old one is still mapped
         path.write_bytes(damaged)

@@ -761,13 +761,13 @@ def test_compare_shows_the_best_first_with_intervals_that_the_normal_law_confirm
     assert (best[4], second[4]) == ("0.2", "0.1") and "400 documents, 1,200,000 bytes" in result.out
     scale = math.log(2) * 3000
     for row, gain in ((best, gains["better"]), (second, gains["worse"])):
-        assert float(row[9]) == pytest.approx(gain.mean() / scale, abs=5e-5)
-        assert float(row[8]) == pytest.approx((without - gain).sum() / math.log(2) / bytes_.sum(), abs=5e-5)
-        low, high = map(float, row[10].split(" to "))
+        assert float(row[10]) == pytest.approx(gain.mean() / scale, abs=5e-5)
+        assert float(row[9]) == pytest.approx((without - gain).sum() / math.log(2) / bytes_.sum(), abs=5e-5)
+        low, high = map(float, row[11].split(" to "))
         assert high - low == pytest.approx(2 * 1.96 * gain.std() / math.sqrt(n) / scale, rel=0.08)
-    low, high = map(float, second[11].split(" to "))
+    low, high = map(float, second[12].split(" to "))
     difference = gains["better"] - gains["worse"]
-    assert (low + high) / 2 == pytest.approx(difference.mean() / scale, abs=1e-4) and best[11] == "–"
+    assert (low + high) / 2 == pytest.approx(difference.mean() / scale, abs=1e-4) and best[12] == "–"
 
 
 def test_compare_weighs_documents_by_their_bytes(tmp_path: Path) -> None:
@@ -776,7 +776,7 @@ def test_compare_weighs_documents_by_their_bytes(tmp_path: Path) -> None:
         tmp_path / "a", without, without - np.array([0.0, 10.0]), bytes_, ttt_protocol="replay", ttt_n_epochs=50
     )
     (row,) = cells(call(compare, run).out)
-    assert float(row[9]) == pytest.approx(10 / math.log(2) / 1010, abs=5e-5) and row[:5] == [
+    assert float(row[10]) == pytest.approx(10 / math.log(2) / 1010, abs=5e-5) and row[:5] == [
         "replay",
         "cached",
         "1024",

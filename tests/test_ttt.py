@@ -77,7 +77,7 @@ def within(s):
 
 
 class Alone:
-    """One document adapted in float64: layers of nn.Linear adapters, one torch.optim.Adam, keys and values by hand."""
+    """One document adapted in float64: layers of nn.Linear adapters, torch's own Adam, keys and values by hand."""
 
     def __init__(self, model, s, tokens, document):
         self.state, self.s, self.tokens = model.state_dict(), s, tokens
@@ -91,7 +91,8 @@ class Alone:
                 linear.weight.data[:] = start
             self.lora.append([linear.weight for linear in linears])
         self.start = self.flat()
-        self.adam = torch.optim.Adam(sum(self.lora, []), betas=(0.9, 0.95), eps=1e-10)
+        options = dict(betas=(0.9, 0.95), eps=1e-10, weight_decay=s.ttt_weight_decay)
+        self.adam = torch.optim.AdamW(sum(self.lora, []), **options)
         self.figures = [[]]
         past = None
         for begin, end in chunks_of(tokens, s):  # without adaptation, always after the cached context
@@ -156,9 +157,12 @@ def moved_like(alone, adapters):
 
 
 @every_mode
-@pytest.mark.parametrize("size, window, targets", ((16, 64, 41), (16, 27, 70), (8, 8, 27), (16, 64, 9)), ids=str)
-def test_adaptation_equals_a_loop_with_torchs_adam(run, protocol, context, size, window, targets):
+@pytest.mark.parametrize(
+    "size, window, targets, decay", ((16, 64, 41, 0), (16, 27, 70, 3), (8, 8, 27, 0), (16, 64, 9, 0)), ids=str
+)
+def test_adaptation_equals_a_loop_with_torchs_adam(run, protocol, context, size, window, targets, decay):
     changes = dict(ttt_protocol=protocol, ttt_context=context, ttt_chunk_size=size, ttt_eval_seq_len=window)
+    changes |= dict(ttt_weight_decay=decay)
     s = small(num_layers=2, ttt_n_epochs=3, **changes)
     model, stream = random_model(s), stream_of(s, [5, targets])
     alone = Alone(model, s, stream.tokens[5:].tolist(), 1)
