@@ -473,7 +473,7 @@ def open_output(run):
         begun = {*taken} <= {"train.log", "ttt_documents.npz"}  # nothing is saved yet
         goes_on = s.resume and (begun or (not s.eval_only and "checkpoint.pt" in taken))
         if taken and not goes_on and not scores_its_own(run):
-            cure = "choose another" if s.resume else "choose another, or set RESUME=1"
+            cure = "choose another" + ", or set RESUME=1" * (not s.resume)
             raise UserError(f"OUTPUT_DIR={run.output} holds a run's {taken[0]} — {cure}")
         run.output.mkdir(parents=True, exist_ok=True)
         run.log_file = open(run.path("train.log"), "a", encoding="utf-8")  # noqa: SIM115 - open to the end
@@ -1488,7 +1488,8 @@ def restored(raw: bytes, s):
         raise ValueError(f"{len(raw)} bytes too many")
     state = {}
     for name, (kind, values, scale) in tensors.items():
-        scale = None if scale is None else next(read["scale"])
+        if scale is not None:
+            scale = next(read["scale"])
         state[name] = Stored(kind, next(read[kind]).view(values.shape), scale).restored()
     return state
 
@@ -2091,7 +2092,7 @@ def score_file(model, stream, run, **known):
     _, state, digest = read_model(path, run)
     load_weights(model, state, str(path))
     quantised = path.suffix != ".pt"
-    run.log(f"evaluating {path}, {'quantised' if quantised else 'unquantised'} weights: {s.of(ModelSettings)}")
+    run.log(f"evaluating {path}, {'un' * (not quantised)}quantised weights: {s.of(ModelSettings)}")
     tag = evaluation_tag(digest, stream, run)
     if s.ttt_enabled:
         figures, score = evaluate_ttt(model, stream, run, tag, began)
