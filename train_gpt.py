@@ -262,8 +262,8 @@ def misspelt(env: dict[str, str]) -> list[str]:
 
 # ======== Ranks ========
 # Ranks are the processes of one run, on one machine or several. They share no disk: each reads data for itself, the
-# first reads and writes the run's files, and what all must know travels through a collective or through the store in which
-# they found each other. A rank ends by an exception, which entry() announces in the store, or because its watch thread
+# first reads and writes files of the run, and what all must know travels through a collective or through the store in
+# which they found each other. A rank ends by an exception, which entry() announces there, or because its watch thread
 # has found such an announcement, or another rank silent: so one line ends them all.
 
 PATIENCE = 45.0  # seconds for which a rank may be silent
@@ -2585,7 +2585,7 @@ def load_weights(model: GPT, state: dict[str, Tensor], origin: str, run: Run):
     digest = hashlib.sha256()
     for tensor in model.state_dict().values():
         digest.update(tensor.detach().flatten().view(torch.uint8).cpu().numpy())
-    run.ranks.agree({f"weights of {origin}": digest.hexdigest()[:16]})
+    run.ranks.agree(dict(weights=digest.hexdigest()[:16]))
 
 
 def make_artifact(trainer: Trainer, hessians: dict[str, Tensor], stream, run: Run) -> dict:
