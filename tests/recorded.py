@@ -91,6 +91,6 @@ class Graphs:
             return SimpleNamespace(wait_stream=idle, record=idle, synchronize=idle)
 
         monkeypatch.setattr(torch.cuda, "CUDAGraph", CUDAGraph)
-        for name in ("Stream", "current_stream", "Event", "graph_pool_handle"):
+        for name in ("Stream", "current_stream", "Event", "graph_pool_handle", "synchronize", "empty_cache"):
             monkeypatch.setattr(torch.cuda, name, idle)
         monkeypatch.setattr(torch.cuda, "stream", lambda stream: contextlib.nullcontext())

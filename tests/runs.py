@@ -80,8 +80,9 @@ def environment(folder: Path | str, **settings) -> dict[str, str]:
     return {k: str(v) for k, v in (MICRO | files | settings).items() if v is not None}
 
 
-def micro(**settings) -> train_gpt.Settings:
-    return train_gpt.Settings.from_env(environment("unused", **settings))
+def alone(folder: Path | str = os.devnull, **settings) -> train_gpt.Run:
+    """The micro run in this process."""
+    return train_gpt.Run(train_gpt.Settings.from_env(environment(folder, **settings)))
 
 
 def _child(env: dict[str, str], out: str, err: str, before: Callable | None) -> None:
@@ -170,6 +171,11 @@ def ranks(folder: Path, world: int = 2, **settings) -> list[Run]:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
     return [Run(folder, rank, world, port, **settings) for rank in range(world)]
+
+
+def line_of(error: Exception) -> str:
+    """What a run would print of a user's error or the operating system's."""
+    return train_gpt.system_says(error) if isinstance(error, OSError) else str(error)
 
 
 def user_error(text: str) -> str:

@@ -63,23 +63,24 @@ class Evaluation:
         self.run.dtype = dtype
         self.state = random_model(s).state_dict()
         self.model = train_gpt.scoring_model(self.run)
-        train_gpt.load_weights(self.model, self.state, "random")
+        train_gpt.load_weights(self.model, self.state, "random", self.run)
 
     def warm_up(self) -> None:
         """The preflight of an evaluation of a file."""
-        path = self.run.output / "weights.pt"
+        path = self.run.folder / "weights.pt"
         torch.save(self.state, path)
         run = self.run.using(eval_only=str(path))
         train_gpt.preflight(None, self.model, run)
 
     def score(self, documents: list[int]) -> Tensor:
         """NLL of every figure and document, plain first, from one batch. The adapters stay float32."""
-        batch = train_gpt.DocumentBatch(self.model, stream_of(self.s, LENGTHS), np.array(documents), self.run)
-        batch.plain()
-        batch.adapt()
+        batch = train_gpt.DocumentBatch(self.model, stream_of(self.s, LENGTHS), len(documents), self.run)
+        batch.load(np.array(documents))
+        batch.score()
+        batch.adapt(self.s.ttt_n_epochs)
         adapters = batch.adapters
         assert {x.dtype for x in (adapters.flat, adapters.m, adapters.v)} == {torch.float32}
-        return torch.from_numpy(batch.complete())
+        return torch.from_numpy(batch.figure_nll())
 
 
 def compiling(run, s, compiled: bool, folder=None):

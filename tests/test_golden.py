@@ -48,7 +48,7 @@ class Golden:
 
     def load(self, state):
         model = train_gpt.GPT(self.s)
-        train_gpt.load_weights(model, state, "golden")
+        train_gpt.load_weights(model, state, "golden", self.run)
         return model.requires_grad_(False)
 
     def nll(self, model, first, end):
@@ -70,13 +70,17 @@ class Golden:
         assert stream.lengths.tolist() == [d["targets"] for d in expected]
         assert stream.document_bytes.tolist() == [d["bytes"] for d in expected]
         run = run_of(self.run, replace(self.s, **changes))
-        batch = train_gpt.DocumentBatch(self.model, stream, np.array(documents), run)
+        batch = train_gpt.DocumentBatch(self.model, stream, len(documents), run)
+        batch.load(np.array(documents))
         of_layer = [
             [[self.inputs.lora_a(7, i, target, d, 8, 128) for target in "qv"] for i in range(10)] for d in documents
         ]
-        batch.plain() if plain else batch.adapt(np.array(of_layer).reshape(len(documents), 10, 16, 128))
-        nll = batch.complete()[:1] if plain else batch.complete()[1:]
-        return nll.T / stream.lengths[documents][:, None]
+        if plain:
+            batch.score()
+        else:
+            batch.adapt(run.s.ttt_n_epochs, a=np.array(of_layer, np.float32).reshape(len(documents), -1))
+        nll = batch.figure_nll()
+        return (nll[:1] if plain else nll[1:]).T / stream.lengths[documents][:, None]
 
 
 @pytest.fixture(scope="module")
