@@ -686,26 +686,157 @@ def apply_rotary(x, cos, sin):
     return torch.cat((x1 * cos + x2 * sin, x2 * cos - x1 * sin), dim=-1)
 
 
+def compute_dtype(capability: tuple | None) -> torch.dtype:
+    """What the model computes in: bf16 on a GPU that multiplies it (compute capability 8.0 and above), else float32.
+    None is a CPU. Raises UserError for a GPU that neither Triton nor PyTorch's kernels support any more."""
+    if capability is None:
+        return torch.float32
+    if capability < (7, 0):
+        what = f"this GPU has compute capability {capability[0]}.{capability[1]}, below 7.0"
+        raise UserError(f"{what} — use a newer one, or set DEVICE=cpu")
+    return torch.bfloat16 if capability >= (8, 0) else torch.float32
+
+
+def attention_backend(capability: tuple | None, head_dim: int, dtype: torch.dtype, built=True) -> str:
+    """`flash`: PyTorch's flash kernels, where GPU (None: a CPU), head width and dtype allow and they are `built`;
+    `plain` elsewhere. cuDNN's kernels are never asked: nothing here has compared them."""
+    if capability is None:
+        return "flash"
+    fits = capability >= (8, 0) and dtype != torch.float32 and head_dim % 8 == 0 and head_dim <= 256
+    return "flash" if fits and built else "plain"
+
+
 def flash(q, k, v, causal: bool):
-    """Output (B, heads, T, head_dim), log-sum-exp (B, heads, T) and what the kernel's backward asks for besides."""
+    """Output (B, heads, T, head_dim), log-sum-exp (B, heads, T) and what flash_backward() asks for besides. PyTorch's
+    own operators below F.scaled_dot_product_attention, which hides the log-sum-exp and chooses the backend itself."""
     if not q.is_cuda:
         return *torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, causal), (0.0, causal)
     y, lse, *rest, seed, offset, _ = torch.ops.aten._scaled_dot_product_flash_attention(q, k, v, 0.0, causal)
     return y, lse, (*rest, 0.0, causal, seed, offset)
 
 
+def flash_backward(gradient, q, k, v, y, lse, rest):
+    """Gradients of q, k and v, where y and lse may be those of a softmax over more keys."""
+    name = "_scaled_dot_product_flash_attention" + ("" if q.is_cuda else "_for_cpu") + "_backward"
+    return getattr(torch.ops.aten, name)(gradient, q, k, v, y, lse, *rest)
+
+
+# The plain kernel: blocks of queries, so that few scores exist at once, in float32 at least. torch.compile sees one
+# operator (a traced loop would be compiled block by block), whose backward computes the scores again.
+
+PLAIN_SCORES = 1 << 25  # at once, 128 MiB
+
+
+def query_blocks(q, k, causal: bool):
+    """Slices of q (B, heads, T, head_dim) along T, the keys that each sees, and for masked ones which (T, keys), else
+    None. Query t sees all keys of k (B, kv heads, S, head_dim), causally the first t + 1."""
+    size = max(1, PLAIN_SCORES // (q.size(0) * q.size(1) * k.size(2)))
+    for first in range(0, q.size(2), size):
+        end = min(first + size, q.size(2))
+        if causal:
+            hidden = torch.ones(end - first, end, dtype=torch.bool, device=q.device).triu(first + 1)
+            yield slice(first, end), slice(end), hidden
+        else:
+            yield slice(first, end), slice(k.size(2)), None
+
+
+def grouped(x, kv_heads):
+    """(B, heads, T, …) as (B, kv heads, heads / kv heads * T, …): the query heads of a key head as rows of one."""
+    return x.reshape(x.size(0), kv_heads, -1, *x.shape[3:])
+
+
+def plain_scores(q, k, hidden):
+    """Scaled products (B, kv heads, rows, keys) of grouped queries with all keys, -inf where `hidden` (T, keys)."""
+    scores = (q * q.size(-1) ** -0.5) @ k.mT
+    if hidden is not None:
+        scores.unflatten(2, (-1, len(hidden))).masked_fill_(hidden, -math.inf)
+    return scores
+
+
+@torch.library.custom_op("golf::plain_attention", mutates_args=())
+def plain_attention(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> tuple[Tensor, Tensor]:
+    """Output (B, heads, T, head_dim) and log-sum-exp (B, heads, T) of queries (B, heads, T, head_dim) over keys and
+    values (B, kv heads, S, head_dim); S = T if causal."""
+    wide = torch.promote_types(q.dtype, torch.float32)
+    y, lse = torch.empty_like(q, memory_format=torch.contiguous_format), q.new_empty(q.shape[:3], dtype=wide)
+    keys, values = k.to(wide), v.to(wide)
+    for rows, seen, hidden in query_blocks(q, k, causal):
+        part = q[:, :, rows]
+        scores = plain_scores(grouped(part.to(wide), k.size(1)), keys[:, :, seen], hidden)
+        total = scores.logsumexp(-1, keepdim=True)
+        y[:, :, rows] = (scores.sub_(total).exp_() @ values[:, :, seen]).view(part.shape)
+        lse[:, :, rows] = total.view(part.shape[:3])
+    return y, lse
+
+
+@torch.library.custom_op("golf::plain_attention_backward", mutates_args=())
+def plain_attention_backward(
+    gradient: Tensor, q: Tensor, k: Tensor, v: Tensor, y: Tensor, lse: Tensor, causal: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of q, k and v, as flash_backward()'s."""
+    wide = torch.promote_types(q.dtype, torch.float32)
+    dq = torch.empty_like(q, memory_format=torch.contiguous_format)
+    keys, values = k.to(wide), v.to(wide)
+    dk, dv = torch.zeros_like(keys), torch.zeros_like(values)
+    for rows, seen, hidden in query_blocks(q, k, causal):
+        part, dy, out = (grouped(x[:, :, rows].to(wide), k.size(1)) for x in (q, gradient, y))
+        p = plain_scores(part, keys[:, :, seen], hidden).sub_(grouped(lse[:, :, rows], k.size(1))[..., None]).exp_()
+        dv[:, :, seen] += p.mT @ dy
+        ds = (dy @ values[:, :, seen].mT).sub_((dy * out).sum(-1, keepdim=True)).mul_(p).mul_(q.size(-1) ** -0.5)
+        dq[:, :, rows] = (ds @ keys[:, :, seen]).view(dq[:, :, rows].shape)
+        dk[:, :, seen] += ds.mT @ part
+    return dq, dk.to(k.dtype), dv.to(v.dtype)
+
+
+@plain_attention.register_fake
+def _(q, k, v, causal):
+    lse = q.new_empty(q.shape[:3], dtype=torch.promote_types(q.dtype, torch.float32))
+    return torch.empty_like(q, memory_format=torch.contiguous_format), lse
+
+
+@plain_attention_backward.register_fake
+def _(gradient, q, k, v, y, lse, causal):
+    return tuple(torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
+
+
+def keep_for_backward(ctx, inputs, output):
+    ctx.save_for_backward(*inputs[:3], *output)
+    ctx.causal = inputs[3]
+
+
+def differentiate(ctx, gradient, _):
+    return *plain_attention_backward(gradient, *ctx.saved_tensors, ctx.causal), None
+
+
+plain_attention.register_autograd(differentiate, setup_context=keep_for_backward)
+
+
+def plain(q, k, v, causal: bool):
+    """As flash()."""
+    return *plain_attention(q, k, v, causal), (causal,)
+
+
+def plain_backward(gradient, q, k, v, y, lse, rest):
+    """As flash_backward()."""
+    return plain_attention_backward(gradient, q, k, v, y, lse, *rest)
+
+
+KERNELS = {"flash": (flash, flash_backward), "plain": (plain, plain_backward)}
+
+
 class ContextAttention(torch.autograd.Function):
     """Causal attention of q (B, heads, T, head_dim) to k and v (B, kv heads, T, head_dim) and to all of a frozen
-    context before them, keys and values (B, kv heads, C, head_dim).
+    context before them, keys and values (B, kv heads, C, head_dim), by a backend's kernels.
 
     Two kernels, one softmax: outputs over disjoint keys are averaged by their shares of the sum of exponentials, and
     each kernel's backward, given the joint output and log-sum-exp, yields its part of the gradient. Towards the context
     there is no mask, so the query heads of a key head are rows of one head: nothing is expanded to `heads` keys."""
 
     @staticmethod
-    def forward(ctx, q, k, v, keys, values):
-        near, lse, ctx.near = flash(q, k, v, True)
-        far, far_lse, ctx.far = flash(q.reshape(*keys.shape[:2], -1, q.size(3)), keys, values, False)
+    def forward(ctx, q, k, v, keys, values, backend):
+        kernel, ctx.kernel_backward = KERNELS[backend]
+        near, lse, ctx.near = kernel(q, k, v, True)
+        far, far_lse, ctx.far = kernel(grouped(q, keys.size(1)), keys, values, False)
         far_lse = far_lse.reshape(lse.shape)
         lse = torch.logaddexp(lse, far_lse)
         y = near.lerp(far.reshape(q.shape), (far_lse - lse).exp().to(q.dtype)[..., None])
@@ -716,16 +847,13 @@ class ContextAttention(torch.autograd.Function):
     @staticmethod
     def backward(ctx, gradient):
         q, k, v, y, lse = ctx.saved_tensors
-        name = "_scaled_dot_product_flash_attention" + ("" if q.is_cuda else "_for_cpu") + "_backward"
-        kernel = getattr(torch.ops.aten, name)
-        rows = *ctx.context[0].shape[:2], -1
-        near, dk, dv = kernel(gradient, q, k, v, y, lse, *ctx.near)
-        gradient, joint, y = (x.reshape(*rows, x.size(3)) for x in (gradient, q, y))
-        far, _, _ = kernel(gradient, joint, *ctx.context, y, lse.reshape(rows), *ctx.far)
-        return near + far.reshape(q.shape), dk, dv, None, None
+        near, dk, dv = ctx.kernel_backward(gradient, q, k, v, y, lse, ctx.near)
+        gradient, joint, y, lse = (grouped(x, k.size(1)) for x in (gradient, q, y, lse))
+        far, _, _ = ctx.kernel_backward(gradient, joint, *ctx.context, y, lse, ctx.far)
+        return near + far.reshape(q.shape), dk, dv, None, None, None
 
 
-def attend(q, k, v, kv):
+def attend(q, k, v, kv, backend="flash"):
     """Causal attention, after the context in kv (B, 2, kv heads, context + T, head_dim) if given, whose last T entries
     k and v become."""
     if kv is not None:
@@ -733,8 +861,8 @@ def attend(q, k, v, kv):
         kv[:, 0, :, context:] = k.detach()
         kv[:, 1, :, context:] = v.detach()
         if context:
-            return ContextAttention.apply(q, k, v, kv[:, 0, :, :context], kv[:, 1, :, :context])
-    return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+            return ContextAttention.apply(q, k, v, kv[:, 0, :, :context], kv[:, 1, :, :context], backend)
+    return KERNELS[backend][0](q, k, v, True)[0]
 
 
 class Linear(nn.Linear):
@@ -788,8 +916,9 @@ class MLP(nn.Module):
 class Block(nn.Module):
     """A learned mix of x with the first layer's input x0, attention, MLP; before() and after() are compiled each."""
 
-    def __init__(self, s):
+    def __init__(self, s, attention):
         super().__init__()
+        self.attention = attention  # the backend
         self.attn = Attention(s)
         self.mlp = MLP(s)
         self.attn_scale = nn.Parameter(torch.ones(s.model_dim))
@@ -808,7 +937,7 @@ class Block(nn.Module):
 
     def forward(self, x, x0, rope, lora, kv):
         x, qkv = self.before(x, x0, rope, lora)
-        return self.after(x, attend(*qkv, kv))
+        return self.after(x, attend(*qkv, kv, self.attention))
 
 
 class BigramHash(nn.Module):
@@ -841,11 +970,11 @@ class SmearGate(nn.Module):
 
 
 class GPT(nn.Module):
-    """The model, with float32 weights; its stream is of `dtype`."""
+    """The model, with float32 weights; its stream is of `dtype`, its attention by one of KERNELS."""
 
     LEAD = 2  # tokens before a chunk that its first depends on: SmearGate's, and that one's bigram's
 
-    def __init__(self, s, dtype=torch.float32):
+    def __init__(self, s, dtype=torch.float32, attention="flash"):
         super().__init__()
         self.softcap = s.logit_softcap
         self.rope_base = s.rope_base
@@ -855,7 +984,7 @@ class GPT(nn.Module):
         self.smear = SmearGate(s)
         self.encoders = s.num_layers // 2
         self.skip_weights = nn.Parameter(torch.ones(self.encoders, s.model_dim))
-        self.blocks = nn.ModuleList(Block(s) for _ in range(s.num_layers))
+        self.blocks = nn.ModuleList(Block(s, attention) for _ in range(s.num_layers))
         if not s.tie_embeddings:
             self.lm_head = Linear(s.model_dim, s.vocab_size)
         self.init_weights(s)
@@ -929,9 +1058,9 @@ def recipe(name, s):
     return "adam", s.scalar_lr, s.weight_decay
 
 
-def newton_schulz(g, steps: int = 5):
+def newton_schulz(g, steps: int = 5, dtype=torch.bfloat16):
     """Nearest semi-orthogonal matrices of a stack (n, rows, cols), roughly, in bf16 (K. Jordan's Muon, 2024)."""
-    x = g.bfloat16()
+    x = g.to(dtype)
     tall = x.size(-2) > x.size(-1)
     if tall:
         x = x.mT
@@ -951,8 +1080,17 @@ def adam_(p, g, m, v, step, lr, betas: tuple, eps: float, decay=0.0):
     p.mul_(1 - lr * decay).sub_(lr * direction)
 
 
+def adam_where_(good, p, g, m, v, *recipe):
+    """adam_() where `good`, () bool; elsewhere nothing changes. Compiled, one kernel without copies."""
+    before = p.clone(), m.clone(), v.clone()
+    adam_(p, g, m, v, *recipe)
+    for now, old in zip((p, m, v), before, strict=True):
+        now.copy_(torch.where(good, now, old))
+
+
 class Optimizer:
-    """Flat float32 buffers: weights, gradients, `m` first moments, `v` Adam's second, (n,) each.
+    """Flat float32 buffers: weights, gradients, `m` first moments, `v` Adam's second, (n,) each. `skipped` (2,) int64
+    counts the steps that a gradient norm which is not finite has cost: in all, and in a row up to now.
 
     Parameters of one recipe lie together, Muon's same-shape matrices as stacks."""
 
@@ -975,40 +1113,49 @@ class Optimizer:
             self.weights[span].copy_(p.detach().flatten())
             p.data = self.weights[span].view(p.shape)
             p.grad = self.grads[span].view(p.shape)
-        self.state = dict(weights=self.weights, m=self.m, v=self.v)
+        self.skipped = torch.zeros(2, dtype=torch.int64, device=run.device)
+        self.state = dict(weights=self.weights, m=self.m, v=self.v, skipped=self.skipped)
         self.newton_schulz = run.compiled(newton_schulz)
-        self.adam_ = run.compiled(adam_)
+        self.adam_where_ = run.compiled(adam_where_)
 
     def step(self, step, multiplier):
-        """Returns the gradients' norm before clipping."""
+        """Returns the gradients' norm before clipping. If that is not finite, weights and moments stay as they are and
+        the step is counted in `skipped`: decided on the device, which the host need not wait for."""
         s = self.run.s
         gradient_norm = self.run.sum(self.grads).norm()
+        good = gradient_norm < math.inf  # nor is NaN
+        self.skipped += ~good
+        self.skipped[1:].mul_(~good)
         if s.grad_clip_norm:
             self.grads.mul_((s.grad_clip_norm / (gradient_norm + 1e-6)).clamp_max(1.0))
-        self.muon_step(step, multiplier)
+        self.grads.masked_fill_(~good, 0.0)  # what is multiplied by 0 below must be finite
+        self.muon_step(step, multiplier, good)
         for method, lr, decay, span, _ in self.groups:
             if method == "adam":  # full(): a copy from the host would wait
                 count, lr = (torch.full((), x, device=self.run.device) for x in (step + 1.0, lr * multiplier))
                 buffers = (x[span] for x in (self.weights, self.grads, self.m, self.v))
-                self.adam_(*buffers, count, lr, (s.beta1, s.beta2), s.adam_eps, decay)
+                self.adam_where_(good, *buffers, count, lr, (s.beta1, s.beta2), s.adam_eps, decay)
         self.grads.zero_()
         return gradient_norm
 
-    def muon_step(self, step, multiplier):
-        """Each stack orthogonalised by equal shares, gathered while the next one runs."""
+    def muon_step(self, step, multiplier, good):
+        """Each stack orthogonalised by equal shares, gathered while the next one runs. Unless `good`, () bool, the
+        gradients are zero and decay and update are multiplied away."""
         s = self.run.s
         world = self.run.world
         pending = []
         warm = min(step / s.muon_momentum_warmup_steps, 1.0) if s.muon_momentum_warmup_steps else 1.0
         momentum = s.muon_momentum_warmup_start + warm * (s.muon_momentum - s.muon_momentum_warmup_start)
         gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # its name before torch 2.13
+        dtype = self.run.dtype if self.run.cuda else torch.bfloat16  # float32 where a GPU does not multiply bf16
+        kept = torch.where(good, momentum, 1.0)
         for method, lr, decay, span, shape in self.groups:
             if method == "muon":
                 g = self.grads[span]
-                g.add_(self.m[span].mul_(momentum).add_(g), alpha=momentum)
+                g.add_(self.m[span].mul_(kept).add_(g), alpha=momentum)
                 share = -(-shape[0] // world)
                 padded = F.pad(g.view(shape), (0, 0, 0, 0, 0, share * world - shape[0]))
-                update = self.newton_schulz(padded.split(share)[self.run.rank], s.muon_backend_steps)
+                update = self.newton_schulz(padded.split(share)[self.run.rank], s.muon_backend_steps, dtype)
                 work = None
                 if world > 1:
                     mine, update = update, update.new_empty(padded.shape)
@@ -1018,7 +1165,8 @@ class Optimizer:
             if work:
                 work.wait()
             step_size = lr * max(1, update.size(1) / update.size(2)) ** 0.5
-            self.weights[span].mul_(1 - lr * decay).add_(update[:n].flatten().float(), alpha=-step_size)
+            update = update[:n].flatten().float().mul_(good)
+            self.weights[span].mul_(torch.where(good, 1 - lr * decay, 1.0)).add_(update, alpha=-step_size)
 
 
 # ======== Training ========
