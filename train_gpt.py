@@ -567,7 +567,10 @@ class Run:
         self.ranks = ranks or Ranks()
         self.device, self.no_gpu = choose_device(s.device, self.ranks.local)
         self.cuda = self.device.type == "cuda"
-        self.dtype = torch.bfloat16 if self.cuda else torch.float32
+        capability = torch.cuda.get_device_capability(self.device) if self.cuda else None
+        self.dtype = compute_dtype(capability)
+        built = torch.backends.cuda.is_flash_attention_available() and not torch.version.hip
+        self.attention = attention_backend(capability, s.model_dim // s.num_heads, self.dtype, built)
         self.compile = self.cuda if s.compile < 0 else bool(s.compile)
         self.graphs = False  # CUDA graphs, once they have computed the same
         self.folder = Path(s.output_dir)
@@ -662,7 +665,9 @@ def environment(run: Run) -> dict:
     """What a run depends on besides its source and settings."""
     found = {module.__name__: module.__version__ for module in (torch, np, zstandard, sentencepiece)}
     found |= dict(python=platform.python_version(), cuda=torch.version.cuda, device_type=run.device.type)
-    found |= dict(compile=run.compile, dtype=str(run.dtype).split(".")[1], world_size=run.ranks.world)
+    found |= dict(
+        compile=run.compile, dtype=str(run.dtype).split(".")[1], attention=run.attention, world_size=run.ranks.world
+    )
     device = torch.cuda.get_device_name() if run.cuda else platform.machine()
     return found | dict(device=device, threads=torch.get_num_threads())
 
@@ -948,46 +953,114 @@ def apply_rotary(x, cos, sin):
     return torch.cat((x1 * cos + x2 * sin, x2 * cos - x1 * sin), dim=-1)
 
 
+def compute_dtype(capability: tuple | None) -> torch.dtype:
+    """What the model computes in: bf16 on a GPU that multiplies it (compute capability 8.0 and above), else float32.
+    None is a CPU. Raises UserError for a GPU that neither Triton nor PyTorch's kernels support any more."""
+    if capability is None:
+        return torch.float32
+    if capability < (7, 0):
+        what = f"this GPU has compute capability {capability[0]}.{capability[1]}, below 7.0"
+        raise UserError(f"{what} — use a newer one, or set DEVICE=cpu")
+    return torch.bfloat16 if capability >= (8, 0) else torch.float32
+
+
+def attention_backend(capability: tuple | None, head_dim: int, dtype: torch.dtype, built=True) -> str:
+    """`flash`: PyTorch's flash kernels, where GPU (None: a CPU), head width and dtype allow and they are `built`;
+    `plain` elsewhere. cuDNN's kernels are never asked: nothing here has compared them."""
+    if capability is None:
+        return "flash"
+    fits = capability >= (8, 0) and dtype != torch.float32 and head_dim % 8 == 0 and head_dim <= 256
+    return "flash" if fits and built else "plain"
+
+
 def flash(q, k, v, causal: bool):
-    """Output (B, heads, T, head_dim), log-sum-exp (B, heads, T) and what the kernel's backward asks for besides."""
+    """Output (B, heads, T, head_dim), log-sum-exp (B, heads, T) and what flash_backward() asks for besides. PyTorch's
+    own operators below F.scaled_dot_product_attention, which hides the log-sum-exp and chooses the backend itself."""
     if not q.is_cuda:
         return *torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, causal), (0.0, causal)
     y, lse, *rest, seed, offset, _ = torch.ops.aten._scaled_dot_product_flash_attention(q, k, v, 0.0, causal)
     return y, lse, (*rest, 0.0, causal, seed, offset)
 
 
+def flash_backward(gradient, q, k, v, y, lse, rest):
+    """Gradients of q, k and v, where y and lse may be those of a softmax over more keys."""
+    name = "_scaled_dot_product_flash_attention" + ("" if q.is_cuda else "_for_cpu") + "_backward"
+    return getattr(torch.ops.aten, name)(gradient, q, k, v, y, lse, *rest)
+
+
+def grouped(x: Tensor, kv_heads: int) -> Tensor:
+    """(B, heads, T, …) as (B, kv heads, heads / kv heads * T, …): the query heads of a key head as rows of one."""
+    return x.reshape(x.size(0), kv_heads, -1, *x.shape[3:])
+
+
+def plain_scores(q: Tensor, k: Tensor, causal: bool) -> Tensor:
+    """Scaled products of queries (B, heads, T, head_dim) and keys (B, kv heads, S, head_dim), grouped, float32 at
+    least, -inf where a query (causal: S = T) does not see a key."""
+    wide = torch.promote_types(q.dtype, torch.float32)
+    scores = grouped(q.to(wide) * q.size(-1) ** -0.5, k.size(1)) @ k.to(wide).mT
+    if not causal:
+        return scores
+    hidden = torch.ones(k.size(2), k.size(2), dtype=torch.bool, device=q.device).triu(1)
+    return scores.masked_fill(hidden.repeat(q.size(1) // k.size(1), 1), -math.inf)
+
+
+def plain(q, k, v, causal: bool):
+    """As flash(), written out."""
+    scores = plain_scores(q, k, causal)
+    lse = scores.logsumexp(-1, keepdim=True)
+    y = (scores - lse).exp() @ v.to(scores.dtype)
+    return y.view(q.shape).to(q.dtype), lse.view(q.shape[:3]), (causal,)
+
+
+def plain_backward(gradient, q, k, v, y, lse, rest):
+    """As flash_backward(): scores are computed again, so nothing large is kept."""
+    scores = plain_scores(q, k, *rest)
+    wide = scores.dtype
+    part, dy, y = (grouped(x.to(wide), k.size(1)) for x in (q, gradient, y))
+    p = (scores - grouped(lse, k.size(1))[..., None]).exp()
+    ds = p * (dy @ v.to(wide).mT - (dy * y).sum(-1, keepdim=True)) * q.size(-1) ** -0.5
+    dq = (ds @ k.to(wide)).view(q.shape)
+    return dq.to(q.dtype), (ds.mT @ part).to(k.dtype), (p.mT @ dy).to(v.dtype)
+
+
+KERNELS = {"flash": (flash, flash_backward), "plain": (plain, plain_backward)}
+
+
 class ContextAttention(torch.autograd.Function):
     """Causal attention of q (B, heads, T, head_dim) to k and v (B, kv heads, T, head_dim) and to all of a frozen
-    context before them, keys and values (B, kv heads, C, head_dim).
+    context before them, keys and values (B, kv heads, C, head_dim) or None, by a backend's kernels.
 
     Two kernels, one softmax: outputs over disjoint keys are averaged by their shares of the sum of exponentials, and
     each kernel's backward, given the joint output and log-sum-exp, yields its part of the gradient. Towards the context
     there is no mask, so the query heads of a key head are rows of one head: nothing is expanded to `heads` keys."""
 
     @staticmethod
-    def forward(ctx, q, k, v, keys, values):
-        near, lse, ctx.near = flash(q, k, v, True)
-        far, far_lse, ctx.far = flash(q.reshape(*keys.shape[:2], -1, q.size(3)), keys, values, False)
+    def forward(ctx, q, k, v, keys, values, backend):
+        kernel, ctx.kernel_backward = KERNELS[backend]
+        y, lse, ctx.near = kernel(q, k, v, True)
+        ctx.context = keys, values  # autograd would take the next chunk's entry into the cache for a change of these
+        if keys is None:
+            ctx.save_for_backward(q, k, v, y, lse)
+            return y
+        far, far_lse, ctx.far = kernel(grouped(q, keys.size(1)), keys, values, False)
         far_lse = far_lse.reshape(lse.shape)
         lse = torch.logaddexp(lse, far_lse)
-        y = near.lerp(far.reshape(q.shape), (far_lse - lse).exp().to(q.dtype)[..., None])
+        y = y.lerp(far.reshape(q.shape), (far_lse - lse).exp().to(q.dtype)[..., None])
         ctx.save_for_backward(q, k, v, y, lse)
-        ctx.context = keys, values  # autograd would take the next chunk's entry into the cache for a change of these
         return y
 
     @staticmethod
     def backward(ctx, gradient):
         q, k, v, y, lse = ctx.saved_tensors
-        name = "_scaled_dot_product_flash_attention" + ("" if q.is_cuda else "_for_cpu") + "_backward"
-        kernel = getattr(torch.ops.aten, name)
-        rows = *ctx.context[0].shape[:2], -1
-        near, dk, dv = kernel(gradient, q, k, v, y, lse, *ctx.near)
-        gradient, joint, y = (x.reshape(*rows, x.size(3)) for x in (gradient, q, y))
-        far, _, _ = kernel(gradient, joint, *ctx.context, y, lse.reshape(rows), *ctx.far)
-        return near + far.reshape(q.shape), dk, dv, None, None
+        near, dk, dv = ctx.kernel_backward(gradient, q, k, v, y, lse, ctx.near)
+        if ctx.context[0] is None:
+            return near, dk, dv, None, None, None
+        gradient, joint, y, lse = (grouped(x, k.size(1)) for x in (gradient, q, y, lse))
+        far, _, _ = ctx.kernel_backward(gradient, joint, *ctx.context, y, lse, ctx.far)
+        return near + far.reshape(q.shape), dk, dv, None, None, None
 
 
-def attend(q, k, v, kv):
+def attend(q, k, v, kv, backend="flash"):
     """Causal attention, after the context in kv (B, 2, kv heads, context + T, head_dim) if given, whose last T entries
     k and v become."""
     if kv is not None:
@@ -995,8 +1068,10 @@ def attend(q, k, v, kv):
         kv[:, 0, :, context:] = k.detach()
         kv[:, 1, :, context:] = v.detach()
         if context:
-            return ContextAttention.apply(q, k, v, kv[:, 0, :, :context], kv[:, 1, :, :context])
-    return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+            return ContextAttention.apply(q, k, v, kv[:, 0, :, :context], kv[:, 1, :, :context], backend)
+    if backend == "flash":  # the operator knows its own backward
+        return flash(q, k, v, True)[0]
+    return ContextAttention.apply(q, k, v, None, None, backend)
 
 
 class Linear(nn.Linear):
@@ -1049,8 +1124,9 @@ class MLP(nn.Module):
 class Block(nn.Module):
     """A learned mix of x with the first layer's input x0, attention, MLP; before() and after() are compiled each."""
 
-    def __init__(self, s):
+    def __init__(self, s, attention):
         super().__init__()
+        self.attention = attention  # the backend
         self.attn = Attention(s)
         self.mlp = MLP(s)
         self.attn_scale = nn.Parameter(torch.ones(s.model_dim))
@@ -1070,7 +1146,7 @@ class Block(nn.Module):
 
     def forward(self, x, x0, rope, lora, kv):
         x, qkv = self.before(x, x0, rope, lora)
-        return self.after(x, attend(*qkv, kv), lora)
+        return self.after(x, attend(*qkv, kv, self.attention), lora)
 
 
 class BigramHash(nn.Module):
@@ -1103,11 +1179,11 @@ class SmearGate(nn.Module):
 
 
 class GPT(nn.Module):
-    """The model, with float32 weights; its stream is of `dtype`."""
+    """The model, with float32 weights; its stream is of `dtype`, its attention by one of KERNELS."""
 
     LEAD = 2  # tokens before a chunk that its first depends on: SmearGate's, and that one's bigram's
 
-    def __init__(self, s, dtype=torch.float32):
+    def __init__(self, s, dtype=torch.float32, attention="flash"):
         super().__init__()
         self.softcap = s.logit_softcap
         self.rope_base = s.rope_base
@@ -1117,7 +1193,7 @@ class GPT(nn.Module):
         self.smear = SmearGate(s)
         self.encoders = s.num_layers // 2
         self.skip_weights = nn.Parameter(torch.ones(self.encoders, s.model_dim))
-        self.blocks = nn.ModuleList(Block(s) for _ in range(s.num_layers))
+        self.blocks = nn.ModuleList(Block(s, attention) for _ in range(s.num_layers))
         if not s.tie_embeddings:
             self.lm_head = Linear(s.model_dim, s.vocab_size)
         self.init_weights(s)
@@ -1198,9 +1274,9 @@ def recipe(name, s):
     return "adam", s.scalar_lr, s.weight_decay
 
 
-def newton_schulz(g, steps: int = 5):
+def newton_schulz(g, steps: int = 5, dtype=torch.bfloat16):
     """Nearest semi-orthogonal matrices of a stack (n, rows, cols), roughly, in bf16 (K. Jordan's Muon, 2024)."""
-    x = g.bfloat16()
+    x = g.to(dtype)
     tall = x.size(-2) > x.size(-1)
     if tall:
         x = x.mT
@@ -1220,6 +1296,14 @@ def adam_(p, g, m, v, step, lr, betas: tuple, eps: float, decay=0.0):
     p.mul_(1 - lr * decay).sub_(lr * direction)
 
 
+def adam_where_(good, p, g, m, v, *recipe):
+    """adam_() where `good`, () bool; elsewhere nothing changes. Compiled, one kernel without copies."""
+    before = p.clone(), m.clone(), v.clone()
+    adam_(p, g, m, v, *recipe)
+    for now, old in zip((p, m, v), before, strict=True):
+        now.copy_(torch.where(good, now, old))
+
+
 class Group(NamedTuple):
     """Parameters of one recipe that lie together in the flat buffers."""
 
@@ -1231,7 +1315,8 @@ class Group(NamedTuple):
 
 
 class Optimizer:
-    """Flat float32 buffers: weights, gradients, `m` first moments, `v` Adam's second, (n,) each."""
+    """Flat float32 buffers: weights, gradients, `m` first moments, `v` Adam's second, (n,) each. `skipped` (2,) int64
+    counts the steps that a gradient norm which is not finite has cost: in all, and in a row up to now."""
 
     def __init__(self, model, run):
         self.run = run
@@ -1255,23 +1340,29 @@ class Optimizer:
             self.weights[span].copy_(p.detach().flatten())
             p.data = self.weights[span].view(p.shape)
             p.grad = self.grads[span].view(p.shape)
-        self.state = dict(weights=self.weights, m=self.m, v=self.v)
+        self.skipped = torch.zeros(2, dtype=torch.int64, device=run.device)
+        self.state = dict(weights=self.weights, m=self.m, v=self.v, skipped=self.skipped)
         self.newton_schulz = run.compiled(newton_schulz)
-        self.adam_ = run.compiled(adam_)
+        self.adam_where_ = run.compiled(adam_where_)
 
     def step(self, step, multiplier):
-        """Returns the gradients' norm before clipping."""
+        """Returns the gradients' norm before clipping. If that is not finite, weights and moments stay as they are and
+        the step is counted in `skipped`: decided on the device, which the host need not wait for."""
         s = self.run.s
         gradient_norm = self.run.ranks.sum(self.grads).norm()
+        good = gradient_norm < math.inf  # nor is NaN
+        self.skipped += ~good
+        self.skipped[1:].mul_(~good)
         if s.grad_clip_norm:
             self.grads.mul_((s.grad_clip_norm / (gradient_norm + 1e-6)).clamp_max(1.0))
-        self.muon_step(step, multiplier)
+        self.grads.masked_fill_(~good, 0.0)  # what is multiplied by 0 below must be finite
+        self.muon_step(step, multiplier, good)
         for group in self.groups:
             if group.method == "adam":  # full(): a copy from the host would wait
                 count = torch.full((), step + 1.0, device=self.run.device)
                 lr = torch.full((), group.lr * multiplier, device=self.run.device)
                 buffers = (x[group.span] for x in (self.weights, self.grads, self.m, self.v))
-                self.adam_(*buffers, count, lr, (s.beta1, s.beta2), s.adam_eps, group.decay)
+                self.adam_where_(good, *buffers, count, lr, (s.beta1, s.beta2), s.adam_eps, group.decay)
         self.grads.zero_()
         return gradient_norm
 
@@ -1281,26 +1372,30 @@ class Optimizer:
         warm = min(step / s.muon_momentum_warmup_steps, 1.0) if s.muon_momentum_warmup_steps else 1.0
         return s.muon_momentum_warmup_start + warm * (s.muon_momentum - s.muon_momentum_warmup_start)
 
-    def muon_step(self, step, multiplier):
-        """Each rank orthogonalises its share of each stack; a stack is gathered while the next one is computed."""
+    def muon_step(self, step, multiplier, good):
+        """Each rank orthogonalises its share of each stack; a stack is gathered while the next one is computed. Unless
+        `good`, () bool, the gradients are zero, and decay and update are multiplied away."""
         momentum = self.momentum(step)
-        pending = [(group, *self.begin_update(group, momentum)) for group in self.groups if group.method == "muon"]
+        kept = torch.where(good, momentum, 1.0)
+        muon = [group for group in self.groups if group.method == "muon"]
+        pending = [(group, *self.begin_update(group, momentum, kept)) for group in muon]
         for group, update, gathering in pending:
             if gathering:
                 gathering.wait()
             n, rows, cols = group.shape
             lr = group.lr * multiplier
-            weights = self.weights[group.span].mul_(1 - lr * group.decay)
-            weights.sub_(update[:n].flatten().float(), alpha=lr * max(1, rows / cols) ** 0.5)
+            weights = self.weights[group.span].mul_(torch.where(good, 1 - lr * group.decay, 1.0))
+            weights.sub_(update[:n].flatten().float().mul_(good), alpha=lr * max(1, rows / cols) ** 0.5)
 
-    def begin_update(self, group: Group, momentum):
+    def begin_update(self, group: Group, momentum: float, kept: Tensor):
         """The orthogonal update of a stack, padded to equal shares, and the work that still gathers it, if any."""
         world = self.run.ranks.world
         g = self.grads[group.span]
-        g.add_(self.m[group.span].mul_(momentum).add_(g), alpha=momentum)  # Nesterov's
+        g.add_(self.m[group.span].mul_(kept).add_(g), alpha=momentum)  # Nesterov's
         share = ceil_div(group.shape[0], world)
         padded = F.pad(g.view(group.shape), (0, 0, 0, 0, 0, share * world - group.shape[0]))
-        mine = self.newton_schulz(padded.split(share)[self.run.ranks.rank], self.run.s.muon_backend_steps)
+        dtype = self.run.dtype if self.run.cuda else torch.bfloat16  # float32 where a GPU does not multiply bf16
+        mine = self.newton_schulz(padded.split(share)[self.run.ranks.rank], self.run.s.muon_backend_steps, dtype)
         if world == 1:
             return mine, None
         update = mine.new_empty(padded.shape)
@@ -1367,7 +1462,7 @@ class Trainer:
     def __init__(self, shards: list[np.ndarray], data: str, run: Run):
         self.run = run
         torch.manual_seed(run.s.seed)
-        self.model = GPT(run.s, run.dtype).to(run.device)
+        self.model = GPT(run.s, run.dtype, run.attention).to(run.device)
         self.forward = run.compiled(self.model, dynamic=False)
         self.optimizer = Optimizer(self.model, run)
         self.loader = BatchLoader(shards, run)
@@ -1378,7 +1473,7 @@ class Trainer:
         self.elapsed = self.calibration = 0.0  # seconds, the latter's after the former's
         self.finished = False
         self.schedule = run.s  # its seconds without calibration's
-        self.norms = []  # of gradients, (step, multiplier, norm), still unchecked
+        self.reported = 0  # skipped steps
         self.unsaved = ""  # why the last checkpoint could not be written
         path = run.folder / "checkpoint.pt"
         self.resumed = run.s.resume and run.ranks.from_first(path.exists)
@@ -1410,10 +1505,7 @@ class Trainer:
         return ""
 
     def save(self, run: Run):
-        """Keep a checkpoint, or in `unsaved` why not. Raises UserError if a number is not finite."""
-        self.check_norms()
-        if not self.optimizer.weights.isfinite().all():
-            raise UserError(f"weights not finite after step {self.step} — lower the learning rates or raise ADAM_EPS")
+        """Keep a checkpoint, or in `unsaved` why not."""
         self.unsaved = run.ranks.from_first(self.try_to_save, run)
 
     def resume(self, path: Path):
@@ -1450,7 +1542,14 @@ class Trainer:
         """For log and result.json."""
         peak = torch.cuda.max_memory_allocated() if self.run.cuda else None
         seconds = dict(seconds=self.elapsed, calibration=self.calibration)
-        return dict(steps=self.step, **seconds, averaged=self.averaged, resumed=self.resumed, peak_memory=peak)
+        return dict(
+            steps=self.step,
+            **seconds,
+            averaged=self.averaged,
+            resumed=self.resumed,
+            peak_memory=peak,
+            skipped=self.reported,
+        )
 
     def warm_up(self):
         """WARMUP_STEPS steps, at least one, undone: everything is compiled."""
@@ -1458,7 +1557,6 @@ class Trainer:
         steps = max(self.run.s.warmup_steps, 1)
         for _ in range(steps):
             self.train_step()
-        self.norms.clear()
         self.restore(before)
         self.run.log(f"warmup_step:{steps}/{steps}")
 
@@ -1504,7 +1602,7 @@ class Trainer:
             if self.over() or (s.val_loss_every and self.step % s.val_loss_every == 0):
                 run.wait()
                 paused = time.perf_counter()
-                self.check_norms()
+                self.check_skipped()
                 self.report(evaluate_standard(self.forward, stream, run))
                 began += time.perf_counter() - paused
             if self.over():
@@ -1514,7 +1612,7 @@ class Trainer:
             self.elapsed, signalled = run.ranks.max([elapsed, float(run.ranks.signal)]).tolist()
             run.tick()
             if self.step <= 10 or self.step % s.train_log_every == 0 or self.over():
-                self.check_norms()
+                self.check_skipped()
                 self.report(f"train_loss:{run.ranks.sum(loss).item():.8f}")
             if signalled or (s.checkpoint_every and self.step % s.checkpoint_every == 0):
                 self.save(run)
@@ -1538,8 +1636,7 @@ class Trainer:
         multiplier = lr_multiplier(self.step, self.elapsed, self.schedule)
         batch = self.loader.batch(self.step)
         loss = forward_backward(self.forward, batch, 1 / (len(batch) * self.run.ranks.world))
-        gradient_norm = self.optimizer.step(self.step, multiplier)
-        self.norms.append((self.step, multiplier, gradient_norm))
+        self.optimizer.step(self.step, multiplier)
         self.step += 1
         if s.swa_enabled and multiplier < s.swa_start_frac and self.step % s.swa_every == 0:
             self.average.add_(self.optimizer.weights)
@@ -1547,16 +1644,16 @@ class Trainer:
         self.run.wait_one_behind()
         return loss
 
-    def check_norms(self):
-        """Raises UserError at the first new norm that is not finite."""
-        norms, self.norms = self.norms, []
-        if not norms or torch.stack([row[2] for row in norms]).isfinite().all():
-            return
-        for step, multiplier, gradient_norm in norms:
-            if not gradient_norm.isfinite():
-                where = f"lr multiplier {multiplier:.4f}, batch from token {step * self.run.s.train_batch_tokens}"
-                what = f"gradient norm {gradient_norm.item()} at step {step} ({where})"
-                raise UserError(f"{what} — lower the learning rates, or RESUME=1 from the last checkpoint")
+    def check_skipped(self):
+        """Report steps that changed nothing. Raises UserError after ten in a row."""
+        skipped, in_a_row = self.optimizer.skipped.tolist()
+        if skipped > self.reported:
+            last = f"batch from token {(self.step - 1) * self.run.s.train_batch_tokens}"
+            self.run.log(f"note: {skipped} steps by {self.step} ({last}) had no finite gradient and changed nothing")
+            self.reported = skipped
+        if in_a_row >= 10:
+            what = f"{in_a_row} steps in a row, up to {self.step}, had no finite gradient"
+            raise UserError(f"{what} — lower the learning rates, or RESUME=1 from the last checkpoint")
 
     def finish(self):
         """Average the samples and calibrate; a checkpoint that is finished needs only the latter."""
@@ -2565,7 +2662,7 @@ def read_weights(path: Path, run: Run) -> Weights:
 def scoring_model(run: Run) -> GPT:
     """Frozen, its weights still to be loaded."""
     with torch.device("meta"):
-        model = GPT(run.s, run.dtype)
+        model = GPT(run.s, run.dtype, run.attention)
     model.to_empty(device=run.device).requires_grad_(False)
     for module in (model.bigram.proj, *model.blocks.modules()):
         if isinstance(module, Linear):
@@ -2606,7 +2703,7 @@ def evaluation_tag(weights: str, stream, run: Run) -> str:
     """Of all that the figures depend on, so not of ranks."""
     s = run.s
     scoring = [pair for pair in asdict(s).items() if pair[0].startswith(("ttt_", "eval_stride", "beta", "seed"))]
-    machine = str(run.dtype), run.compile, torch.__version__, 0 if s.ttt_enabled else s.train_seq_len
+    machine = str(run.dtype), run.attention, run.compile, torch.__version__, 0 if s.ttt_enabled else s.train_seq_len
     inputs = scoring, s.of(ModelSettings), machine, SOURCE_SHA256, weights, stream.fingerprint
     return hashlib.sha256(repr(inputs).encode()).hexdigest()[:12]
 
