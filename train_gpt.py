@@ -596,10 +596,10 @@ def target_bytes(sp, tokens: np.ndarray) -> np.ndarray:
     length = np.array([len(piece.replace("▁", " ").encode()) for piece in pieces], np.int16) * ~silent
     spaced = np.array([piece.startswith("▁") for piece in pieces]) & ~silent
     # Whether the tokenizer puts a space in front of a text (its dummy prefix) is a field of the model file that
-    # sentencepiece does not show. But its decoder shows it: it then takes the space from a text's first piece. It does
+    # sentencepiece does not show. But its decoder shows it: it then takes one space from a text's first piece. It does
     # so, too, for tokenizers that drop extra spaces, such as the challenge's, where no text begins with one.
-    first = int(spaced.argmax())
-    dropped = spaced & (spaced[first] and not sp.decode([first]).startswith(" "))
+    probe = int(spaced.argmax())
+    dropped = spaced & (sp.decode([probe]) != pieces[probe].replace("▁", " "))
     before, target = tokens[:-1], tokens[1:]
     return length[target] - (dropped[target] & silent[before])
 
