@@ -754,6 +754,8 @@ BOS = 1
 SHARD_MAGIC = 20240520
 SHARD_VERSION = 1
 SHARD_HEADER_BYTES = 1024
+COMPARED_DOCUMENTS = 1000  # of validation, whose counted bytes are compared with their decoded text
+COMPARED_TOKENS = 1 << 21  # of them at most: a second's work
 
 
 def open_shard(path: Path):
@@ -835,7 +837,7 @@ class BatchLoader:
 
 
 def load_tokenizer(path: str, vocab_size: int):
-    """Raises UserError, OSError."""
+    """The SentencePieceProcessor of a model file, whose BOS is the shards' or none. Raises UserError, OSError."""
     model = Path(path).read_bytes()
     try:
         sp = sentencepiece.SentencePieceProcessor(model_proto=model)
@@ -843,25 +845,73 @@ def load_tokenizer(path: str, vocab_size: int):
         raise UserError(f"{path} is not a SentencePiece model — set TOKENIZER_PATH to the dataset's .model file") from e
     if sp.vocab_size() != vocab_size:
         raise UserError(f"{path} has {sp.vocab_size()} pieces but VOCAB_SIZE={vocab_size} — set one to match the other")
+    if sp.bos_id() not in (BOS, -1):
+        what = f"{path} has BOS {sp.bos_id()}, but in shards a document begins with token {BOS}"
+        raise UserError(f"{what} — make them again with a tokenizer of bos_id={BOS}, as data/text.py does")
     return sp
 
 
-def target_bytes(sp, tokens: np.ndarray):
-    """UTF-8 bytes that each target adds to the text, (len(tokens) - 1,) int16, by the challenge's rule: a byte piece 1;
-    control, unknown and unused ones 0; any other its length, a leading space 1, or 0 after those."""
+def target_bytes(sp, tokens: np.ndarray) -> np.ndarray:
+    """UTF-8 bytes that each target adds to the decoded text, (len(tokens) - 1,) int16. A byte piece adds 1; a control,
+    unknown or unused one 0; any other its text, in which each U+2581 is one space. The first space after a piece that
+    adds 0 is not the text's where the tokenizer puts one in front of a text, and adds 0 as well."""
     ids = range(sp.vocab_size())
     silent = np.array([sp.is_control(i) or sp.is_unknown(i) or sp.is_unused(i) for i in ids])
     pieces = ["?" if sp.is_byte(i) else sp.id_to_piece(i) for i in ids]
+    length = np.array([len(piece.replace("▁", " ").encode()) for piece in pieces], np.int16) * ~silent
     spaced = np.array([piece.startswith("▁") for piece in pieces]) & ~silent
-    length = np.array([len(piece.removeprefix("▁").encode()) for piece in pieces], np.int16) * ~silent
+    # Whether the tokenizer puts a space in front of a text (its dummy prefix) is a field of the model file that
+    # sentencepiece does not show. But its decoder shows it: it then takes one space from a text's first piece. It does
+    # so, too, for tokenizers that drop extra spaces, such as the challenge's, where no text begins with one.
+    probe = int(spaced.argmax())
+    dropped = spaced & (sp.decode([probe]) != pieces[probe].replace("▁", " "))
     before, target = tokens[:-1], tokens[1:]
-    return length[target] + (spaced[target] & ~silent[before])
+    return length[target] - (dropped[target] & silent[before])
 
 
-def find_documents(tokens: np.ndarray):
+def decoded_bytes(sp, documents: list[np.ndarray]) -> list[int]:
+    """UTF-8 bytes that each document's tokens after its first add to the text, found by SentencePiece's own decoder:
+    the judge of target_bytes, with which it shares nothing."""
+    ids = range(sp.vocab_size())
+    control = np.array([sp.is_control(i) for i in ids])
+    byte = np.array([sp.is_byte(i) for i in ids])
+    letter = next((i for i in ids if byte[i] and sp.id_to_piece(i) == "<0x41>"), 0)
+
+    def decode(tokens):
+        # What stands between two control tokens was encoded as a text of its own. The decoder has to be given it alone,
+        # for it takes the tokenizer's own space only from the very first piece that it is given.
+        texts = np.split(tokens, np.flatnonzero(control[tokens]))
+        return "".join(sp.decode(text.tolist()) for text in texts)
+
+    def length(tokens):
+        text = decode(tokens)
+        if "\ufffd" in text:
+            # Bytes that form no character, such as the half of one where a document was cut, decode to U+FFFD each,
+            # whose 3 bytes nobody wrote. A letter in the place of every byte is as long as the bytes are.
+            text = decode(np.where(byte[tokens], letter, tokens))
+        # Where the tokenizer has no piece for a space, it spells U+2581 by three byte pieces; one space it remains.
+        return len(text.replace("▁", " ").encode())
+
+    return [length(tokens) - length(tokens[:1]) for tokens in documents]
+
+
+def compare_bytes(sp, tokens: np.ndarray, bytes_: np.ndarray, starts: np.ndarray, lengths: np.ndarray):
+    """Raises UserError at the first document whose counted bytes are not those of its decoded text: a score in bits per
+    byte of that text would be wrong."""
+    documents = [tokens[start : start + n + 1] for start, n in zip(starts, lengths, strict=True)]
+    for i, decoded in enumerate(decoded_bytes(sp, documents)):
+        counted = int(bytes_[starts[i] : starts[i] + lengths[i]].sum())
+        if counted != decoded:
+            unknown = sum(map(sp.is_unknown, documents[i].tolist()))
+            what = f"validation document {i} counts {counted} bytes, but its decoded text has {decoded}"
+            what += f" and {unknown} unknown pieces" * (unknown > 0)
+            raise UserError(f"{what} — make the shards with a tokenizer that gives texts back, as data/text.py does")
+
+
+def find_documents(tokens: np.ndarray, bos: int = BOS):
     """Start of each document and its number of targets, (documents,) int64 each: from its BOS to the next one
-    inclusive, or to the end. Tokens before the first BOS are one, too."""
-    starts = np.union1d([0], np.flatnonzero(tokens[:-1] == BOS))
+    inclusive, or to the end. Tokens before the first BOS are one, too, and so are all where BOS is -1, none."""
+    starts = np.union1d([0], np.flatnonzero(tokens[:-1] == bos))
     return starts, np.diff(starts, append=len(tokens) - 1)
 
 
@@ -886,15 +936,21 @@ def load_validation(run):
     s = run.s
     sp = load_tokenizer(s.tokenizer_path, s.vocab_size)
     tokens = np.concatenate(open_shards("val", run))
-    starts, lengths = find_documents(tokens)
+    starts, lengths = find_documents(tokens, sp.bos_id())
+    if len(starts) == 1 and tokens[0] != sp.bos_id() and run.ranks.rank == 0:
+        say(f"warning: no document in {s.data_path} begins with BOS, so that all its text is one")
     if s.val_docs > len(starts):
         raise UserError(f"VAL_DOCS={s.val_docs} but {s.data_path} has {len(starts)} — set VAL_DOCS to at most that")
     if s.val_docs:
-        tokens = tokens[: starts[s.val_docs - 1] + lengths[s.val_docs - 1] + 1]
+        starts, lengths = starts[: s.val_docs], lengths[: s.val_docs]
+        tokens = tokens[: starts[-1] + lengths[-1] + 1]
     bytes_ = target_bytes(sp, tokens)
     if not bytes_.any():
         raise UserError(f"the validation set in {s.data_path} has no target with text — fetch or make it again")
-    stream = Stream(tokens, bytes_, run.device)
+    # A document that reaches beyond what is compared is compared as far as it goes.
+    compared = tokens[:COMPARED_TOKENS]
+    compare_bytes(sp, compared, bytes_, *(x[:COMPARED_DOCUMENTS] for x in find_documents(compared, sp.bos_id())))
+    stream = Stream(tokens, bytes_, run.device, (starts, lengths))
     stream.tokenizer = hashlib.sha256(Path(s.tokenizer_path).read_bytes()).hexdigest()
     return stream
 
