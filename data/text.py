@@ -337,6 +337,8 @@ def build(files: list[Path], directory: Path, name: str, options: argparse.Names
     """Fills `directory` with shards and `<name>_<vocabulary>_bpe.model`, and returns a summary in lines."""
     from tqdm import tqdm
 
+    tqdm.monitor_interval = 0  # no thread of its own
+
     def read(label: str, counts: Counter, total: int | None = None) -> Iterable[Document]:
         documents = read_documents(files, delimiter, options.seed, counts)
         return tqdm(documents, label, total, unit=" documents", leave=False, disable=None)  # None: only on a terminal
