@@ -351,7 +351,7 @@ def read_arrays(path: Path, axes: dict[str, int]) -> dict[str, np.ndarray]:
     except Exception as error:  # a damaged archive raises many kinds, errors of the system among them
         if isinstance(error, OSError) and error.errno in ADVICE:
             raise
-        raise UserError(f"{path} cannot be read ({type(error).__name__}: {error}) — {UNTOUCHED}") from error
+        raise UserError(f"{path} is damaged or unreadable ({type(error).__name__}: {error}) — {UNTOUCHED}") from error
     return arrays
 
 
