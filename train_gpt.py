@@ -40,6 +40,7 @@ import math
 import os
 import platform
 import re
+import shlex
 import signal
 import struct
 import subprocess
@@ -264,16 +265,15 @@ def misspelt(env: dict[str, str]) -> list[str]:
 # Ranks are the processes of one run, on one machine or several. They share no disk: each reads data for itself, the
 # first reads and writes files of the run, and what all must know travels through a collective or through the store in
 # which they found each other. A rank ends by an exception, which entry() announces there, or because its watch thread
-# has found such an announcement, or another rank silent: so one line ends them all.
+# has found such an announcement, or another rank silent: so one line ends them all, and nobody waits for the dead.
 
 PATIENCE = 45.0  # seconds for which a rank may be silent
 GRACE = 8.0  # seconds in which the main thread must have noticed that it is to end
 
 
 class Interrupted(BaseException):
-    """A signal, or the end of another rank: `code` is the process's exit code, `line` is to be printed unless empty.
-
-    No Exception: libraries that catch those would swallow it."""
+    """A signal, or another rank's end: the process's exit code, and a line to print. No Exception: libraries that catch
+    those would swallow it."""
 
     def __init__(self, code: int, line: str):
         super().__init__(line or f"exit code {code}")
@@ -282,15 +282,14 @@ class Interrupted(BaseException):
 
 
 def say(line: str, name: str = "stdout") -> str:
-    """Print a line to the console `name`. One that is gone, full or of a narrow encoding ends nothing: returns why it
-    can no longer be used, if that shows now."""
+    """Print to a console. One that is gone, full or of a narrow encoding ends nothing: returns what the system says."""
     console = getattr(sys, name)
     try:
         encoding = console.encoding or "utf-8"
         print(line.encode(encoding, "replace").decode(encoding), file=console, flush=True)
     except (OSError, ValueError, AttributeError) as e:  # ValueError: closed; AttributeError: there is none
         setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115 - open to the end
-        return f"{getattr(e, 'strerror', None) or e}"
+        return getattr(e, "strerror", None) or str(e)
     return ""
 
 
@@ -299,85 +298,73 @@ def system_says(e: OSError, path: object = None) -> str:
     where = path or e.filename
     cures = {
         errno.EMFILE: "raise the limit of open files (ulimit -n)",
-        errno.ENFILE: "close other programs' files",
         errno.ENOSPC: "free space there",
         errno.EDQUOT: "free space there",
         errno.EFBIG: "raise the limit of file sizes (ulimit -f)",
         errno.ENOENT: "check the path",
         errno.EACCES: "check its permissions",
-        errno.EROFS: "choose another folder",
     }
-    what = f"cannot use {where}" if where else "the operating system refused a call"
+    what = f"cannot use {where}" if where else "the system refused a call"
     return f"{what}: {e.strerror or e} — {cures.get(e.errno, 'see what the system says')}"
 
 
-def pairs(account: dict) -> str:
-    """An account as a log line."""
-    return " ".join(f"{k}:{v:.4f}" if isinstance(v, float) else f"{k}:{v}" for k, v in account.items())
-
-
 class Ranks:
-    """This process among those of the run. All of them call sum, max, from_first, queue, gather and agree, in the same
-    order; only end() and leave() are a rank's own affair."""
+    """This process among those of the run; alone until join(). All ranks call sum, max, from_first, queue, gather and
+    agree, in the same order; each ends for itself."""
 
     def __init__(self):
-        self.rank = self.local = self.node = self.restarts = 0  # local: on its machine; node: that machine
+        self.rank = self.local = self.node = self.restarts = 0  # local: on its machine, which is number `node`
         self.world = 1
         self.store = self.launch_store = dist.HashStore()  # alone, a dictionary; the latter outlives a restart
         self.queues = self.gathered = 0  # so far, and so on every rank
-        self.ending = None  # another rank's announcement
         self.waits_for_step = False  # in training a signal waits for the end of the step
         self.signal = 0  # the first that this process received, and when
         self.signal_time = 0.0
-        self.leaving = False
+        self.ending = None  # code and line, found by the watch thread
+        self.unwinding = self.leaving = False
         self.how_to_go_on = ""  # a command, once there is a folder
 
     def join(self, env: dict[str, str]):
         """Find the others at MASTER_ADDR:MASTER_PORT, as torchrun's environment says. Raises UserError."""
+        given = {name: env.get(name) for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")}
+        if given["RANK"] is None and given["WORLD_SIZE"] is None:
+            return
         try:
-            if ("RANK" in env) != ("WORLD_SIZE" in env):
-                raise ValueError("one of RANK and WORLD_SIZE is missing")
-            self.rank, self.world = int(env.get("RANK", 0)), int(env.get("WORLD_SIZE", 1))
+            self.rank, self.world, host, port = int(env["RANK"]), int(env["WORLD_SIZE"]), "", 0
             self.local, self.node = int(env.get("LOCAL_RANK", self.rank)), int(env.get("GROUP_RANK", 0))
             self.restarts = int(env.get("TORCHELASTIC_RESTART_COUNT", 0))
+            if self.world > 1:
+                host, port = env["MASTER_ADDR"], int(env["MASTER_PORT"])
             if not 0 <= self.rank < self.world:
-                raise ValueError(f"RANK={self.rank} is not below WORLD_SIZE={self.world}")
-            if self.world == 1:
-                return
-            host, port = env["MASTER_ADDR"], int(env["MASTER_PORT"])
-        except (ValueError, KeyError) as e:
-            what = f"{e} is missing" if isinstance(e, KeyError) else e
-            raise UserError(f"no place among ranks: {what} — launch with torchrun, or unset RANK and WORLD_SIZE") from e
+                raise ValueError
+        except (KeyError, ValueError) as e:
+            shown = " ".join(f"{name}={value}" for name, value in given.items())
+            raise UserError(
+                f"{shown} is no place among ranks — launch with torchrun, or unset RANK and WORLD_SIZE"
+            ) from e
         serves = self.rank == 0 and env.get("TORCHELASTIC_USE_AGENT_STORE") != "True"  # else torchrun does
-        self.launch_store = self.find_store(host, port, serves)
-        # torchrun --max-restarts starts all ranks again beside the same store, where old counters and values still are.
-        self.store = dist.PrefixStore(f"attempt {self.restarts}", self.launch_store)
-        self.store.set(f"here {self.rank}", "")
-        missing = list(range(self.world))
+        found = self.world == 1
+        missing = [] if found else [0]
         said = time.monotonic()
         while missing:
-            missing = [rank for rank in missing if not self.store.check([f"here {rank}"])]
-            time.sleep(0.02)
+            try:
+                if not found:
+                    found = dist.TCPStore(
+                        host, port, self.world, serves, timedelta(seconds=3), wait_for_workers=False, multi_tenant=True
+                    )  # in 3 seconds no signal gets through
+                    found.set_timeout(timedelta(days=1))
+                    self.launch_store = found
+                    # torchrun --max-restarts starts all anew beside the same store, where old values still are.
+                    self.store = dist.PrefixStore(f"attempt {self.restarts}", found)
+                    self.store.set(f"here {self.rank}", "")
+                missing = [rank for rank in range(self.world) if not self.store.check([f"here {rank}"])]
+            except RuntimeError as e:
+                if serves:
+                    raise UserError(f"rank 0 cannot serve at {host}:{port} — set MASTER_PORT to a free port") from e
             if missing and time.monotonic() > said + 10:
                 said = time.monotonic()
                 say(f"rank {self.rank} of {self.world} waits at {host}:{port} for ranks {missing}"[:200])
-
-    def find_store(self, host: str, port: int, serves: bool) -> dist.Store:
-        """The store in which ranks find each other. Raises UserError."""
-        said = time.monotonic()
-        while True:
-            try:
-                wait = timedelta(seconds=3)  # in which no signal gets through
-                store = dist.TCPStore(host, port, self.world, serves, wait, wait_for_workers=False, multi_tenant=True)
-                store.set_timeout(timedelta(days=1))
-                return store
-            except RuntimeError as e:
-                if serves:
-                    what = f"rank 0 cannot serve at {host}:{port} ({str(e).splitlines()[0][:100]})"
-                    raise UserError(f"{what} — set MASTER_PORT to a free port") from e
-                if time.monotonic() > said + 10:
-                    said = time.monotonic()
-                    say(f"rank {self.rank} of {self.world} waits at {host}:{port} for rank 0")
+            time.sleep(0.02)
 
     def connect(self, device: torch.device):
         """Connect the collectives, and begin to watch."""
@@ -387,10 +374,9 @@ class Ranks:
         backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
         card = device if cuda else None  # connects at once: what fails does so here
         patience = timedelta(days=1)  # a rank may wait long for another's last documents; the watch ends what is dead
-        store = dist.PrefixStore("group", self.store)
-        dist.init_process_group(
-            backend, store=store, rank=self.rank, world_size=self.world, device_id=card, timeout=patience
-        )
+        place = dict(store=dist.PrefixStore("group", self.store), rank=self.rank, world_size=self.world)
+        dist.init_process_group(backend, device_id=card, timeout=patience, **place)
+        # A clone of the store, since the main thread may wait within the other.
         threading.Thread(target=self.watch, args=(self.store.clone(),), daemon=True).start()
 
     def sum(self, tensor: Tensor) -> Tensor:
@@ -425,8 +411,8 @@ class Ranks:
     def gather(self, value) -> list:
         """Every rank's value (what JSON can hold), in rank order; before connect(), too."""
         self.gathered += 1
-        self.store.set(f"value {self.gathered} {self.rank}", json.dumps(value))
         keys = [f"value {self.gathered} {rank}" for rank in range(self.world)]
+        self.store.set(keys[self.rank], json.dumps(value))
         while not self.store.check(keys):  # get() would wait where no signal gets through
             time.sleep(0.02)
         return [json.loads(self.store.get(key)) for key in keys]
@@ -441,67 +427,60 @@ class Ranks:
                     raise UserError(f"{what} — start all ranks with the same")
 
     def watch(self, store: dist.Store):
-        """A thread: show that this rank lives; end it once another one has ended or is silent.
-
-        Its store is a clone, since the main thread may wait within the other. The first rank watches all others, they
-        watch the first."""
-        mine = range(1, self.world) if self.rank == 0 else [0]
-        heard = {rank: (0, time.monotonic()) for rank in mine}
-        while not self.leaving:
+        """A thread: show that this rank lives; end it once another one has ended, or is silent, or once a signal has
+        found the main thread stuck in a collective. The first rank listens to all others, they to the first."""
+        heard = {rank: (0, time.monotonic()) for rank in (range(1, self.world) if self.rank == 0 else [0])}
+        found = None
+        while not self.leaving and not found:
+            time.sleep(0.5)
+            now = time.monotonic()
             try:
                 store.add(f"beat {self.rank}", 1)
                 if store.check(["end"]):
-                    return self.end_main(json.loads(store.get("end")))
-                for rank, (count, when) in heard.items():
-                    now = store.add(f"beat {rank}", 0)
-                    if now != count:
-                        heard[rank] = now, time.monotonic()
-                    elif time.monotonic() - when > PATIENCE:
-                        return self.end_main(self.announcement(1, f"error: rank {rank} is dead or out of reach"))
-                if self.signal and not self.waits_for_step and time.monotonic() - self.signal_time > GRACE:
-                    return self.end_main(self.announcement(128 + self.signal, ""))
-            except RuntimeError:  # of torch's store
-                return self.end_main(self.announcement(1, "error: the first rank's machine is out of reach"))
-            time.sleep(0.5)
-
-    def announcement(self, code: int, line: str) -> dict:
-        hint = " — the same command with RESUME=1 goes on" if code == 1 else ""
-        return dict(rank=self.rank, node=self.node, code=code, line=line + hint)
-
-    def end_main(self, ending: dict):
-        """On the watch thread: interrupt the main one, which leaves no file half written; it may be stuck, though."""
-        if self.leaving:
-            return
-        self.ending = ending
-        _thread.interrupt_main(signal.SIGTERM)
-        time.sleep(GRACE)
-        if not self.leaving:
-            self.end(ending["code"], ending["line"])
-            os._exit(ending["code"])
+                    found = json.loads(store.get("end"))["code"], ""
+                beats = {rank: store.add(f"beat {rank}", 0) for rank in heard}
+            except RuntimeError:
+                found = 1, "error: the first rank is dead or out of reach"
+                break
+            heard = {rank: old if old[0] == beats[rank] else (beats[rank], now) for rank, old in heard.items()}
+            silent = [rank for rank, (_, when) in heard.items() if now - when > PATIENCE]
+            if silent and not found:
+                found = 1, f"error: rank {silent[0]} is dead or out of reach"
+            if self.signal and not self.waits_for_step and now - self.signal_time > GRACE:
+                found = 128 + self.signal, ""
+        if found and not self.leaving:
+            self.ending = found
+            _thread.interrupt_main(signal.SIGTERM)  # it leaves no file half written
+            time.sleep(GRACE)
+            if not self.leaving:
+                os._exit(self.end(*found))  # it is stuck
 
     def on_signal(self, number: int, frame):
-        """A training step is finished first; a second signal, over 2 s later, does not wait for it. (Within 2 s it is
-        the first one, passed on by a launcher.)"""
+        """Raises Interrupted; but a training step is finished first. A second signal, over 2 s later, does not wait.
+        (Within 2 s it is the first one, passed on by a launcher.)"""
+        if self.ending and not self.unwinding:
+            self.unwinding = True
+            raise Interrupted(*self.ending)
         now = time.monotonic()
-        if self.ending and not self.signal:
-            self.signal = number
-            raise Interrupted(self.ending["code"], "")
-        again = self.signal and now > self.signal_time + 2
-        if self.signal and not again:
+        first = not self.signal
+        if first:
+            self.signal, self.signal_time = number, now
+        elif now < self.signal_time + 2:
             return
-        self.signal, self.signal_time = self.signal or number, self.signal_time or now
-        if again and not self.waits_for_step:
+        if self.unwinding and not first:
             os._exit(128 + number)
-        if again or not self.waits_for_step:
-            raise Interrupted(128 + number, f"stopped by {signal.Signals(number).name}; what is on the disk is whole")
+        if not self.unwinding and not (first and self.waits_for_step):
+            self.unwinding = True
+            raise Interrupted(128 + number, f"stopped by {signal.Signals(number).name}")
 
-    def end(self, code: int, line: str):
-        """Say why this rank ends, unless another one has said it first: one line a machine, however many ranks end."""
-        ending = json.dumps(self.announcement(code, "") | dict(line=line))
-        first = ending
+    def end(self, code: int, line: str) -> int:
+        """Announce why this rank ends, unless another one was first, and say it: once on each machine. Returns the code
+        that all end with."""
+        mine = json.dumps(dict(rank=self.rank, node=self.node, code=code, line=line))
+        first = mine
         if self.world > 1:
             with contextlib.suppress(RuntimeError):  # the store is gone
-                first = self.store.compare_set("end", "", ending).decode()
+                first = self.store.compare_set("end", "", mine).decode()
                 heard = self.store.add("heard", 1)
                 until = time.monotonic() + 5
                 while self.rank == 0 and heard < self.world and time.monotonic() < until:
@@ -509,8 +488,9 @@ class Ranks:
                     heard = self.store.add("heard", 0)
         self.leaving = True
         said = json.loads(first)
-        if said["line"] and (first == ending or (self.local == 0 and said["node"] != self.node)):
+        if said["line"] and (first == mine or (self.local == 0 and said["node"] != self.node)):
             say(said["line"], "stderr")
+        return said["code"]
 
     def leave(self):
         """Once all are here."""
@@ -523,6 +503,16 @@ class Ranks:
 # ======== Run ========
 # What always travels together: settings, ranks, device, folder and log. A copy with other settings or another folder is
 # a run, too: that is all the preflight is.
+
+FILES = (
+    "train.log", "sessions.json", "checkpoint.pt", "final_model.ptz", "final_model.pt", "ttt_documents.npz",
+    "ttt_positions.npz", "result.json",
+)  # fmt: skip
+
+
+def pairs(account: dict) -> str:
+    """An account as a log line."""
+    return " ".join(f"{k}:{v:.4f}" if isinstance(v, float) else f"{k}:{v}" for k, v in account.items())
 
 
 def choose_device(wanted: str, local: int) -> tuple[torch.device, str]:
@@ -544,25 +534,25 @@ def choose_device(wanted: str, local: int) -> tuple[torch.device, str]:
 
 def lock(file):
     """Hold a file while this process lives, however it ends. Raises BlockingIOError if another one holds it."""
-    if os.name == "nt":
-        import msvcrt
-
-        try:
-            file.seek(1 << 40)  # a byte that nobody reads: there a locked one cannot be read
-            msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
-            file.seek(0, os.SEEK_END)
-        except OSError as e:
-            raise BlockingIOError(*e.args) from e
-    else:
+    if os.name != "nt":
         import fcntl
 
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return
+    import msvcrt
+
+    file.seek(1 << 40)  # a byte that nobody reads: Windows lets nobody read a locked one
+    try:
+        msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+    except OSError as e:
+        raise BlockingIOError(*e.args) from e
+    file.seek(0, os.SEEK_END)
 
 
 class Run:
     """Settings, ranks, device and folder. Making one has no effect outside it."""
 
-    def __init__(self, s: "Settings", ranks: Ranks | None = None):
+    def __init__(self, s: Settings, ranks: Ranks | None = None):
         self.s = s
         self.ranks = ranks or Ranks()
         self.device, self.no_gpu = choose_device(s.device, self.ranks.local)
@@ -604,13 +594,13 @@ class Run:
             previous.synchronize()
 
     def log(self, line: object, console: bool = True):
-        """Print to train.log and the console. Either may fail: the run goes on, and the other one says so."""
+        """Print to console and train.log. Either may fail: the run goes on, and the other one says so."""
         if not self.log_file:
             return
         gone = say(str(line)) if console else ""
+        note = f"\nnote: the console is gone ({gone}); the run goes on" if gone else ""
         try:
-            for text in (line, *([f"note: the console is gone ({gone}); the run goes on"] if gone else [])):
-                print(text, file=self.log_file, flush=True)
+            print(f"{line}{note}", file=self.log_file, flush=True)
         except OSError as e:
             say(f"note: {system_says(e, self.folder / 'train.log')}; the run goes on without it", "stderr")
             self.log_file = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 - open to the end
@@ -620,21 +610,20 @@ class Run:
         path = self.folder / name
         temporary = self.folder / f"{name}.tmp"
         try:
-            try:
-                with open(temporary, "wb") as f:
-                    f.write(content)
-                    f.flush()
-                    os.fsync(f.fileno())
-                os.replace(temporary, path)
-            finally:
-                temporary.unlink(missing_ok=True)
+            with open(temporary, "wb") as f:
+                f.write(content)
+                f.flush()
+                os.fsync(f.fileno())
+            os.replace(temporary, path)
         except OSError as e:
             raise UserError(system_says(e, f"{path} ({len(content)} bytes)")) from e
+        finally:
+            temporary.unlink(missing_ok=True)
 
     @contextlib.contextmanager
     def session(self, stage: str):
         """Account for a stage that RESUME=1 can continue: sessions.json says how long each process worked at it, on
-        what, and how that ended. The first rank's clock and file."""
+        what, and how that ended: `killed` until it has ended otherwise."""
         row = dict(stage=stage, world_size=self.ranks.world, devices=self.devices, seconds=0.0, ended="killed")
         self.sessions.append(row)
         self.session_began = time.perf_counter()
@@ -649,7 +638,7 @@ class Run:
             self.tick(0.0)
 
     def tick(self, every: float = 5.0):
-        """Bring the session's seconds up to date: `killed` stands there until it has ended otherwise."""
+        """Bring the session's seconds up to date, on the first rank's clock and disk."""
         now = time.perf_counter()
         if self.ranks.rank == 0 and self.sessions and now - self.session_kept >= every:
             self.session_kept = now
@@ -657,7 +646,7 @@ class Run:
             self.write("sessions.json", json.dumps(self.sessions).encode())
 
     def earlier(self, stage: str) -> float:
-        """Seconds that ended sessions of a stage took; killed ones took a little longer."""
+        """Seconds that earlier sessions of a stage took; killed ones took a little longer."""
         return self.ranks.from_first(lambda: sum(row["seconds"] for row in self.sessions if row["stage"] == stage))
 
 
@@ -665,85 +654,80 @@ def environment(run: Run) -> dict:
     """What a run depends on besides its source and settings."""
     found = {module.__name__: module.__version__ for module in (torch, np, zstandard, sentencepiece)}
     found |= dict(python=platform.python_version(), cuda=torch.version.cuda, device_type=run.device.type)
-    found |= dict(
-        compile=run.compile, dtype=str(run.dtype).split(".")[1], attention=run.attention, world_size=run.ranks.world
-    )
+    found |= dict(compile=run.compile, dtype=str(run.dtype).split(".")[1], attention=run.attention)
     device = torch.cuda.get_device_name() if run.cuda else platform.machine()
-    return found | dict(device=device, threads=torch.get_num_threads())
-
-
-FILES = (
-    "train.log", "sessions.json", "checkpoint.pt", "final_model.ptz", "final_model.pt", "ttt_documents.npz",
-    "ttt_positions.npz", "result.json",
-)  # fmt: skip
+    return found | dict(world_size=run.ranks.world, device=device, threads=torch.get_num_threads())
 
 
 def choose_folder(run: Run) -> str:
-    """OUTPUT_DIR, or one named by RUN_ID, or a new one. On the first rank. Raises UserError."""
-    s, ranks = run.s, run.ranks
+    """OUTPUT_DIR, or one named by RUN_ID, or a new one. On the first rank. Raises UserError, OSError."""
+    s, store = run.s, run.ranks.launch_store
     if s.output_dir or s.run_id:
         return s.output_dir or f"runs/{s.run_id}"
-    if ranks.restarts and ranks.launch_store.check(["folder"]):
-        return ranks.launch_store.get("folder").decode()
+    if run.ranks.restarts and store.check(["folder"]):
+        return store.get("folder").decode()
     if s.resume:
         known = sorted(Path("runs").glob("*/train.log"), key=lambda path: path.stat().st_mtime)
         those = " or ".join(f"OUTPUT_DIR={path.parent}" for path in known[-3:]) or "OUTPUT_DIR to the run's folder"
         raise UserError(f"RESUME=1 without OUTPUT_DIR or RUN_ID — set {those}")
     stem = f"runs/{time.strftime('%Y-%m-%d')}_{s.preset}_seed{s.seed}"
-    try:
-        for number in itertools.count(1):
-            folder = stem if number == 1 else f"{stem}_{number}"
-            with contextlib.suppress(FileExistsError):
-                Path(folder).mkdir(parents=True)  # whoever makes it has it
-                break
-    except OSError as e:
-        raise UserError(system_says(e)) from e
-    ranks.launch_store.set("folder", folder)
-    return folder
+    for number in itertools.count(1):
+        folder = stem if number == 1 else f"{stem}_{number}"
+        with contextlib.suppress(FileExistsError):
+            Path(folder).mkdir(parents=True)  # whoever makes it has it
+            store.set("folder", folder)
+            return folder
 
 
 def claim_folder(run: Run):
-    """Open and lock the log. Raises UserError if the folder holds another run, or one that is alive."""
-    s = run.s
+    """Lock and open the log. On the first rank. Raises UserError if the folder holds another run, or one that is alive,
+    OSError."""
+    s, folder = run.s, run.folder
 
     def check():
-        taken = [name for name in FILES if (run.folder / name).exists() and (run.folder / name).stat().st_size]
-        trained = s.eval_only and {"checkpoint.pt", "final_model.pt", "final_model.ptz"} & {*taken}
-        if trained:
-            raise UserError(f"OUTPUT_DIR={run.folder} holds a training — choose another for EVAL_ONLY")
+        taken = [name for name in FILES if (folder / name).exists() and (folder / name).stat().st_size]
+        if s.eval_only and {"checkpoint.pt", "final_model.ptz"} & {*taken}:
+            raise UserError(f"OUTPUT_DIR={folder} holds a training — choose another for EVAL_ONLY")
         if taken and not s.resume:
-            raise UserError(f"OUTPUT_DIR={run.folder} holds a run's {taken[0]} — choose another, or set RESUME=1")
+            raise UserError(f"OUTPUT_DIR={folder} holds a run's {taken[0]} — choose another, or set RESUME=1")
+        return taken
 
+    check()  # before anything there is touched
+    folder.mkdir(parents=True, exist_ok=True)
+    run.log_file = open(folder / "train.log", "a", encoding="utf-8", errors="replace")  # noqa: SIM115 - stays open
     try:
-        check()  # before anything there is touched
-        run.folder.mkdir(parents=True, exist_ok=True)
-        run.log_file = open(run.folder / "train.log", "a", encoding="utf-8", errors="replace")  # noqa: SIM115 - stays open
         lock(run.log_file)
-        check()  # another run may have come and gone
-        if s.resume and (run.folder / "sessions.json").exists():
-            run.sessions = json.loads((run.folder / "sessions.json").read_bytes())
     except BlockingIOError as e:
-        what = f"OUTPUT_DIR={run.folder} is in use by a run that is alive"
+        what = f"OUTPUT_DIR={folder} is in use by a run that is alive"
         raise UserError(f"{what} — wait for it, or choose another") from e
-    except OSError as e:
-        raise UserError(system_says(e, e.filename or run.folder)) from e
+    taken = check()  # another run may have come and gone
+    if s.resume and not taken:
+        run.log(f"note: RESUME=1, but {folder} has nothing to go on from: this run starts afresh")
+    try:
+        run.sessions = json.loads((folder / "sessions.json").read_bytes()) if "sessions.json" in taken else []
     except ValueError as e:
-        raise UserError(f"{run.folder}/sessions.json is damaged — delete it to go on without its account") from e
+        raise UserError(f"{folder}/sessions.json is damaged — delete it to go on without its account") from e
 
 
 def open_folder(run: Run) -> Run:
     """The run with its folder. The first rank's has log, lock and results; others, elsewhere, keep only their scores in
-    one of that name. Raises UserError."""
+    one of that name. Raises UserError, OSError."""
     folder = run.ranks.from_first(choose_folder, run)
     resume = run.s.resume or run.ranks.restarts > 0
     run = run.using(run_id=run.s.run_id or Path(folder).resolve().name, output_dir=folder, resume=resume)
     run.folder = Path(folder)
     run.ranks.from_first(claim_folder, run)
-    try:
-        run.folder.mkdir(parents=True, exist_ok=True)
-    except OSError as e:
-        raise UserError(system_says(e)) from e
+    run.folder.mkdir(parents=True, exist_ok=True)
+    run.ranks.how_to_go_on = how_to_go_on(run)
     return run
+
+
+def how_to_go_on(run: Run) -> str:
+    """A command that can be pasted."""
+    given = {f.name.upper() for f in fields(Settings)} & {*os.environ} - {"RESUME", "OUTPUT_DIR"}
+    values = [f"{name}={shlex.quote(os.environ[name])}" for name in sorted(given)]
+    launcher = f"torchrun --standalone --nproc_per_node={run.ranks.world}" if run.ranks.world > 1 else "python"
+    return " ".join([f"RESUME=1 OUTPUT_DIR={shlex.quote(run.s.output_dir)}", *values, launcher, sys.argv[0]])
 
 
 # ======== Data ========
@@ -1676,8 +1660,8 @@ class Trainer:
                     run.log(f"note: no checkpoint of step {self.step}: {self.unsaved}")
             if signalled:
                 kept = self.unsaved or f"its checkpoint is in {run.folder}"
-                stopped = f"stopped by {signal.Signals(int(signalled)).name} after step {self.step}; {kept}"
-                raise Interrupted(128 + int(signalled), stopped)
+                name = signal.Signals(int(signalled)).name
+                raise Interrupted(128 + int(signalled), f"stopped by {name} after step {self.step}; {kept}")
         run.ranks.waits_for_step = False
         return self.finish()
 
@@ -2898,11 +2882,6 @@ def npz(arrays: dict[str, np.ndarray]) -> bytes:
     return content.getvalue()
 
 
-def under_nohup() -> bool:
-    """Whether SIGHUP is to be ignored: not under torchrun, which passes it on and kills who does not end."""
-    return signal.getsignal(signal.SIGHUP) == signal.SIG_IGN and "TORCHELASTIC_RUN_ID" not in os.environ
-
-
 def main(ranks: Ranks) -> int:
     """Train, export and evaluate, or evaluate EVAL_ONLY's file. Returns the exit code."""
     if ranks.rank == 0:
@@ -2937,31 +2916,32 @@ def main(ranks: Ranks) -> int:
 
 
 def entry() -> int:
-    """Run main() and turn its exceptions into one line and an exit code, on all ranks."""
+    """Run main() and turn its exceptions into one line and an exit code, the same on all ranks."""
     ranks = Ranks()
     for name in ("SIGINT", "SIGTERM", "SIGHUP"):
-        if hasattr(signal, name) and not (name == "SIGHUP" and under_nohup()):
-            signal.signal(getattr(signal, name), ranks.on_signal)
+        # nohup's SIGHUP stays ignored, but not under torchrun, which passes it on and kills who does not end
+        number = getattr(signal, name, None)
+        if number and ("TORCHELASTIC_RUN_ID" in os.environ or signal.getsignal(number) != signal.SIG_IGN):
+            signal.signal(number, ranks.on_signal)
     try:
         ranks.join(os.environ)
         code = main(ranks)
         ranks.leave()
         return code
     except UserError as e:
-        code, line = 2, f"error: {e}"
-    except Interrupted as e:
-        code, line = e.code, e.line
+        return ranks.end(2, f"error: {e}")
     except OSError as e:
-        code, line = 2, f"error: {system_says(e)}"
+        return ranks.end(2, f"error: {system_says(e)}")
+    except Interrupted as e:
+        kept = ranks.how_to_go_on
+        return ranks.end(e.code, f"{e.line} — {kept and 'go on with: '}{kept or 'nothing had begun'}" if e.line else "")
     except RuntimeError as e:
-        code, line = 1, ""
-        if ranks.world > 1 and re.search("gloo|nccl|connection", str(e), re.I):
+        broken = ranks.world > 1 and re.search("gloo|nccl|connection", str(e), re.I)
+        if broken:
             time.sleep(2)  # the rank that broke a collective says why
-            line = "error: another rank is dead or out of reach"
         elif not ranks.ending:
             traceback.print_exc()
-    ranks.end(code, line)
-    return code
+        return ranks.end(1, "error: another rank is dead or out of reach" if broken else "")
 
 
 if __name__ == "__main__":
