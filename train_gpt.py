@@ -173,7 +173,7 @@ class Settings(TrainSettings):
     val_docs: int = setting(0, "validation documents scored; 0: all", 0)
     eval_stride: int = setting(64, "stride of the sliding window", 1)
     eval_batch_seqs: int = setting(32, "sliding windows per batch and rank", 1)
-    eval_max_seconds: float = setting(600.0, "from the artifact's load on; 0: no limit", 0.0)
+    eval_max_seconds: float = setting(600.0, "from the artifact's load on; 0: no limit", 0.0, tiny=0.0)
     ttt_enabled: bool = setting(True, "test-time training; 0: sliding window")
     ttt_protocol: str = setting("replay", "epochs, or one pass", choices=("replay", "single_pass"))
     ttt_context: str = setting("cached", "keys and values, or windows", choices=("cached", "recompute"))
@@ -2519,12 +2519,15 @@ def score_documents(model, stream, scores: Scores, deadline: float, run: Run) ->
     for label, lacking in missing.items():
         began = time.perf_counter()
         todo = [documents for documents in batches if lacking[documents].any()]
+        done = np.cumsum([batch_cost(stream.lengths[documents], run.s, 0) for documents in todo])
         for number, documents in run.ranks.queue(todo):
             if label != "no_adaptation" and time.perf_counter() >= deadline:
                 break
             batch.load(documents)
             score_batch(label, batch, scores, deadline)
-            run.log(f"{label}: batch {number} of {len(todo)} after {time.perf_counter() - began:.1f}s")
+            spent = time.perf_counter() - began
+            left = spent * (done[-1] / done[number - 1] - 1)
+            run.log(f"{label}: batch {number} of {len(todo)} after {spent:.0f}s, about {left:.0f}s left")
         seconds[label] = time.perf_counter() - began
     scores.merge()
     return seconds
@@ -2573,9 +2576,7 @@ def by_position(nll: dict[str, np.ndarray], stream) -> dict[str, np.ndarray]:
     """Sums over spans of the document that end at 64, 128, 256 and so on: `figures` (F,) names, `nll` (F, S) in nats,
     `targets`, `bytes` and `ends` (S,)."""
     longest = int(stream.lengths.max())
-    ends = [64]
-    while ends[-1] < longest:
-        ends.append(2 * ends[-1])
+    ends = 64 << np.arange(max(1, math.ceil(math.log2(longest / 64)) + 1))
     sums = np.zeros((len(nll) + 2, len(ends)))
     bytes_ = stream.bytes.cpu().numpy()
     for first in range(0, len(stream.lengths), 1024):  # some documents at a time: their positions take memory
@@ -2583,74 +2584,74 @@ def by_position(nll: dict[str, np.ndarray], stream) -> dict[str, np.ndarray]:
         targets = slice(starts[0], starts[-1] + lengths[-1])
         position = np.arange(targets.start, targets.stop) - np.repeat(starts, lengths)
         span = np.searchsorted(ends, position, side="right")
-        for total, values in zip(sums, (*nll.values(), None, bytes_), strict=True):
-            total += np.bincount(span, None if values is None else values[targets], len(ends))
-    ends[-1] = min(ends[-1], longest)
-    return dict(figures=np.array(list(nll)), nll=sums[:-2], targets=sums[-2], bytes=sums[-1], ends=np.array(ends))
+        for total, values in zip(sums, (*nll.values(), np.ones_like(bytes_), bytes_), strict=False):
+            total += np.bincount(span, values[targets], len(ends))
+    return dict(figures=[*nll], nll=sums[:-2], targets=sums[-2], bytes=sums[-1], ends=np.minimum(ends, longest))
 
 
 def report_documents(scores: Scores, seconds: dict[str, float], began: float, run: Run) -> tuple[dict, Score]:
-    """Figures from the merged table, and the Score: logged and kept by document and by position. On the first rank."""
+    """Figures and the Score from the merged table: logged, and kept by document and by position. On the first rank."""
     s, stream = run.s, scores.stream
     plain, adapted = scores.targets
-    if (plain == UNSCORED).any():
-        raise RuntimeError(f"{scores.missing(PLAIN).sum()} documents were not scored")
     nll = np.stack([scores.of_documents(plain), scores.of_documents(adapted), *scores.epochs[1:]])
     lacking = nll == UNSCORED
-    nll = np.where(lacking, nll[0], nll)
-    targets = dict(no_adaptation=plain)
-    targets["epoch_1" if s.ttt_protocol == "replay" else "single_pass"] = np.where(
-        np.repeat(lacking[1], stream.lengths), plain, adapted
-    )
-    mixed = None
-    if s.ttt_mixture:
-        known = np.where(adapted == UNSCORED, plain, adapted)  # where the deadline cut off, p0 mixes with itself
-        targets["mixture"] = mixture(plain, known, stream.starts, stream.lengths, s.ttt_mixture_share)
-        mixed = scores.of_documents(targets["mixture"])
-    account = dict(documents=len(stream.lengths)) | time_spent(began, run)
-    account |= dict(passes=seconds)
-    if len(scores.epochs):
-        again = scores.epochs[0] != UNSCORED
-        account["epoch_1_again"] = float(np.abs(scores.epochs[0] - nll[1])[again].max(initial=0.0))
-    figures, score = describe_figures(nll, lacking, mixed, account, stream, run)
+    if lacking[0].any():
+        raise RuntimeError(f"{lacking[0].sum()} documents were not scored")
+    nll = np.where(lacking, nll[0], nll)  # nothing is dropped
+    name = "epoch_1" if s.ttt_protocol == "replay" else "single_pass"
+    targets = {"no_adaptation": plain, name: np.where(np.repeat(lacking[1], stream.lengths), plain, adapted)}
     arrays = dict(index=np.arange(nll.shape[1]), targets=stream.lengths, bytes=stream.document_bytes)
     arrays |= dict(nll_no_adaptation=nll[0], nll_per_epoch=nll[1:], figures_finished=(~lacking[1:]).sum(0))
     if s.ttt_mixture:
-        arrays["nll_mixture"] = mixed
+        known = np.where(adapted == UNSCORED, plain, adapted)  # where the deadline cut off, p0 mixes with itself
+        targets["mixture"] = mixture(plain, known, stream.starts, stream.lengths, s.ttt_mixture_share)
+        arrays["nll_mixture"] = scores.of_documents(targets["mixture"])
+    account = dict(documents=len(stream.lengths)) | time_spent(began, run) | dict(passes=seconds)
+    if len(scores.epochs):
+        again = scores.epochs[0] != UNSCORED
+        account["epoch_1_again"] = float(np.abs(scores.epochs[0] - nll[1])[again].max(initial=0.0))
     run.write("ttt_documents.npz", npz(arrays))
     run.write("ttt_positions.npz", npz(by_position(targets, stream)))
-    return figures, score
+    return label_figures(nll, lacking, arrays.get("nll_mixture"), account, stream, run)
 
 
-def describe_figures(nll, lacking, mixed, account: dict, stream, run: Run) -> tuple[dict, Score]:
-    """Log each figure and label it for what it is; result.json's account of them, and the Score."""
+def label_figures(nll, lacking, mixed, account: dict, stream, run: Run) -> tuple[dict, Score]:
+    """Log every figure, labelled for what it is; the account of them for result.json, and the Score. `nll` and `lacking`
+    (1 + figures, documents), `mixed` (documents,) or None."""
     s = run.s
     counts = stream.target_count, stream.byte_count
     plain, *scores = (Score(float(row.sum()), *counts) for row in nll)
+    first, last = scores[0], scores[-1]
+    passes = account["passes"]
     run.log(f"no_adaptation {plain}")
     curve = []
     for epoch, score in enumerate(scores, 1):
         reading = dict(backward_looking=epoch == 1, lacking=int(lacking[epoch].sum()), epoch=epoch)
         reading["not_finite"] = int((~np.isfinite(nll[epoch])).sum())
-        seconds = account["passes"]["score" if epoch == 1 else "replay"]
+        seconds = passes["score" if epoch == 1 else "replay"]
         curve.append(score.figure(f"ttt_{s.ttt_protocol}", s.ttt_context, seconds, **reading))
         if s.ttt_protocol == "replay":
-            run.log(f"ttt_epoch:{epoch}/{s.ttt_n_epochs} {score}")
+            told = epoch in (1, len(scores)) or epoch % 10 == 0
+            run.log(f"ttt_epoch:{epoch}/{s.ttt_n_epochs} {score}", console=told)
     if epoch > 1:
         run.log(f"note: only epoch 1 is backward-looking, a valid score; {epoch} has seen its text {epoch - 1} times")
-    figures = account | dict(no_adaptation=plain.figure("no_adaptation", "cached", account["passes"]["no_adaptation"]))
+    figures = account | dict(no_adaptation=plain.figure("no_adaptation", "cached", passes["no_adaptation"]))
     figures |= dict(backward_looking=curve[0], last_epoch=curve[-1], curve=curve, score="backward_looking")
+    score = first
     if mixed is not None:
-        parts = f"no_adaptation:{plain.bpb:.8f} {s.ttt_protocol}:{scores[0].bpb:.8f}"
-        mixed = Score(float(mixed.sum()), *counts)
-        run.log(f"mixture {mixed} of {parts}")
+        score = Score(float(mixed.sum()), *counts)
+        run.log(f"mixture {score} no_adaptation:{plain.bpb:.8f} {s.ttt_protocol}:{first.bpb:.8f}")
         reading = dict(lacking=curve[0]["lacking"], share=s.ttt_mixture_share)
-        figures["mixture"] = mixed.figure("mixture", s.ttt_context, curve[0]["seconds"], **reading)
+        figures["mixture"] = score.figure("mixture", s.ttt_context, curve[0]["seconds"], **reading)
         figures["score"] = "mixture"
-    run.log(f"ttt {pairs(account)} first_lacks:{curve[0]['lacking']} last_lacks:{curve[-1]['lacking']}")
-    bpb = f"backward_looking_val_bpb:{scores[0].bpb:.8f} last_epoch_val_bpb:{scores[-1].bpb:.8f}"
+    lacks = curve[0]["lacking"], curve[-1]["lacking"]
+    run.log(f"ttt {pairs(account)} first_lacks:{lacks[0]} last_lacks:{lacks[1]}")
+    if any(lacks):
+        what = f"{lacks[0]} documents lack the score and {lacks[1]} the last epoch, and count without adaptation there"
+        run.log(f"note: EVAL_MAX_SECONDS={s.eval_max_seconds:g} ran out: {what}; raise it, or 0 for no limit")
+    bpb = f"backward_looking_val_bpb:{first.bpb:.8f} last_epoch_val_bpb:{last.bpb:.8f}"
     run.log(f"final_ttt_exact protocol:{s.ttt_protocol} context:{s.ttt_context} {bpb}")
-    return figures, mixed or scores[0]
+    return figures, score
 
 
 def evaluate_documents(model, stream, run: Run, tag: str, began: float) -> tuple[dict, Score, Scores]:
