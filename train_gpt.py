@@ -40,6 +40,7 @@ import math
 import os
 import platform
 import re
+import shlex
 import signal
 import struct
 import subprocess
@@ -172,7 +173,7 @@ class Settings(TrainSettings):
     val_docs: int = setting(0, "validation documents scored; 0: all", 0)
     eval_stride: int = setting(64, "stride of the sliding window", 1)
     eval_batch_seqs: int = setting(32, "sliding windows per batch and rank", 1)
-    eval_max_seconds: float = setting(600.0, "from the artifact's load on; 0: no limit", 0.0)
+    eval_max_seconds: float = setting(600.0, "from the artifact's load on; 0: no limit", 0.0, tiny=0.0)
     ttt_enabled: bool = setting(True, "test-time training; 0: sliding window")
     ttt_protocol: str = setting("replay", "epochs, or one pass", choices=("replay", "single_pass"))
     ttt_context: str = setting("cached", "keys and values, or windows", choices=("cached", "recompute"))
@@ -264,16 +265,15 @@ def misspelt(env: dict[str, str]) -> list[str]:
 # Ranks are the processes of one run, on one machine or several. They share no disk: each reads data for itself, the
 # first reads and writes files of the run, and what all must know travels through a collective or through the store in
 # which they found each other. A rank ends by an exception, which entry() announces there, or because its watch thread
-# has found such an announcement, or another rank silent: so one line ends them all.
+# has found such an announcement, or another rank silent: so one line ends them all, and nobody waits for the dead.
 
 PATIENCE = 45.0  # seconds for which a rank may be silent
 GRACE = 8.0  # seconds in which the main thread must have noticed that it is to end
 
 
 class Interrupted(BaseException):
-    """A signal, or the end of another rank: `code` is the process's exit code, `line` is to be printed unless empty.
-
-    No Exception: libraries that catch those would swallow it."""
+    """A signal, or another rank's end: the process's exit code, and a line to print. No Exception: libraries that catch
+    those would swallow it."""
 
     def __init__(self, code: int, line: str):
         super().__init__(line or f"exit code {code}")
@@ -282,15 +282,14 @@ class Interrupted(BaseException):
 
 
 def say(line: str, name: str = "stdout") -> str:
-    """Print a line to the console `name`. One that is gone, full or of a narrow encoding ends nothing: returns why it
-    can no longer be used, if that shows now."""
+    """Print to a console. One that is gone, full or of a narrow encoding ends nothing: returns what the system says."""
     console = getattr(sys, name)
     try:
         encoding = console.encoding or "utf-8"
         print(line.encode(encoding, "replace").decode(encoding), file=console, flush=True)
     except (OSError, ValueError, AttributeError) as e:  # ValueError: closed; AttributeError: there is none
         setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115 - open to the end
-        return f"{getattr(e, 'strerror', None) or e}"
+        return getattr(e, "strerror", None) or str(e)
     return ""
 
 
@@ -299,85 +298,73 @@ def system_says(e: OSError, path: object = None) -> str:
     where = path or e.filename
     cures = {
         errno.EMFILE: "raise the limit of open files (ulimit -n)",
-        errno.ENFILE: "close other programs' files",
         errno.ENOSPC: "free space there",
         errno.EDQUOT: "free space there",
         errno.EFBIG: "raise the limit of file sizes (ulimit -f)",
         errno.ENOENT: "check the path",
         errno.EACCES: "check its permissions",
-        errno.EROFS: "choose another folder",
     }
-    what = f"cannot use {where}" if where else "the operating system refused a call"
+    what = f"cannot use {where}" if where else "the system refused a call"
     return f"{what}: {e.strerror or e} — {cures.get(e.errno, 'see what the system says')}"
 
 
-def pairs(account: dict) -> str:
-    """An account as a log line."""
-    return " ".join(f"{k}:{v:.4f}" if isinstance(v, float) else f"{k}:{v}" for k, v in account.items())
-
-
 class Ranks:
-    """This process among those of the run. All of them call sum, max, from_first, queue, gather and agree, in the same
-    order; only end() and leave() are a rank's own affair."""
+    """This process among those of the run; alone until join(). All ranks call sum, max, from_first, queue, gather and
+    agree, in the same order; each ends for itself."""
 
     def __init__(self):
-        self.rank = self.local = self.node = self.restarts = 0  # local: on its machine; node: that machine
+        self.rank = self.local = self.node = self.restarts = 0  # local: on its machine, which is number `node`
         self.world = 1
         self.store = self.launch_store = dist.HashStore()  # alone, a dictionary; the latter outlives a restart
         self.queues = self.gathered = 0  # so far, and so on every rank
-        self.ending = None  # another rank's announcement
         self.waits_for_step = False  # in training a signal waits for the end of the step
         self.signal = 0  # the first that this process received, and when
         self.signal_time = 0.0
-        self.leaving = False
+        self.ending = None  # code and line, found by the watch thread
+        self.unwinding = self.leaving = False
         self.how_to_go_on = ""  # a command, once there is a folder
 
     def join(self, env: dict[str, str]):
         """Find the others at MASTER_ADDR:MASTER_PORT, as torchrun's environment says. Raises UserError."""
+        given = {name: env.get(name) for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")}
+        if given["RANK"] is None and given["WORLD_SIZE"] is None:
+            return
         try:
-            if ("RANK" in env) != ("WORLD_SIZE" in env):
-                raise ValueError("one of RANK and WORLD_SIZE is missing")
-            self.rank, self.world = int(env.get("RANK", 0)), int(env.get("WORLD_SIZE", 1))
+            self.rank, self.world, host, port = int(env["RANK"]), int(env["WORLD_SIZE"]), "", 0
             self.local, self.node = int(env.get("LOCAL_RANK", self.rank)), int(env.get("GROUP_RANK", 0))
             self.restarts = int(env.get("TORCHELASTIC_RESTART_COUNT", 0))
+            if self.world > 1:
+                host, port = env["MASTER_ADDR"], int(env["MASTER_PORT"])
             if not 0 <= self.rank < self.world:
-                raise ValueError(f"RANK={self.rank} is not below WORLD_SIZE={self.world}")
-            if self.world == 1:
-                return
-            host, port = env["MASTER_ADDR"], int(env["MASTER_PORT"])
-        except (ValueError, KeyError) as e:
-            what = f"{e} is missing" if isinstance(e, KeyError) else e
-            raise UserError(f"no place among ranks: {what} — launch with torchrun, or unset RANK and WORLD_SIZE") from e
+                raise ValueError
+        except (KeyError, ValueError) as e:
+            shown = " ".join(f"{name}={value}" for name, value in given.items())
+            raise UserError(
+                f"{shown} is no place among ranks — launch with torchrun, or unset RANK and WORLD_SIZE"
+            ) from e
         serves = self.rank == 0 and env.get("TORCHELASTIC_USE_AGENT_STORE") != "True"  # else torchrun does
-        self.launch_store = self.find_store(host, port, serves)
-        # torchrun --max-restarts starts all ranks again beside the same store, where old counters and values still are.
-        self.store = dist.PrefixStore(f"attempt {self.restarts}", self.launch_store)
-        self.store.set(f"here {self.rank}", "")
-        missing = list(range(self.world))
+        found = self.world == 1
+        missing = [] if found else [0]
         said = time.monotonic()
         while missing:
-            missing = [rank for rank in missing if not self.store.check([f"here {rank}"])]
-            time.sleep(0.02)
+            try:
+                if not found:
+                    found = dist.TCPStore(
+                        host, port, self.world, serves, timedelta(seconds=3), wait_for_workers=False, multi_tenant=True
+                    )  # in 3 seconds no signal gets through
+                    found.set_timeout(timedelta(days=1))
+                    self.launch_store = found
+                    # torchrun --max-restarts starts all anew beside the same store, where old values still are.
+                    self.store = dist.PrefixStore(f"attempt {self.restarts}", found)
+                    self.store.set(f"here {self.rank}", "")
+                missing = [rank for rank in range(self.world) if not self.store.check([f"here {rank}"])]
+            except RuntimeError as e:
+                if serves:
+                    raise UserError(f"rank 0 cannot serve at {host}:{port} — set MASTER_PORT to a free port") from e
             if missing and time.monotonic() > said + 10:
                 said = time.monotonic()
                 say(f"rank {self.rank} of {self.world} waits at {host}:{port} for ranks {missing}"[:200])
-
-    def find_store(self, host: str, port: int, serves: bool) -> dist.Store:
-        """The store in which ranks find each other. Raises UserError."""
-        said = time.monotonic()
-        while True:
-            try:
-                wait = timedelta(seconds=3)  # in which no signal gets through
-                store = dist.TCPStore(host, port, self.world, serves, wait, wait_for_workers=False, multi_tenant=True)
-                store.set_timeout(timedelta(days=1))
-                return store
-            except RuntimeError as e:
-                if serves:
-                    what = f"rank 0 cannot serve at {host}:{port} ({str(e).splitlines()[0][:100]})"
-                    raise UserError(f"{what} — set MASTER_PORT to a free port") from e
-                if time.monotonic() > said + 10:
-                    said = time.monotonic()
-                    say(f"rank {self.rank} of {self.world} waits at {host}:{port} for rank 0")
+            time.sleep(0.02)
 
     def connect(self, device: torch.device):
         """Connect the collectives, and begin to watch."""
@@ -387,10 +374,9 @@ class Ranks:
         backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
         card = device if cuda else None  # connects at once: what fails does so here
         patience = timedelta(days=1)  # a rank may wait long for another's last documents; the watch ends what is dead
-        store = dist.PrefixStore("group", self.store)
-        dist.init_process_group(
-            backend, store=store, rank=self.rank, world_size=self.world, device_id=card, timeout=patience
-        )
+        place = dict(store=dist.PrefixStore("group", self.store), rank=self.rank, world_size=self.world)
+        dist.init_process_group(backend, device_id=card, timeout=patience, **place)
+        # A clone of the store, since the main thread may wait within the other.
         threading.Thread(target=self.watch, args=(self.store.clone(),), daemon=True).start()
 
     def sum(self, tensor: Tensor) -> Tensor:
@@ -425,8 +411,8 @@ class Ranks:
     def gather(self, value) -> list:
         """Every rank's value (what JSON can hold), in rank order; before connect(), too."""
         self.gathered += 1
-        self.store.set(f"value {self.gathered} {self.rank}", json.dumps(value))
         keys = [f"value {self.gathered} {rank}" for rank in range(self.world)]
+        self.store.set(keys[self.rank], json.dumps(value))
         while not self.store.check(keys):  # get() would wait where no signal gets through
             time.sleep(0.02)
         return [json.loads(self.store.get(key)) for key in keys]
@@ -441,67 +427,60 @@ class Ranks:
                     raise UserError(f"{what} — start all ranks with the same")
 
     def watch(self, store: dist.Store):
-        """A thread: show that this rank lives; end it once another one has ended or is silent.
-
-        Its store is a clone, since the main thread may wait within the other. The first rank watches all others, they
-        watch the first."""
-        mine = range(1, self.world) if self.rank == 0 else [0]
-        heard = {rank: (0, time.monotonic()) for rank in mine}
-        while not self.leaving:
+        """A thread: show that this rank lives; end it once another one has ended, or is silent, or once a signal has
+        found the main thread stuck in a collective. The first rank listens to all others, they to the first."""
+        heard = {rank: (0, time.monotonic()) for rank in (range(1, self.world) if self.rank == 0 else [0])}
+        found = None
+        while not self.leaving and not found:
+            time.sleep(0.5)
+            now = time.monotonic()
             try:
                 store.add(f"beat {self.rank}", 1)
                 if store.check(["end"]):
-                    return self.end_main(json.loads(store.get("end")))
-                for rank, (count, when) in heard.items():
-                    now = store.add(f"beat {rank}", 0)
-                    if now != count:
-                        heard[rank] = now, time.monotonic()
-                    elif time.monotonic() - when > PATIENCE:
-                        return self.end_main(self.announcement(1, f"error: rank {rank} is dead or out of reach"))
-                if self.signal and not self.waits_for_step and time.monotonic() - self.signal_time > GRACE:
-                    return self.end_main(self.announcement(128 + self.signal, ""))
-            except RuntimeError:  # of torch's store
-                return self.end_main(self.announcement(1, "error: the first rank's machine is out of reach"))
-            time.sleep(0.5)
-
-    def announcement(self, code: int, line: str) -> dict:
-        hint = " — the same command with RESUME=1 goes on" if code == 1 else ""
-        return dict(rank=self.rank, node=self.node, code=code, line=line + hint)
-
-    def end_main(self, ending: dict):
-        """On the watch thread: interrupt the main one, which leaves no file half written; it may be stuck, though."""
-        if self.leaving:
-            return
-        self.ending = ending
-        _thread.interrupt_main(signal.SIGTERM)
-        time.sleep(GRACE)
-        if not self.leaving:
-            self.end(ending["code"], ending["line"])
-            os._exit(ending["code"])
+                    found = json.loads(store.get("end"))["code"], ""
+                beats = {rank: store.add(f"beat {rank}", 0) for rank in heard}
+            except RuntimeError:
+                found = 1, "error: the first rank is dead or out of reach"
+                break
+            heard = {rank: old if old[0] == beats[rank] else (beats[rank], now) for rank, old in heard.items()}
+            silent = [rank for rank, (_, when) in heard.items() if now - when > PATIENCE]
+            if silent and not found:
+                found = 1, f"error: rank {silent[0]} is dead or out of reach"
+            if self.signal and not self.waits_for_step and now - self.signal_time > GRACE:
+                found = 128 + self.signal, ""
+        if found and not self.leaving:
+            self.ending = found
+            _thread.interrupt_main(signal.SIGTERM)  # it leaves no file half written
+            time.sleep(GRACE)
+            if not self.leaving:
+                os._exit(self.end(*found))  # it is stuck
 
     def on_signal(self, number: int, frame):
-        """A training step is finished first; a second signal, over 2 s later, does not wait for it. (Within 2 s it is
-        the first one, passed on by a launcher.)"""
+        """Raises Interrupted; but a training step is finished first. A second signal, over 2 s later, does not wait.
+        (Within 2 s it is the first one, passed on by a launcher.)"""
+        if self.ending and not self.unwinding:
+            self.unwinding = True
+            raise Interrupted(*self.ending)
         now = time.monotonic()
-        if self.ending and not self.signal:
-            self.signal = number
-            raise Interrupted(self.ending["code"], "")
-        again = self.signal and now > self.signal_time + 2
-        if self.signal and not again:
+        first = not self.signal
+        if first:
+            self.signal, self.signal_time = number, now
+        elif now < self.signal_time + 2:
             return
-        self.signal, self.signal_time = self.signal or number, self.signal_time or now
-        if again and not self.waits_for_step:
+        if self.unwinding and not first:
             os._exit(128 + number)
-        if again or not self.waits_for_step:
-            raise Interrupted(128 + number, f"stopped by {signal.Signals(number).name}; what is on the disk is whole")
+        if not self.unwinding and not (first and self.waits_for_step):
+            self.unwinding = True
+            raise Interrupted(128 + number, f"stopped by {signal.Signals(number).name}")
 
-    def end(self, code: int, line: str):
-        """Say why this rank ends, unless another one has said it first: one line a machine, however many ranks end."""
-        ending = json.dumps(self.announcement(code, "") | dict(line=line))
-        first = ending
+    def end(self, code: int, line: str) -> int:
+        """Announce why this rank ends, unless another one was first, and say it: once on each machine. Returns the code
+        that all end with."""
+        mine = json.dumps(dict(rank=self.rank, node=self.node, code=code, line=line))
+        first = mine
         if self.world > 1:
             with contextlib.suppress(RuntimeError):  # the store is gone
-                first = self.store.compare_set("end", "", ending).decode()
+                first = self.store.compare_set("end", "", mine).decode()
                 heard = self.store.add("heard", 1)
                 until = time.monotonic() + 5
                 while self.rank == 0 and heard < self.world and time.monotonic() < until:
@@ -509,8 +488,9 @@ class Ranks:
                     heard = self.store.add("heard", 0)
         self.leaving = True
         said = json.loads(first)
-        if said["line"] and (first == ending or (self.local == 0 and said["node"] != self.node)):
+        if said["line"] and (first == mine or (self.local == 0 and said["node"] != self.node)):
             say(said["line"], "stderr")
+        return said["code"]
 
     def leave(self):
         """Once all are here."""
@@ -523,6 +503,16 @@ class Ranks:
 # ======== Run ========
 # What always travels together: settings, ranks, device, folder and log. A copy with other settings or another folder is
 # a run, too: that is all the preflight is.
+
+FILES = (
+    "train.log", "sessions.json", "checkpoint.pt", "final_model.ptz", "final_model.pt", "ttt_documents.npz",
+    "ttt_positions.npz", "result.json",
+)  # fmt: skip
+
+
+def pairs(account: dict) -> str:
+    """An account as a log line."""
+    return " ".join(f"{k}:{v:.4f}" if isinstance(v, float) else f"{k}:{v}" for k, v in account.items())
 
 
 def choose_device(wanted: str, local: int) -> tuple[torch.device, str]:
@@ -544,30 +534,33 @@ def choose_device(wanted: str, local: int) -> tuple[torch.device, str]:
 
 def lock(file):
     """Hold a file while this process lives, however it ends. Raises BlockingIOError if another one holds it."""
-    if os.name == "nt":
-        import msvcrt
-
-        try:
-            file.seek(1 << 40)  # a byte that nobody reads: there a locked one cannot be read
-            msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
-            file.seek(0, os.SEEK_END)
-        except OSError as e:
-            raise BlockingIOError(*e.args) from e
-    else:
+    if os.name != "nt":
         import fcntl
 
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return
+    import msvcrt
+
+    file.seek(1 << 40)  # a byte that nobody reads: Windows lets nobody read a locked one
+    try:
+        msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+    except OSError as e:
+        raise BlockingIOError(*e.args) from e
+    file.seek(0, os.SEEK_END)
 
 
 class Run:
     """Settings, ranks, device and folder. Making one has no effect outside it."""
 
-    def __init__(self, s: "Settings", ranks: Ranks | None = None):
+    def __init__(self, s: Settings, ranks: Ranks | None = None):
         self.s = s
         self.ranks = ranks or Ranks()
         self.device, self.no_gpu = choose_device(s.device, self.ranks.local)
         self.cuda = self.device.type == "cuda"
-        self.dtype = torch.bfloat16 if self.cuda else torch.float32
+        capability = torch.cuda.get_device_capability(self.device) if self.cuda else None
+        self.dtype = compute_dtype(capability)
+        built = torch.backends.cuda.is_flash_attention_available() and not torch.version.hip
+        self.attention = attention_backend(capability, s.model_dim // s.num_heads, self.dtype, built)
         self.compile = self.cuda if s.compile < 0 else bool(s.compile)
         self.graphs = False  # CUDA graphs, once they have computed the same
         self.folder = Path(s.output_dir)
@@ -601,13 +594,13 @@ class Run:
             previous.synchronize()
 
     def log(self, line: object, console: bool = True):
-        """Print to train.log and the console. Either may fail: the run goes on, and the other one says so."""
+        """Print to console and train.log. Either may fail: the run goes on, and the other one says so."""
         if not self.log_file:
             return
         gone = say(str(line)) if console else ""
+        note = f"\nnote: the console is gone ({gone}); the run goes on" if gone else ""
         try:
-            for text in (line, *([f"note: the console is gone ({gone}); the run goes on"] if gone else [])):
-                print(text, file=self.log_file, flush=True)
+            print(f"{line}{note}", file=self.log_file, flush=True)
         except OSError as e:
             say(f"note: {system_says(e, self.folder / 'train.log')}; the run goes on without it", "stderr")
             self.log_file = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 - open to the end
@@ -617,21 +610,20 @@ class Run:
         path = self.folder / name
         temporary = self.folder / f"{name}.tmp"
         try:
-            try:
-                with open(temporary, "wb") as f:
-                    f.write(content)
-                    f.flush()
-                    os.fsync(f.fileno())
-                os.replace(temporary, path)
-            finally:
-                temporary.unlink(missing_ok=True)
+            with open(temporary, "wb") as f:
+                f.write(content)
+                f.flush()
+                os.fsync(f.fileno())
+            os.replace(temporary, path)
         except OSError as e:
             raise UserError(system_says(e, f"{path} ({len(content)} bytes)")) from e
+        finally:
+            temporary.unlink(missing_ok=True)
 
     @contextlib.contextmanager
     def session(self, stage: str):
         """Account for a stage that RESUME=1 can continue: sessions.json says how long each process worked at it, on
-        what, and how that ended. The first rank's clock and file."""
+        what, and how that ended: `killed` until it has ended otherwise."""
         row = dict(stage=stage, world_size=self.ranks.world, devices=self.devices, seconds=0.0, ended="killed")
         self.sessions.append(row)
         self.session_began = time.perf_counter()
@@ -646,7 +638,7 @@ class Run:
             self.tick(0.0)
 
     def tick(self, every: float = 5.0):
-        """Bring the session's seconds up to date: `killed` stands there until it has ended otherwise."""
+        """Bring the session's seconds up to date, on the first rank's clock and disk."""
         now = time.perf_counter()
         if self.ranks.rank == 0 and self.sessions and now - self.session_kept >= every:
             self.session_kept = now
@@ -654,7 +646,7 @@ class Run:
             self.write("sessions.json", json.dumps(self.sessions).encode())
 
     def earlier(self, stage: str) -> float:
-        """Seconds that ended sessions of a stage took; killed ones took a little longer."""
+        """Seconds that earlier sessions of a stage took; killed ones took a little longer."""
         return self.ranks.from_first(lambda: sum(row["seconds"] for row in self.sessions if row["stage"] == stage))
 
 
@@ -662,83 +654,80 @@ def environment(run: Run) -> dict:
     """What a run depends on besides its source and settings."""
     found = {module.__name__: module.__version__ for module in (torch, np, zstandard, sentencepiece)}
     found |= dict(python=platform.python_version(), cuda=torch.version.cuda, device_type=run.device.type)
-    found |= dict(compile=run.compile, dtype=str(run.dtype).split(".")[1], world_size=run.ranks.world)
+    found |= dict(compile=run.compile, dtype=str(run.dtype).split(".")[1], attention=run.attention)
     device = torch.cuda.get_device_name() if run.cuda else platform.machine()
-    return found | dict(device=device, threads=torch.get_num_threads())
-
-
-FILES = (
-    "train.log", "sessions.json", "checkpoint.pt", "final_model.ptz", "final_model.pt", "ttt_documents.npz",
-    "ttt_positions.npz", "result.json",
-)  # fmt: skip
+    return found | dict(world_size=run.ranks.world, device=device, threads=torch.get_num_threads())
 
 
 def choose_folder(run: Run) -> str:
-    """OUTPUT_DIR, or one named by RUN_ID, or a new one. On the first rank. Raises UserError."""
-    s, ranks = run.s, run.ranks
+    """OUTPUT_DIR, or one named by RUN_ID, or a new one. On the first rank. Raises UserError, OSError."""
+    s, store = run.s, run.ranks.launch_store
     if s.output_dir or s.run_id:
         return s.output_dir or f"runs/{s.run_id}"
-    if ranks.restarts and ranks.launch_store.check(["folder"]):
-        return ranks.launch_store.get("folder").decode()
+    if run.ranks.restarts and store.check(["folder"]):
+        return store.get("folder").decode()
     if s.resume:
         known = sorted(Path("runs").glob("*/train.log"), key=lambda path: path.stat().st_mtime)
         those = " or ".join(f"OUTPUT_DIR={path.parent}" for path in known[-3:]) or "OUTPUT_DIR to the run's folder"
         raise UserError(f"RESUME=1 without OUTPUT_DIR or RUN_ID — set {those}")
     stem = f"runs/{time.strftime('%Y-%m-%d')}_{s.preset}_seed{s.seed}"
-    try:
-        for number in itertools.count(1):
-            folder = stem if number == 1 else f"{stem}_{number}"
-            with contextlib.suppress(FileExistsError):
-                Path(folder).mkdir(parents=True)  # whoever makes it has it
-                break
-    except OSError as e:
-        raise UserError(system_says(e)) from e
-    ranks.launch_store.set("folder", folder)
-    return folder
+    for number in itertools.count(1):
+        folder = stem if number == 1 else f"{stem}_{number}"
+        with contextlib.suppress(FileExistsError):
+            Path(folder).mkdir(parents=True)  # whoever makes it has it
+            store.set("folder", folder)
+            return folder
 
 
 def claim_folder(run: Run):
-    """Open and lock the log. Raises UserError if the folder holds another run, or one that is alive."""
-    s = run.s
+    """Lock and open the log. On the first rank. Raises UserError if the folder holds another run, or one that is alive,
+    OSError."""
+    s, folder = run.s, run.folder
 
     def check():
-        taken = [name for name in FILES if (run.folder / name).exists() and (run.folder / name).stat().st_size]
-        trained = s.eval_only and {"checkpoint.pt", "final_model.pt", "final_model.ptz"} & {*taken}
-        if trained:
-            raise UserError(f"OUTPUT_DIR={run.folder} holds a training — choose another for EVAL_ONLY")
+        taken = [name for name in FILES if (folder / name).exists() and (folder / name).stat().st_size]
+        if s.eval_only and {"checkpoint.pt", "final_model.ptz"} & {*taken}:
+            raise UserError(f"OUTPUT_DIR={folder} holds a training — choose another for EVAL_ONLY")
         if taken and not s.resume:
-            raise UserError(f"OUTPUT_DIR={run.folder} holds a run's {taken[0]} — choose another, or set RESUME=1")
+            raise UserError(f"OUTPUT_DIR={folder} holds a run's {taken[0]} — choose another, or set RESUME=1")
+        return taken
 
+    check()  # before anything there is touched
+    folder.mkdir(parents=True, exist_ok=True)
+    run.log_file = open(folder / "train.log", "a", encoding="utf-8", errors="replace")  # noqa: SIM115 - stays open
     try:
-        check()  # before anything there is touched
-        run.folder.mkdir(parents=True, exist_ok=True)
-        run.log_file = open(run.folder / "train.log", "a", encoding="utf-8", errors="replace")  # noqa: SIM115 - stays open
         lock(run.log_file)
-        check()  # another run may have come and gone
-        if s.resume and (run.folder / "sessions.json").exists():
-            run.sessions = json.loads((run.folder / "sessions.json").read_bytes())
     except BlockingIOError as e:
-        what = f"OUTPUT_DIR={run.folder} is in use by a run that is alive"
+        what = f"OUTPUT_DIR={folder} is in use by a run that is alive"
         raise UserError(f"{what} — wait for it, or choose another") from e
-    except OSError as e:
-        raise UserError(system_says(e, e.filename or run.folder)) from e
+    taken = check()  # another run may have come and gone
+    if s.resume and not taken:
+        run.log(f"note: RESUME=1, but {folder} has nothing to go on from: this run starts afresh")
+    try:
+        run.sessions = json.loads((folder / "sessions.json").read_bytes()) if "sessions.json" in taken else []
     except ValueError as e:
-        raise UserError(f"{run.folder}/sessions.json is damaged — delete it to go on without its account") from e
+        raise UserError(f"{folder}/sessions.json is damaged — delete it to go on without its account") from e
 
 
 def open_folder(run: Run) -> Run:
     """The run with its folder. The first rank's has log, lock and results; others, elsewhere, keep only their scores in
-    one of that name. Raises UserError."""
+    one of that name. Raises UserError, OSError."""
     folder = run.ranks.from_first(choose_folder, run)
     resume = run.s.resume or run.ranks.restarts > 0
     run = run.using(run_id=run.s.run_id or Path(folder).resolve().name, output_dir=folder, resume=resume)
     run.folder = Path(folder)
     run.ranks.from_first(claim_folder, run)
-    try:
-        run.folder.mkdir(parents=True, exist_ok=True)
-    except OSError as e:
-        raise UserError(system_says(e)) from e
+    run.folder.mkdir(parents=True, exist_ok=True)
+    run.ranks.how_to_go_on = how_to_go_on(run)
     return run
+
+
+def how_to_go_on(run: Run) -> str:
+    """A command that can be pasted."""
+    given = {f.name.upper() for f in fields(Settings)} & {*os.environ} - {"RESUME", "OUTPUT_DIR"}
+    values = [f"{name}={shlex.quote(os.environ[name])}" for name in sorted(given)]
+    launcher = f"torchrun --standalone --nproc_per_node={run.ranks.world}" if run.ranks.world > 1 else "python"
+    return " ".join([f"RESUME=1 OUTPUT_DIR={shlex.quote(run.s.output_dir)}", *values, launcher, sys.argv[0]])
 
 
 # ======== Data ========
@@ -749,6 +738,8 @@ BOS = 1
 SHARD_MAGIC = 20240520
 SHARD_VERSION = 1
 SHARD_HEADER_BYTES = 1024
+COMPARED_DOCUMENTS = 1000  # of validation, whose counted bytes are compared with their decoded text
+COMPARED_TOKENS = 1 << 21  # of them at most: a second's work
 
 
 def open_shard(path: Path):
@@ -830,7 +821,7 @@ class BatchLoader:
 
 
 def load_tokenizer(path: str, vocab_size: int):
-    """Raises UserError, OSError."""
+    """The SentencePieceProcessor of a model file, whose BOS is the shards' or none. Raises UserError, OSError."""
     model = Path(path).read_bytes()
     try:
         sp = sentencepiece.SentencePieceProcessor(model_proto=model)
@@ -838,25 +829,73 @@ def load_tokenizer(path: str, vocab_size: int):
         raise UserError(f"{path} is not a SentencePiece model — set TOKENIZER_PATH to the dataset's .model file") from e
     if sp.vocab_size() != vocab_size:
         raise UserError(f"{path} has {sp.vocab_size()} pieces but VOCAB_SIZE={vocab_size} — set one to match the other")
+    if sp.bos_id() not in (BOS, -1):
+        what = f"{path} has BOS {sp.bos_id()}, but in shards a document begins with token {BOS}"
+        raise UserError(f"{what} — make them again with a tokenizer of bos_id={BOS}, as data/text.py does")
     return sp
 
 
-def target_bytes(sp, tokens: np.ndarray):
-    """UTF-8 bytes that each target adds to the text, (len(tokens) - 1,) int16, by the challenge's rule: a byte piece 1;
-    control, unknown and unused ones 0; any other its length, a leading space 1, or 0 after those."""
+def target_bytes(sp, tokens: np.ndarray) -> np.ndarray:
+    """UTF-8 bytes that each target adds to the decoded text, (len(tokens) - 1,) int16. A byte piece adds 1; a control,
+    unknown or unused one 0; any other its text, in which each U+2581 is one space. The first space after a piece that
+    adds 0 is not the text's where the tokenizer puts one in front of a text, and adds 0 as well."""
     ids = range(sp.vocab_size())
     silent = np.array([sp.is_control(i) or sp.is_unknown(i) or sp.is_unused(i) for i in ids])
     pieces = ["?" if sp.is_byte(i) else sp.id_to_piece(i) for i in ids]
+    length = np.array([len(piece.replace("▁", " ").encode()) for piece in pieces], np.int16) * ~silent
     spaced = np.array([piece.startswith("▁") for piece in pieces]) & ~silent
-    length = np.array([len(piece.removeprefix("▁").encode()) for piece in pieces], np.int16) * ~silent
+    # Whether the tokenizer puts a space in front of a text (its dummy prefix) is a field of the model file that
+    # sentencepiece does not show. But its decoder shows it: it then takes one space from a text's first piece. It does
+    # so, too, for tokenizers that drop extra spaces, such as the challenge's, where no text begins with one.
+    probe = int(spaced.argmax())
+    dropped = spaced & (sp.decode([probe]) != pieces[probe].replace("▁", " "))
     before, target = tokens[:-1], tokens[1:]
-    return length[target] + (spaced[target] & ~silent[before])
+    return length[target] - (dropped[target] & silent[before])
 
 
-def find_documents(tokens: np.ndarray):
+def decoded_bytes(sp, documents: list[np.ndarray]) -> list[int]:
+    """UTF-8 bytes that each document's tokens after its first add to the text, found by SentencePiece's own decoder:
+    the judge of target_bytes, with which it shares nothing."""
+    ids = range(sp.vocab_size())
+    control = np.array([sp.is_control(i) for i in ids])
+    byte = np.array([sp.is_byte(i) for i in ids])
+    letter = next((i for i in ids if byte[i] and sp.id_to_piece(i) == "<0x41>"), 0)
+
+    def decode(tokens):
+        # What stands between two control tokens was encoded as a text of its own. The decoder has to be given it alone,
+        # for it takes the tokenizer's own space only from the very first piece that it is given.
+        texts = np.split(tokens, np.flatnonzero(control[tokens]))
+        return "".join(sp.decode(text.tolist()) for text in texts)
+
+    def length(tokens):
+        text = decode(tokens)
+        if "\ufffd" in text:
+            # Bytes that form no character, such as the half of one where a document was cut, decode to U+FFFD each,
+            # whose 3 bytes nobody wrote. A letter in the place of every byte is as long as the bytes are.
+            text = decode(np.where(byte[tokens], letter, tokens))
+        # Where the tokenizer has no piece for a space, it spells U+2581 by three byte pieces; one space it remains.
+        return len(text.replace("▁", " ").encode())
+
+    return [length(tokens) - length(tokens[:1]) for tokens in documents]
+
+
+def compare_bytes(sp, tokens: np.ndarray, bytes_: np.ndarray, starts: np.ndarray, lengths: np.ndarray):
+    """Raises UserError at the first document whose counted bytes are not those of its decoded text: a score in bits per
+    byte of that text would be wrong."""
+    documents = [tokens[start : start + n + 1] for start, n in zip(starts, lengths, strict=True)]
+    for i, decoded in enumerate(decoded_bytes(sp, documents)):
+        counted = int(bytes_[starts[i] : starts[i] + lengths[i]].sum())
+        if counted != decoded:
+            unknown = sum(map(sp.is_unknown, documents[i].tolist()))
+            what = f"validation document {i} counts {counted} bytes, but its decoded text has {decoded}"
+            what += f" and {unknown} unknown pieces" * (unknown > 0)
+            raise UserError(f"{what} — make the shards with a tokenizer that gives texts back, as data/text.py does")
+
+
+def find_documents(tokens: np.ndarray, bos: int = BOS):
     """Start of each document and its number of targets, (documents,) int64 each: from its BOS to the next one
-    inclusive, or to the end. Tokens before the first BOS are one, too."""
-    starts = np.union1d([0], np.flatnonzero(tokens[:-1] == BOS))
+    inclusive, or to the end. Tokens before the first BOS are one, too, and so are all where BOS is -1, none."""
+    starts = np.union1d([0], np.flatnonzero(tokens[:-1] == bos))
     return starts, np.diff(starts, append=len(tokens) - 1)
 
 
@@ -881,15 +920,21 @@ def load_validation(run):
     s = run.s
     sp = load_tokenizer(s.tokenizer_path, s.vocab_size)
     tokens = np.concatenate(open_shards("val", run))
-    starts, lengths = find_documents(tokens)
+    starts, lengths = find_documents(tokens, sp.bos_id())
+    if len(starts) == 1 and tokens[0] != sp.bos_id() and run.ranks.rank == 0:
+        say(f"warning: no document in {s.data_path} begins with BOS, so that all its text is one")
     if s.val_docs > len(starts):
         raise UserError(f"VAL_DOCS={s.val_docs} but {s.data_path} has {len(starts)} — set VAL_DOCS to at most that")
     if s.val_docs:
-        tokens = tokens[: starts[s.val_docs - 1] + lengths[s.val_docs - 1] + 1]
+        starts, lengths = starts[: s.val_docs], lengths[: s.val_docs]
+        tokens = tokens[: starts[-1] + lengths[-1] + 1]
     bytes_ = target_bytes(sp, tokens)
     if not bytes_.any():
         raise UserError(f"the validation set in {s.data_path} has no target with text — fetch or make it again")
-    stream = Stream(tokens, bytes_, run.device)
+    # A document that reaches beyond what is compared is compared as far as it goes.
+    compared = tokens[:COMPARED_TOKENS]
+    compare_bytes(sp, compared, bytes_, *(x[:COMPARED_DOCUMENTS] for x in find_documents(compared, sp.bos_id())))
+    stream = Stream(tokens, bytes_, run.device, (starts, lengths))
     stream.tokenizer = hashlib.sha256(Path(s.tokenizer_path).read_bytes()).hexdigest()
     return stream
 
@@ -948,46 +993,114 @@ def apply_rotary(x, cos, sin):
     return torch.cat((x1 * cos + x2 * sin, x2 * cos - x1 * sin), dim=-1)
 
 
+def compute_dtype(capability: tuple | None) -> torch.dtype:
+    """What the model computes in: bf16 on a GPU that multiplies it (compute capability 8.0 and above), else float32.
+    None is a CPU. Raises UserError for a GPU that neither Triton nor PyTorch's kernels support any more."""
+    if capability is None:
+        return torch.float32
+    if capability < (7, 0):
+        what = f"this GPU has compute capability {capability[0]}.{capability[1]}, below 7.0"
+        raise UserError(f"{what} — use a newer one, or set DEVICE=cpu")
+    return torch.bfloat16 if capability >= (8, 0) else torch.float32
+
+
+def attention_backend(capability: tuple | None, head_dim: int, dtype: torch.dtype, built=True) -> str:
+    """`flash`: PyTorch's flash kernels, where GPU (None: a CPU), head width and dtype allow and they are `built`;
+    `plain` elsewhere. cuDNN's kernels are never asked: nothing here has compared them."""
+    if capability is None:
+        return "flash"
+    fits = capability >= (8, 0) and dtype != torch.float32 and head_dim % 8 == 0 and head_dim <= 256
+    return "flash" if fits and built else "plain"
+
+
 def flash(q, k, v, causal: bool):
-    """Output (B, heads, T, head_dim), log-sum-exp (B, heads, T) and what the kernel's backward asks for besides."""
+    """Output (B, heads, T, head_dim), log-sum-exp (B, heads, T) and what flash_backward() asks for besides. PyTorch's
+    own operators below F.scaled_dot_product_attention, which hides the log-sum-exp and chooses the backend itself."""
     if not q.is_cuda:
         return *torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, causal), (0.0, causal)
     y, lse, *rest, seed, offset, _ = torch.ops.aten._scaled_dot_product_flash_attention(q, k, v, 0.0, causal)
     return y, lse, (*rest, 0.0, causal, seed, offset)
 
 
+def flash_backward(gradient, q, k, v, y, lse, rest):
+    """Gradients of q, k and v, where y and lse may be those of a softmax over more keys."""
+    name = "_scaled_dot_product_flash_attention" + ("" if q.is_cuda else "_for_cpu") + "_backward"
+    return getattr(torch.ops.aten, name)(gradient, q, k, v, y, lse, *rest)
+
+
+def grouped(x: Tensor, kv_heads: int) -> Tensor:
+    """(B, heads, T, …) as (B, kv heads, heads / kv heads * T, …): the query heads of a key head as rows of one."""
+    return x.reshape(x.size(0), kv_heads, -1, *x.shape[3:])
+
+
+def plain_scores(q: Tensor, k: Tensor, causal: bool) -> Tensor:
+    """Scaled products of queries (B, heads, T, head_dim) and keys (B, kv heads, S, head_dim), grouped, float32 at
+    least, -inf where a query (causal: S = T) does not see a key."""
+    wide = torch.promote_types(q.dtype, torch.float32)
+    scores = grouped(q.to(wide) * q.size(-1) ** -0.5, k.size(1)) @ k.to(wide).mT
+    if not causal:
+        return scores
+    hidden = torch.ones(k.size(2), k.size(2), dtype=torch.bool, device=q.device).triu(1)
+    return scores.masked_fill(hidden.repeat(q.size(1) // k.size(1), 1), -math.inf)
+
+
+def plain(q, k, v, causal: bool):
+    """As flash(), written out."""
+    scores = plain_scores(q, k, causal)
+    lse = scores.logsumexp(-1, keepdim=True)
+    y = (scores - lse).exp() @ v.to(scores.dtype)
+    return y.view(q.shape).to(q.dtype), lse.view(q.shape[:3]), (causal,)
+
+
+def plain_backward(gradient, q, k, v, y, lse, rest):
+    """As flash_backward(): scores are computed again, so nothing large is kept."""
+    scores = plain_scores(q, k, *rest)
+    wide = scores.dtype
+    part, dy, y = (grouped(x.to(wide), k.size(1)) for x in (q, gradient, y))
+    p = (scores - grouped(lse, k.size(1))[..., None]).exp()
+    ds = p * (dy @ v.to(wide).mT - (dy * y).sum(-1, keepdim=True)) * q.size(-1) ** -0.5
+    dq = (ds @ k.to(wide)).view(q.shape)
+    return dq.to(q.dtype), (ds.mT @ part).to(k.dtype), (p.mT @ dy).to(v.dtype)
+
+
+KERNELS = {"flash": (flash, flash_backward), "plain": (plain, plain_backward)}
+
+
 class ContextAttention(torch.autograd.Function):
     """Causal attention of q (B, heads, T, head_dim) to k and v (B, kv heads, T, head_dim) and to all of a frozen
-    context before them, keys and values (B, kv heads, C, head_dim).
+    context before them, keys and values (B, kv heads, C, head_dim) or None, by a backend's kernels.
 
     Two kernels, one softmax: outputs over disjoint keys are averaged by their shares of the sum of exponentials, and
     each kernel's backward, given the joint output and log-sum-exp, yields its part of the gradient. Towards the context
     there is no mask, so the query heads of a key head are rows of one head: nothing is expanded to `heads` keys."""
 
     @staticmethod
-    def forward(ctx, q, k, v, keys, values):
-        near, lse, ctx.near = flash(q, k, v, True)
-        far, far_lse, ctx.far = flash(q.reshape(*keys.shape[:2], -1, q.size(3)), keys, values, False)
+    def forward(ctx, q, k, v, keys, values, backend):
+        kernel, ctx.kernel_backward = KERNELS[backend]
+        y, lse, ctx.near = kernel(q, k, v, True)
+        ctx.context = keys, values  # autograd would take the next chunk's entry into the cache for a change of these
+        if keys is None:
+            ctx.save_for_backward(q, k, v, y, lse)
+            return y
+        far, far_lse, ctx.far = kernel(grouped(q, keys.size(1)), keys, values, False)
         far_lse = far_lse.reshape(lse.shape)
         lse = torch.logaddexp(lse, far_lse)
-        y = near.lerp(far.reshape(q.shape), (far_lse - lse).exp().to(q.dtype)[..., None])
+        y = y.lerp(far.reshape(q.shape), (far_lse - lse).exp().to(q.dtype)[..., None])
         ctx.save_for_backward(q, k, v, y, lse)
-        ctx.context = keys, values  # autograd would take the next chunk's entry into the cache for a change of these
         return y
 
     @staticmethod
     def backward(ctx, gradient):
         q, k, v, y, lse = ctx.saved_tensors
-        name = "_scaled_dot_product_flash_attention" + ("" if q.is_cuda else "_for_cpu") + "_backward"
-        kernel = getattr(torch.ops.aten, name)
-        rows = *ctx.context[0].shape[:2], -1
-        near, dk, dv = kernel(gradient, q, k, v, y, lse, *ctx.near)
-        gradient, joint, y = (x.reshape(*rows, x.size(3)) for x in (gradient, q, y))
-        far, _, _ = kernel(gradient, joint, *ctx.context, y, lse.reshape(rows), *ctx.far)
-        return near + far.reshape(q.shape), dk, dv, None, None
+        near, dk, dv = ctx.kernel_backward(gradient, q, k, v, y, lse, ctx.near)
+        if ctx.context[0] is None:
+            return near, dk, dv, None, None, None
+        gradient, joint, y, lse = (grouped(x, k.size(1)) for x in (gradient, q, y, lse))
+        far, _, _ = ctx.kernel_backward(gradient, joint, *ctx.context, y, lse, ctx.far)
+        return near + far.reshape(q.shape), dk, dv, None, None, None
 
 
-def attend(q, k, v, kv):
+def attend(q, k, v, kv, backend="flash"):
     """Causal attention, after the context in kv (B, 2, kv heads, context + T, head_dim) if given, whose last T entries
     k and v become."""
     if kv is not None:
@@ -995,8 +1108,10 @@ def attend(q, k, v, kv):
         kv[:, 0, :, context:] = k.detach()
         kv[:, 1, :, context:] = v.detach()
         if context:
-            return ContextAttention.apply(q, k, v, kv[:, 0, :, :context], kv[:, 1, :, :context])
-    return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+            return ContextAttention.apply(q, k, v, kv[:, 0, :, :context], kv[:, 1, :, :context], backend)
+    if backend == "flash":  # the operator knows its own backward
+        return flash(q, k, v, True)[0]
+    return ContextAttention.apply(q, k, v, None, None, backend)
 
 
 class Linear(nn.Linear):
@@ -1049,8 +1164,9 @@ class MLP(nn.Module):
 class Block(nn.Module):
     """A learned mix of x with the first layer's input x0, attention, MLP; before() and after() are compiled each."""
 
-    def __init__(self, s):
+    def __init__(self, s, attention):
         super().__init__()
+        self.attention = attention  # the backend
         self.attn = Attention(s)
         self.mlp = MLP(s)
         self.attn_scale = nn.Parameter(torch.ones(s.model_dim))
@@ -1070,7 +1186,7 @@ class Block(nn.Module):
 
     def forward(self, x, x0, rope, lora, kv):
         x, qkv = self.before(x, x0, rope, lora)
-        return self.after(x, attend(*qkv, kv), lora)
+        return self.after(x, attend(*qkv, kv, self.attention), lora)
 
 
 class BigramHash(nn.Module):
@@ -1103,11 +1219,11 @@ class SmearGate(nn.Module):
 
 
 class GPT(nn.Module):
-    """The model, with float32 weights; its stream is of `dtype`."""
+    """The model, with float32 weights; its stream is of `dtype`, its attention by one of KERNELS."""
 
     LEAD = 2  # tokens before a chunk that its first depends on: SmearGate's, and that one's bigram's
 
-    def __init__(self, s, dtype=torch.float32):
+    def __init__(self, s, dtype=torch.float32, attention="flash"):
         super().__init__()
         self.softcap = s.logit_softcap
         self.rope_base = s.rope_base
@@ -1117,7 +1233,7 @@ class GPT(nn.Module):
         self.smear = SmearGate(s)
         self.encoders = s.num_layers // 2
         self.skip_weights = nn.Parameter(torch.ones(self.encoders, s.model_dim))
-        self.blocks = nn.ModuleList(Block(s) for _ in range(s.num_layers))
+        self.blocks = nn.ModuleList(Block(s, attention) for _ in range(s.num_layers))
         if not s.tie_embeddings:
             self.lm_head = Linear(s.model_dim, s.vocab_size)
         self.init_weights(s)
@@ -1198,9 +1314,9 @@ def recipe(name, s):
     return "adam", s.scalar_lr, s.weight_decay
 
 
-def newton_schulz(g, steps: int = 5):
+def newton_schulz(g, steps: int = 5, dtype=torch.bfloat16):
     """Nearest semi-orthogonal matrices of a stack (n, rows, cols), roughly, in bf16 (K. Jordan's Muon, 2024)."""
-    x = g.bfloat16()
+    x = g.to(dtype)
     tall = x.size(-2) > x.size(-1)
     if tall:
         x = x.mT
@@ -1220,6 +1336,14 @@ def adam_(p, g, m, v, step, lr, betas: tuple, eps: float, decay=0.0):
     p.mul_(1 - lr * decay).sub_(lr * direction)
 
 
+def adam_where_(good, p, g, m, v, *recipe):
+    """adam_() where `good`, () bool; elsewhere nothing changes. Compiled, one kernel without copies."""
+    before = p.clone(), m.clone(), v.clone()
+    adam_(p, g, m, v, *recipe)
+    for now, old in zip((p, m, v), before, strict=True):
+        now.copy_(torch.where(good, now, old))
+
+
 class Group(NamedTuple):
     """Parameters of one recipe that lie together in the flat buffers."""
 
@@ -1231,7 +1355,8 @@ class Group(NamedTuple):
 
 
 class Optimizer:
-    """Flat float32 buffers: weights, gradients, `m` first moments, `v` Adam's second, (n,) each."""
+    """Flat float32 buffers: weights, gradients, `m` first moments, `v` Adam's second, (n,) each. `skipped` (2,) int64
+    counts the steps that a gradient norm which is not finite has cost: in all, and in a row up to now."""
 
     def __init__(self, model, run):
         self.run = run
@@ -1255,23 +1380,29 @@ class Optimizer:
             self.weights[span].copy_(p.detach().flatten())
             p.data = self.weights[span].view(p.shape)
             p.grad = self.grads[span].view(p.shape)
-        self.state = dict(weights=self.weights, m=self.m, v=self.v)
+        self.skipped = torch.zeros(2, dtype=torch.int64, device=run.device)
+        self.state = dict(weights=self.weights, m=self.m, v=self.v, skipped=self.skipped)
         self.newton_schulz = run.compiled(newton_schulz)
-        self.adam_ = run.compiled(adam_)
+        self.adam_where_ = run.compiled(adam_where_)
 
     def step(self, step, multiplier):
-        """Returns the gradients' norm before clipping."""
+        """Returns the gradients' norm before clipping. If that is not finite, weights and moments stay as they are and
+        the step is counted in `skipped`: decided on the device, which the host need not wait for."""
         s = self.run.s
         gradient_norm = self.run.ranks.sum(self.grads).norm()
+        good = gradient_norm < math.inf  # nor is NaN
+        self.skipped += ~good
+        self.skipped[1:].mul_(~good)
         if s.grad_clip_norm:
             self.grads.mul_((s.grad_clip_norm / (gradient_norm + 1e-6)).clamp_max(1.0))
-        self.muon_step(step, multiplier)
+        self.grads.masked_fill_(~good, 0.0)  # what is multiplied by 0 below must be finite
+        self.muon_step(step, multiplier, good)
         for group in self.groups:
             if group.method == "adam":  # full(): a copy from the host would wait
                 count = torch.full((), step + 1.0, device=self.run.device)
                 lr = torch.full((), group.lr * multiplier, device=self.run.device)
                 buffers = (x[group.span] for x in (self.weights, self.grads, self.m, self.v))
-                self.adam_(*buffers, count, lr, (s.beta1, s.beta2), s.adam_eps, group.decay)
+                self.adam_where_(good, *buffers, count, lr, (s.beta1, s.beta2), s.adam_eps, group.decay)
         self.grads.zero_()
         return gradient_norm
 
@@ -1281,26 +1412,30 @@ class Optimizer:
         warm = min(step / s.muon_momentum_warmup_steps, 1.0) if s.muon_momentum_warmup_steps else 1.0
         return s.muon_momentum_warmup_start + warm * (s.muon_momentum - s.muon_momentum_warmup_start)
 
-    def muon_step(self, step, multiplier):
-        """Each rank orthogonalises its share of each stack; a stack is gathered while the next one is computed."""
+    def muon_step(self, step, multiplier, good):
+        """Each rank orthogonalises its share of each stack; a stack is gathered while the next one is computed. Unless
+        `good`, () bool, the gradients are zero, and decay and update are multiplied away."""
         momentum = self.momentum(step)
-        pending = [(group, *self.begin_update(group, momentum)) for group in self.groups if group.method == "muon"]
+        kept = torch.where(good, momentum, 1.0)
+        muon = [group for group in self.groups if group.method == "muon"]
+        pending = [(group, *self.begin_update(group, momentum, kept)) for group in muon]
         for group, update, gathering in pending:
             if gathering:
                 gathering.wait()
             n, rows, cols = group.shape
             lr = group.lr * multiplier
-            weights = self.weights[group.span].mul_(1 - lr * group.decay)
-            weights.sub_(update[:n].flatten().float(), alpha=lr * max(1, rows / cols) ** 0.5)
+            weights = self.weights[group.span].mul_(torch.where(good, 1 - lr * group.decay, 1.0))
+            weights.sub_(update[:n].flatten().float().mul_(good), alpha=lr * max(1, rows / cols) ** 0.5)
 
-    def begin_update(self, group: Group, momentum):
+    def begin_update(self, group: Group, momentum: float, kept: Tensor):
         """The orthogonal update of a stack, padded to equal shares, and the work that still gathers it, if any."""
         world = self.run.ranks.world
         g = self.grads[group.span]
-        g.add_(self.m[group.span].mul_(momentum).add_(g), alpha=momentum)  # Nesterov's
+        g.add_(self.m[group.span].mul_(kept).add_(g), alpha=momentum)  # Nesterov's
         share = ceil_div(group.shape[0], world)
         padded = F.pad(g.view(group.shape), (0, 0, 0, 0, 0, share * world - group.shape[0]))
-        mine = self.newton_schulz(padded.split(share)[self.run.ranks.rank], self.run.s.muon_backend_steps)
+        dtype = self.run.dtype if self.run.cuda else torch.bfloat16  # float32 where a GPU does not multiply bf16
+        mine = self.newton_schulz(padded.split(share)[self.run.ranks.rank], self.run.s.muon_backend_steps, dtype)
         if world == 1:
             return mine, None
         update = mine.new_empty(padded.shape)
@@ -1367,7 +1502,7 @@ class Trainer:
     def __init__(self, shards: list[np.ndarray], data: str, run: Run):
         self.run = run
         torch.manual_seed(run.s.seed)
-        self.model = GPT(run.s, run.dtype).to(run.device)
+        self.model = GPT(run.s, run.dtype, run.attention).to(run.device)
         self.forward = run.compiled(self.model, dynamic=False)
         self.optimizer = Optimizer(self.model, run)
         self.loader = BatchLoader(shards, run)
@@ -1378,7 +1513,7 @@ class Trainer:
         self.elapsed = self.calibration = 0.0  # seconds, the latter's after the former's
         self.finished = False
         self.schedule = run.s  # its seconds without calibration's
-        self.norms = []  # of gradients, (step, multiplier, norm), still unchecked
+        self.reported = 0  # skipped steps
         self.unsaved = ""  # why the last checkpoint could not be written
         path = run.folder / "checkpoint.pt"
         self.resumed = run.s.resume and run.ranks.from_first(path.exists)
@@ -1410,10 +1545,7 @@ class Trainer:
         return ""
 
     def save(self, run: Run):
-        """Keep a checkpoint, or in `unsaved` why not. Raises UserError if a number is not finite."""
-        self.check_norms()
-        if not self.optimizer.weights.isfinite().all():
-            raise UserError(f"weights not finite after step {self.step} — lower the learning rates or raise ADAM_EPS")
+        """Keep a checkpoint, or in `unsaved` why not."""
         self.unsaved = run.ranks.from_first(self.try_to_save, run)
 
     def resume(self, path: Path):
@@ -1450,7 +1582,14 @@ class Trainer:
         """For log and result.json."""
         peak = torch.cuda.max_memory_allocated() if self.run.cuda else None
         seconds = dict(seconds=self.elapsed, calibration=self.calibration)
-        return dict(steps=self.step, **seconds, averaged=self.averaged, resumed=self.resumed, peak_memory=peak)
+        return dict(
+            steps=self.step,
+            **seconds,
+            averaged=self.averaged,
+            resumed=self.resumed,
+            peak_memory=peak,
+            skipped=self.reported,
+        )
 
     def warm_up(self):
         """WARMUP_STEPS steps, at least one, undone: everything is compiled."""
@@ -1458,7 +1597,6 @@ class Trainer:
         steps = max(self.run.s.warmup_steps, 1)
         for _ in range(steps):
             self.train_step()
-        self.norms.clear()
         self.restore(before)
         self.run.log(f"warmup_step:{steps}/{steps}")
 
@@ -1504,7 +1642,7 @@ class Trainer:
             if self.over() or (s.val_loss_every and self.step % s.val_loss_every == 0):
                 run.wait()
                 paused = time.perf_counter()
-                self.check_norms()
+                self.check_skipped()
                 self.report(evaluate_standard(self.forward, stream, run))
                 began += time.perf_counter() - paused
             if self.over():
@@ -1514,7 +1652,7 @@ class Trainer:
             self.elapsed, signalled = run.ranks.max([elapsed, float(run.ranks.signal)]).tolist()
             run.tick()
             if self.step <= 10 or self.step % s.train_log_every == 0 or self.over():
-                self.check_norms()
+                self.check_skipped()
                 self.report(f"train_loss:{run.ranks.sum(loss).item():.8f}")
             if signalled or (s.checkpoint_every and self.step % s.checkpoint_every == 0):
                 self.save(run)
@@ -1522,8 +1660,8 @@ class Trainer:
                     run.log(f"note: no checkpoint of step {self.step}: {self.unsaved}")
             if signalled:
                 kept = self.unsaved or f"its checkpoint is in {run.folder}"
-                stopped = f"stopped by {signal.Signals(int(signalled)).name} after step {self.step}; {kept}"
-                raise Interrupted(128 + int(signalled), stopped)
+                name = signal.Signals(int(signalled)).name
+                raise Interrupted(128 + int(signalled), f"stopped by {name} after step {self.step}; {kept}")
         run.ranks.waits_for_step = False
         return self.finish()
 
@@ -1538,8 +1676,7 @@ class Trainer:
         multiplier = lr_multiplier(self.step, self.elapsed, self.schedule)
         batch = self.loader.batch(self.step)
         loss = forward_backward(self.forward, batch, 1 / (len(batch) * self.run.ranks.world))
-        gradient_norm = self.optimizer.step(self.step, multiplier)
-        self.norms.append((self.step, multiplier, gradient_norm))
+        self.optimizer.step(self.step, multiplier)
         self.step += 1
         if s.swa_enabled and multiplier < s.swa_start_frac and self.step % s.swa_every == 0:
             self.average.add_(self.optimizer.weights)
@@ -1547,16 +1684,16 @@ class Trainer:
         self.run.wait_one_behind()
         return loss
 
-    def check_norms(self):
-        """Raises UserError at the first new norm that is not finite."""
-        norms, self.norms = self.norms, []
-        if not norms or torch.stack([row[2] for row in norms]).isfinite().all():
-            return
-        for step, multiplier, gradient_norm in norms:
-            if not gradient_norm.isfinite():
-                where = f"lr multiplier {multiplier:.4f}, batch from token {step * self.run.s.train_batch_tokens}"
-                what = f"gradient norm {gradient_norm.item()} at step {step} ({where})"
-                raise UserError(f"{what} — lower the learning rates, or RESUME=1 from the last checkpoint")
+    def check_skipped(self):
+        """Report steps that changed nothing. Raises UserError after ten in a row."""
+        skipped, in_a_row = self.optimizer.skipped.tolist()
+        if skipped > self.reported:
+            last = f"batch from token {(self.step - 1) * self.run.s.train_batch_tokens}"
+            self.run.log(f"note: {skipped} steps by {self.step} ({last}) had no finite gradient and changed nothing")
+            self.reported = skipped
+        if in_a_row >= 10:
+            what = f"{in_a_row} steps in a row, up to {self.step}, had no finite gradient"
+            raise UserError(f"{what} — lower the learning rates, or RESUME=1 from the last checkpoint")
 
     def finish(self):
         """Average the samples and calibrate; a checkpoint that is finished needs only the latter."""
@@ -2382,12 +2519,15 @@ def score_documents(model, stream, scores: Scores, deadline: float, run: Run) ->
     for label, lacking in missing.items():
         began = time.perf_counter()
         todo = [documents for documents in batches if lacking[documents].any()]
+        done = np.cumsum([batch_cost(stream.lengths[documents], run.s, 0) for documents in todo])
         for number, documents in run.ranks.queue(todo):
             if label != "no_adaptation" and time.perf_counter() >= deadline:
                 break
             batch.load(documents)
             score_batch(label, batch, scores, deadline)
-            run.log(f"{label}: batch {number} of {len(todo)} after {time.perf_counter() - began:.1f}s")
+            spent = time.perf_counter() - began
+            left = spent * (done[-1] / done[number - 1] - 1)
+            run.log(f"{label}: batch {number} of {len(todo)} after {spent:.0f}s, about {left:.0f}s left")
         seconds[label] = time.perf_counter() - began
     scores.merge()
     return seconds
@@ -2436,9 +2576,7 @@ def by_position(nll: dict[str, np.ndarray], stream) -> dict[str, np.ndarray]:
     """Sums over spans of the document that end at 64, 128, 256 and so on: `figures` (F,) names, `nll` (F, S) in nats,
     `targets`, `bytes` and `ends` (S,)."""
     longest = int(stream.lengths.max())
-    ends = [64]
-    while ends[-1] < longest:
-        ends.append(2 * ends[-1])
+    ends = 64 << np.arange(max(1, math.ceil(math.log2(longest / 64)) + 1))
     sums = np.zeros((len(nll) + 2, len(ends)))
     bytes_ = stream.bytes.cpu().numpy()
     for first in range(0, len(stream.lengths), 1024):  # some documents at a time: their positions take memory
@@ -2446,74 +2584,74 @@ def by_position(nll: dict[str, np.ndarray], stream) -> dict[str, np.ndarray]:
         targets = slice(starts[0], starts[-1] + lengths[-1])
         position = np.arange(targets.start, targets.stop) - np.repeat(starts, lengths)
         span = np.searchsorted(ends, position, side="right")
-        for total, values in zip(sums, (*nll.values(), None, bytes_), strict=True):
-            total += np.bincount(span, None if values is None else values[targets], len(ends))
-    ends[-1] = min(ends[-1], longest)
-    return dict(figures=np.array(list(nll)), nll=sums[:-2], targets=sums[-2], bytes=sums[-1], ends=np.array(ends))
+        for total, values in zip(sums, (*nll.values(), np.ones_like(bytes_), bytes_), strict=False):
+            total += np.bincount(span, values[targets], len(ends))
+    return dict(figures=[*nll], nll=sums[:-2], targets=sums[-2], bytes=sums[-1], ends=np.minimum(ends, longest))
 
 
 def report_documents(scores: Scores, seconds: dict[str, float], began: float, run: Run) -> tuple[dict, Score]:
-    """Figures from the merged table, and the Score: logged and kept by document and by position. On the first rank."""
+    """Figures and the Score from the merged table: logged, and kept by document and by position. On the first rank."""
     s, stream = run.s, scores.stream
     plain, adapted = scores.targets
-    if (plain == UNSCORED).any():
-        raise RuntimeError(f"{scores.missing(PLAIN).sum()} documents were not scored")
     nll = np.stack([scores.of_documents(plain), scores.of_documents(adapted), *scores.epochs[1:]])
     lacking = nll == UNSCORED
-    nll = np.where(lacking, nll[0], nll)
-    targets = dict(no_adaptation=plain)
-    targets["epoch_1" if s.ttt_protocol == "replay" else "single_pass"] = np.where(
-        np.repeat(lacking[1], stream.lengths), plain, adapted
-    )
-    mixed = None
-    if s.ttt_mixture:
-        known = np.where(adapted == UNSCORED, plain, adapted)  # where the deadline cut off, p0 mixes with itself
-        targets["mixture"] = mixture(plain, known, stream.starts, stream.lengths, s.ttt_mixture_share)
-        mixed = scores.of_documents(targets["mixture"])
-    account = dict(documents=len(stream.lengths)) | time_spent(began, run)
-    account |= dict(passes=seconds)
-    if len(scores.epochs):
-        again = scores.epochs[0] != UNSCORED
-        account["epoch_1_again"] = float(np.abs(scores.epochs[0] - nll[1])[again].max(initial=0.0))
-    figures, score = describe_figures(nll, lacking, mixed, account, stream, run)
+    if lacking[0].any():
+        raise RuntimeError(f"{lacking[0].sum()} documents were not scored")
+    nll = np.where(lacking, nll[0], nll)  # nothing is dropped
+    name = "epoch_1" if s.ttt_protocol == "replay" else "single_pass"
+    targets = {"no_adaptation": plain, name: np.where(np.repeat(lacking[1], stream.lengths), plain, adapted)}
     arrays = dict(index=np.arange(nll.shape[1]), targets=stream.lengths, bytes=stream.document_bytes)
     arrays |= dict(nll_no_adaptation=nll[0], nll_per_epoch=nll[1:], figures_finished=(~lacking[1:]).sum(0))
     if s.ttt_mixture:
-        arrays["nll_mixture"] = mixed
+        known = np.where(adapted == UNSCORED, plain, adapted)  # where the deadline cut off, p0 mixes with itself
+        targets["mixture"] = mixture(plain, known, stream.starts, stream.lengths, s.ttt_mixture_share)
+        arrays["nll_mixture"] = scores.of_documents(targets["mixture"])
+    account = dict(documents=len(stream.lengths)) | time_spent(began, run) | dict(passes=seconds)
+    if len(scores.epochs):
+        again = scores.epochs[0] != UNSCORED
+        account["epoch_1_again"] = float(np.abs(scores.epochs[0] - nll[1])[again].max(initial=0.0))
     run.write("ttt_documents.npz", npz(arrays))
     run.write("ttt_positions.npz", npz(by_position(targets, stream)))
-    return figures, score
+    return label_figures(nll, lacking, arrays.get("nll_mixture"), account, stream, run)
 
 
-def describe_figures(nll, lacking, mixed, account: dict, stream, run: Run) -> tuple[dict, Score]:
-    """Log each figure and label it for what it is; result.json's account of them, and the Score."""
+def label_figures(nll, lacking, mixed, account: dict, stream, run: Run) -> tuple[dict, Score]:
+    """Log every figure, labelled for what it is; the account of them for result.json, and the Score. `nll` and `lacking`
+    (1 + figures, documents), `mixed` (documents,) or None."""
     s = run.s
     counts = stream.target_count, stream.byte_count
     plain, *scores = (Score(float(row.sum()), *counts) for row in nll)
+    first, last = scores[0], scores[-1]
+    passes = account["passes"]
     run.log(f"no_adaptation {plain}")
     curve = []
     for epoch, score in enumerate(scores, 1):
         reading = dict(backward_looking=epoch == 1, lacking=int(lacking[epoch].sum()), epoch=epoch)
         reading["not_finite"] = int((~np.isfinite(nll[epoch])).sum())
-        seconds = account["passes"]["score" if epoch == 1 else "replay"]
+        seconds = passes["score" if epoch == 1 else "replay"]
         curve.append(score.figure(f"ttt_{s.ttt_protocol}", s.ttt_context, seconds, **reading))
         if s.ttt_protocol == "replay":
-            run.log(f"ttt_epoch:{epoch}/{s.ttt_n_epochs} {score}")
+            told = epoch in (1, len(scores)) or epoch % 10 == 0
+            run.log(f"ttt_epoch:{epoch}/{s.ttt_n_epochs} {score}", console=told)
     if epoch > 1:
         run.log(f"note: only epoch 1 is backward-looking, a valid score; {epoch} has seen its text {epoch - 1} times")
-    figures = account | dict(no_adaptation=plain.figure("no_adaptation", "cached", account["passes"]["no_adaptation"]))
+    figures = account | dict(no_adaptation=plain.figure("no_adaptation", "cached", passes["no_adaptation"]))
     figures |= dict(backward_looking=curve[0], last_epoch=curve[-1], curve=curve, score="backward_looking")
+    score = first
     if mixed is not None:
-        parts = f"no_adaptation:{plain.bpb:.8f} {s.ttt_protocol}:{scores[0].bpb:.8f}"
-        mixed = Score(float(mixed.sum()), *counts)
-        run.log(f"mixture {mixed} of {parts}")
+        score = Score(float(mixed.sum()), *counts)
+        run.log(f"mixture {score} no_adaptation:{plain.bpb:.8f} {s.ttt_protocol}:{first.bpb:.8f}")
         reading = dict(lacking=curve[0]["lacking"], share=s.ttt_mixture_share)
-        figures["mixture"] = mixed.figure("mixture", s.ttt_context, curve[0]["seconds"], **reading)
+        figures["mixture"] = score.figure("mixture", s.ttt_context, curve[0]["seconds"], **reading)
         figures["score"] = "mixture"
-    run.log(f"ttt {pairs(account)} first_lacks:{curve[0]['lacking']} last_lacks:{curve[-1]['lacking']}")
-    bpb = f"backward_looking_val_bpb:{scores[0].bpb:.8f} last_epoch_val_bpb:{scores[-1].bpb:.8f}"
+    lacks = curve[0]["lacking"], curve[-1]["lacking"]
+    run.log(f"ttt {pairs(account)} first_lacks:{lacks[0]} last_lacks:{lacks[1]}")
+    if any(lacks):
+        what = f"{lacks[0]} documents lack the score and {lacks[1]} the last epoch, and count without adaptation there"
+        run.log(f"note: EVAL_MAX_SECONDS={s.eval_max_seconds:g} ran out: {what}; raise it, or 0 for no limit")
+    bpb = f"backward_looking_val_bpb:{first.bpb:.8f} last_epoch_val_bpb:{last.bpb:.8f}"
     run.log(f"final_ttt_exact protocol:{s.ttt_protocol} context:{s.ttt_context} {bpb}")
-    return figures, mixed or scores[0]
+    return figures, score
 
 
 def evaluate_documents(model, stream, run: Run, tag: str, began: float) -> tuple[dict, Score, Scores]:
@@ -2565,7 +2703,7 @@ def read_weights(path: Path, run: Run) -> Weights:
 def scoring_model(run: Run) -> GPT:
     """Frozen, its weights still to be loaded."""
     with torch.device("meta"):
-        model = GPT(run.s, run.dtype)
+        model = GPT(run.s, run.dtype, run.attention)
     model.to_empty(device=run.device).requires_grad_(False)
     for module in (model.bigram.proj, *model.blocks.modules()):
         if isinstance(module, Linear):
@@ -2606,7 +2744,7 @@ def evaluation_tag(weights: str, stream, run: Run) -> str:
     """Of all that the figures depend on, so not of ranks."""
     s = run.s
     scoring = [pair for pair in asdict(s).items() if pair[0].startswith(("ttt_", "eval_stride", "beta", "seed"))]
-    machine = str(run.dtype), run.compile, torch.__version__, 0 if s.ttt_enabled else s.train_seq_len
+    machine = str(run.dtype), run.attention, run.compile, torch.__version__, 0 if s.ttt_enabled else s.train_seq_len
     inputs = scoring, s.of(ModelSettings), machine, SOURCE_SHA256, weights, stream.fingerprint
     return hashlib.sha256(repr(inputs).encode()).hexdigest()[:12]
 
@@ -2745,11 +2883,6 @@ def npz(arrays: dict[str, np.ndarray]) -> bytes:
     return content.getvalue()
 
 
-def under_nohup() -> bool:
-    """Whether SIGHUP is to be ignored: not under torchrun, which passes it on and kills who does not end."""
-    return signal.getsignal(signal.SIGHUP) == signal.SIG_IGN and "TORCHELASTIC_RUN_ID" not in os.environ
-
-
 def main(ranks: Ranks) -> int:
     """Train, export and evaluate, or evaluate EVAL_ONLY's file. Returns the exit code."""
     if ranks.rank == 0:
@@ -2784,31 +2917,32 @@ def main(ranks: Ranks) -> int:
 
 
 def entry() -> int:
-    """Run main() and turn its exceptions into one line and an exit code, on all ranks."""
+    """Run main() and turn its exceptions into one line and an exit code, the same on all ranks."""
     ranks = Ranks()
     for name in ("SIGINT", "SIGTERM", "SIGHUP"):
-        if hasattr(signal, name) and not (name == "SIGHUP" and under_nohup()):
-            signal.signal(getattr(signal, name), ranks.on_signal)
+        # nohup's SIGHUP stays ignored, but not under torchrun, which passes it on and kills who does not end
+        number = getattr(signal, name, None)
+        if number and ("TORCHELASTIC_RUN_ID" in os.environ or signal.getsignal(number) != signal.SIG_IGN):
+            signal.signal(number, ranks.on_signal)
     try:
         ranks.join(os.environ)
         code = main(ranks)
         ranks.leave()
         return code
     except UserError as e:
-        code, line = 2, f"error: {e}"
-    except Interrupted as e:
-        code, line = e.code, e.line
+        return ranks.end(2, f"error: {e}")
     except OSError as e:
-        code, line = 2, f"error: {system_says(e)}"
+        return ranks.end(2, f"error: {system_says(e)}")
+    except Interrupted as e:
+        kept = ranks.how_to_go_on
+        return ranks.end(e.code, f"{e.line} — {kept and 'go on with: '}{kept or 'nothing had begun'}" if e.line else "")
     except RuntimeError as e:
-        code, line = 1, ""
-        if ranks.world > 1 and re.search("gloo|nccl|connection", str(e), re.I):
+        broken = ranks.world > 1 and re.search("gloo|nccl|connection", str(e), re.I)
+        if broken:
             time.sleep(2)  # the rank that broke a collective says why
-            line = "error: another rank is dead or out of reach"
         elif not ranks.ending:
             traceback.print_exc()
-    ranks.end(code, line)
-    return code
+        return ranks.end(1, "error: another rank is dead or out of reach" if broken else "")
 
 
 if __name__ == "__main__":

@@ -1,8 +1,9 @@
-"""What the tools of this folder share: errors, command lines, atomic files and folders, shards, and run folders."""
+"""What the tools of this folder share: consoles, errors, command lines, whole files and folders, shards, and runs."""
 
 import argparse
 import errno
 import hashlib
+import io
 import json
 import math
 import os
@@ -11,10 +12,10 @@ import shutil
 import signal
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TextIO
 
 import numpy as np
 
@@ -44,58 +45,192 @@ def number(kind: type, low: float, high: float = math.inf) -> Callable[[str], An
     return number
 
 
+class Console:
+    """A stream of text that ends nothing: characters that it has not are escaped, and one that is closed, gone or full
+    (`lost` says why) loses what is written."""
+
+    def __init__(self, stream: TextIO | None) -> None:
+        self.stream = stream or io.StringIO()  # None: the process was started without it
+        self.lost: Exception | None = None
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.stream, name)
+
+    def write(self, text: str) -> int:
+        encoding = self.stream.encoding or "utf-8"
+        self.attempt(self.stream.write, text.encode(encoding, "backslashreplace").decode(encoding))
+        self.flush()
+        return len(text)
+
+    def flush(self) -> None:
+        self.attempt(self.stream.flush)
+
+    def attempt(self, call: Callable, *arguments: str) -> None:
+        if self.lost:
+            return
+        try:
+            call(*arguments)
+        except (OSError, ValueError) as error:  # ValueError: the stream was closed
+            self.lost = error
+            with suppress(OSError, ValueError):  # what is still in the buffer must not fail when Python ends
+                os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
+
+
+def deliver(text: str) -> None:
+    """Prints what a tool was run for; OSError if it is lost, unless whoever read it has gone."""
+    print(text)
+    lost = getattr(sys.stdout, "lost", None)
+    if isinstance(lost, OSError) and lost.errno != errno.EPIPE:
+        lost.filename = "standard output"
+        raise lost
+
+
+# What to do about an error of the system, where its cause is certain.
+ADVICE = {
+    errno.ENOSPC: "free some space",
+    errno.EDQUOT: "free some space, or ask for a larger quota",
+    errno.EFBIG: "allow larger files (ulimit -f), or use another file system",
+    errno.EMFILE: "allow more open files (ulimit -n)",
+    errno.ENFILE: "end programs that hold many files open",
+    errno.EACCES: "change its permissions, or use another place",
+    errno.EPERM: "change its permissions, or use another place",
+    errno.EROFS: "use another place: this one is read only",
+    errno.ENOENT: "check the path",
+    errno.ENOTDIR: "check the path",
+    errno.EISDIR: "give a file",
+    errno.ENAMETOOLONG: "choose a shorter name",
+}
+
+
+def explain(error: Exception) -> str | None:
+    """What is wrong and what to do, or None for an error of the program."""
+    if isinstance(error, UserError):
+        return str(error)
+    if isinstance(error, ModuleNotFoundError):
+        package = (error.name or str(error)).split(".")[0]
+        return f"this needs {package}, which is not installed — pip install {package}"
+    if isinstance(error, MemoryError):
+        return "memory ran out — end other programs, or give less at once"
+    if re.search("start new thread|^Resource temporarily unavailable", str(error)):  # Python's words, a C++ library's
+        return "no further thread can be started — allow more processes (ulimit -u), or lower --threads"
+    if isinstance(error, OSError):
+        advice = ADVICE.get(error.errno, "mend that, then run it again")
+        return f"{error.filename or 'input/output'}: {error.strerror or error} — {advice}"
+    return None
+
+
 def run_tool(main: Callable[[argparse.ArgumentParser], None]) -> NoReturn:
     """Runs a tool's main function; what goes wrong ends in one line on stderr and exit code 2 (130 for Ctrl-C)."""
     parser = Parser(description=main.__globals__["__doc__"], formatter_class=argparse.RawDescriptionHelpFormatter)
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that a terminated run still removes what it began
-    code = 2
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) == signal.SIG_DFL:  # else it is to be ignored, as nohup says
+            signal.signal(number, lambda number, _: sys.exit(128 + number))  # what was begun is removed
+    while (descriptor := os.open(os.devnull, os.O_RDWR)) < 3:  # a closed console's number would be the next file's
+        pass
+    os.close(descriptor)
+    streams = sys.stdout, sys.stderr
+    sys.stdout, sys.stderr = map(Console, streams)
+    code, message = 0, None
     try:
         main(parser)
-        sys.exit(0)
-    except UserError as error:
-        message = str(error)
-    except ModuleNotFoundError as error:
-        package = (error.name or str(error)).split(".")[0]
-        message = f"this needs {package}, which is not installed — pip install {package}"
-    except OSError as error:
-        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-        advice = "free some space" if full else "check the path, its permissions and the disk"
-        message = f"{error.filename or 'input/output'}: {error.strerror or error} — {advice}"
     except KeyboardInterrupt:
-        message = "interrupted — run it again"
-        code = 130
-    print("error: " + " ".join(message.split()), file=sys.stderr)
+        code, message = 130, "interrupted — run it again"
+    except Exception as error:
+        code, message = 2, explain(error)
+        if not message:
+            raise
+    finally:
+        if message:
+            print("error: " + " ".join(message.split()), file=sys.stderr)
+        sys.stdout, sys.stderr = streams
     sys.exit(code)
 
 
-def write_atomic(path: Path, content: bytes) -> None:
-    """Writes a file that is at any moment the old one or the new one, whole."""
-    partial = path.with_name(path.name + ".tmp")
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """An OSError from within that names no file gets this one: those of reading, writing and closing name none."""
     try:
-        partial.write_bytes(content)
-        partial.replace(path)
+        yield
+    except OSError as error:
+        if error.errno is not None and error.filename is None:
+            error.filename = str(path)
+        raise
+
+
+def write_atomic(path: Path, content: bytes) -> None:
+    """Writes a file that is at any moment the old one or the new one, whole; OSError naming it, and nothing left."""
+    if path.exists() and not path.is_file():  # a device or a pipe, which nothing can replace
+        with naming(path), path.open("wb") as file:
+            file.write(content)
+        return
+    path = path.resolve()  # a link stays one
+    partial = path.with_name(f"{path.name}.tmp-{os.getpid()}")
+    try:
+        with naming(path):
+            with partial.open("wb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+            partial.replace(path)
     finally:
-        partial.unlink(missing_ok=True)
+        with suppress(OSError):
+            partial.unlink(missing_ok=True)
 
 
 @contextmanager
 def new_directory(out: Path) -> Iterator[Path]:
-    """Yields an empty folder to fill, which gets the name `out` if the block ends well; UserError if that is taken."""
-    if out.is_file() or (out.exists() and os.listdir(out)):
+    """Yields an empty folder to fill, whose files become `out`'s if the block ends well; UserError if that is taken.
+
+    What is there and empty may be a mount point, which cannot be renamed over: it is filled from a folder within."""
+    there = out.is_dir()
+    if out.is_file() or (there and set(os.listdir(out)) - {"lost+found"}):
         raise UserError(f"{out} is a file or a folder that is not empty — choose another folder, or delete it")
     out = out.resolve()
-    partial = out.with_name(f"{out.name}.partial-{os.getpid()}")
+    partial = out / f".partial-{os.getpid()}" if there else out.with_name(f"{out.name}.partial-{os.getpid()}")
     partial.mkdir(parents=True)
+    moved: list[Path] = []
     try:
+        if there and set(os.listdir(out)) - {"lost+found", partial.name}:
+            raise UserError(f"another run began to fill {out} at the same moment — run it again")
         yield partial
-        partial.rename(out)  # OSError if another run has finished first
+        if not there:
+            partial.rename(out)
+        for path in sorted(partial.iterdir()) if there else ():
+            moved.append(out / path.name)
+            path.rename(moved[-1])
+    except BaseException as error:
+        for path in moved:
+            path.unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.errno in (errno.ENOTEMPTY, errno.EEXIST):
+            raise UserError(f"another run has made {out} meanwhile — use that, or choose another folder") from error
+        raise
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 
 
+def walk(folder: Path) -> list[Path]:
+    """All that a folder holds at any depth, but folders, sorted. Links are followed, and no folder is read twice;
+    OSError for one that cannot be read."""
+
+    def fail(error: OSError) -> NoReturn:
+        raise error
+
+    found, seen = [], set()
+    for place, folders, files in os.walk(folder, onerror=fail, followlinks=True):
+        status = os.stat(place)
+        if (status.st_dev, status.st_ino) in seen:
+            folders.clear()
+            continue
+        seen.add((status.st_dev, status.st_ino))
+        folders.sort()
+        found += [Path(place, name) for name in files]
+    return sorted(found)
+
+
 def check_shard(path: Path) -> int:
     """Returns the number of tokens in a shard; UserError unless magic, version, count and size agree."""
-    header = np.fromfile(path, "<i4", 3).tolist()
+    with naming(path):
+        header = np.fromfile(path, "<i4", 3).tolist()
     if len(header) < 3 or header[:2] != [MAGIC, VERSION] or path.stat().st_size != HEADER_BYTES + 2 * header[2]:
         raise UserError(f"{path} is not a whole token shard — delete it and get or build it again")
     return header[2]
@@ -213,10 +348,10 @@ def read_arrays(path: Path, axes: dict[str, int]) -> dict[str, np.ndarray]:
         fit = all(arrays[name].ndim == n and arrays[name].dtype.kind in "iuf" for name, n in axes.items())
         if not fit or len({arrays[name].shape[-1] for name in axes}) != 1:
             raise ValueError("shapes or types")
-    except FileNotFoundError:
-        raise
-    except Exception as error:  # a damaged archive raises many kinds
-        raise UserError(f"{path} is damaged ({type(error).__name__}) — {UNTOUCHED}") from error
+    except Exception as error:  # a damaged archive raises many kinds, errors of the system among them
+        if isinstance(error, OSError) and error.errno in ADVICE:
+            raise
+        raise UserError(f"{path} is damaged or unreadable ({type(error).__name__}: {error}) — {UNTOUCHED}") from error
     return arrays
 
 

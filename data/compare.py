@@ -12,9 +12,10 @@ from pathlib import Path
 
 import numpy as np
 
-from common import Run, UserError, number, read_documents, read_run, run_tool
+from common import Run, UserError, deliver, number, read_documents, read_run, run_tool
 
 SETTINGS = ["protocol", "context", "eval_seq_len", "n_epochs", "lora_lr", "chunk_size", "lora_rank", "weight_decay"]
+FEW = 30  # documents; see warnings()
 FIGURES = ["no adaptation", "backward-looking", "gain", "95% interval", "behind the best, 95% interval"]
 
 
@@ -32,22 +33,39 @@ def read_alike(paths: list[Path]) -> tuple[list[Run], np.ndarray, np.ndarray, np
         same_text = run.result["data"]["validation"] == first["data"]["validation"]
         if not same_text or not np.array_equal(found["bytes"], bytes_):
             raise UserError(f"{pair} did not score the same documents — compare like with like")
-    if len(bytes_) < 2:
-        raise UserError(f"{runs[0].path} has a single document — compare evaluations of several")
+    if np.count_nonzero(bytes_) < 2:
+        raise UserError(f"{runs[0].path} has fewer than two documents with bytes — compare evaluations of several")
     plain = np.stack([found["nll_no_adaptation"] for found in arrays]) / math.log(2)
     return runs, bytes_, plain, np.stack([found["nll_per_epoch"][0] for found in arrays]) / math.log(2)
 
 
 def interval(bits: np.ndarray, bytes_: np.ndarray, samples: int, seed: int) -> str:
-    """The middle 95% of bits per byte of `samples` sets of documents, drawn with replacement."""
+    """The middle 95% of bits per byte of `samples` sets of documents, drawn with replacement; none if a set has no
+    bytes."""
     from scipy import stats
 
-    found = stats.bootstrap(
-        (bits, bytes_),
-        lambda bits, bytes_, axis: bits.sum(axis) / bytes_.sum(axis),
-        **dict(paired=True, vectorized=True, method="percentile", n_resamples=samples, batch=256, rng=seed),
-    )
+    with np.errstate(divide="ignore", invalid="ignore"):
+        found = stats.bootstrap(
+            (bits, bytes_),
+            lambda bits, bytes_, axis: bits.sum(axis) / bytes_.sum(axis),
+            **dict(paired=True, vectorized=True, method="percentile", n_resamples=samples, batch=256, rng=seed),
+        )
+    if not np.isfinite(found.bootstrap_distribution).all():
+        return "none"
     return "{:+.4f} to {:+.4f}".format(*found.confidence_interval)
+
+
+def warnings(bytes_: np.ndarray) -> list[str]:
+    """What is to be known of the intervals; the coverage is measured on normal and on log-normal gains."""
+    with_bytes, lines = np.count_nonzero(bytes_), []
+    if with_bytes < len(bytes_):
+        lines.append(
+            f"only {with_bytes:,} of {len(bytes_):,} documents have bytes: no interval where a sample has none"
+        )
+    if with_bytes < FEW:
+        covered = "at 2 documents 42 to 51% of them hold the truth, at 5 71 to 85%, at 10 81 to 91%, at 30 87 to 93%"
+        lines.append(f"{with_bytes:,} documents are few, and the intervals too narrow: {covered}")
+    return [f"warning: {line}" for line in lines]
 
 
 def main(parser: argparse.ArgumentParser) -> None:
@@ -69,8 +87,9 @@ def main(parser: argparse.ArgumentParser) -> None:
         behind = "–" if i == best else interval(gains[best] - gains[i], *draws)
         figures = f"{before:.4f}", f"{after:.4f}", f"{gain:+.4f}", interval(gains[i], *draws), behind
         rows.append([*shown.values(), *figures])
-    print("\n".join("| " + " | ".join(row) + " |" for row in rows))
-    print(f"\n{len(bytes_):,} documents, {int(bytes_.sum()):,} bytes, {options.samples:,} bootstrap samples")
+    lines = ["| " + " | ".join(row) + " |" for row in rows]
+    count = f"{len(bytes_):,} documents, {int(bytes_.sum()):,} bytes, {options.samples:,} bootstrap samples"
+    deliver("\n".join([*lines, "", count, *warnings(bytes_)]))
 
 
 if __name__ == "__main__":

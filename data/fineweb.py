@@ -6,12 +6,17 @@ Run it again to go on after an interruption. The environment variables of huggin
 """
 
 import argparse
+import fcntl
 import json
+import os
 import shutil
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import TextIO
 
-from common import UserError, check_shard, number, run_tool
+from common import UserError, check_shard, naming, number, run_tool
 from text import load_tokenizer
 
 REPO = "willdepueoai/parameter-golf"
@@ -40,6 +45,33 @@ def find_variant(content: bytes, variant: str, train_shards: int = 1) -> list[st
         raise UserError(f"the manifest of {REPO} has another form than expected ({error!r}) — {AGAIN}") from error
 
 
+def take(partial: Path) -> TextIO | None:
+    """Returns the lock of a folder for partial files, made if need be, once this process has it; None if whoever had it
+    has removed the folder."""
+    partial.mkdir(parents=True, exist_ok=True)
+    with suppress(FileNotFoundError), naming(partial / "lock"):
+        lock = (partial / "lock").open("w")
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            print(f"waiting for another download into {partial.parent}")
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        if os.path.samestat(os.fstat(lock.fileno()), (partial / "lock").stat()):
+            return lock
+    return None
+
+
+@contextmanager
+def staging(folder: Path) -> Iterator[Path]:
+    """Yields a folder inside `folder`, so that files can be renamed into it, to one process at a time. It is removed if
+    the block ends well; what another leaves there, the next goes on with."""
+    while not (lock := take(folder / "fineweb.partial")):
+        pass
+    with lock:
+        yield folder / "fineweb.partial"
+        shutil.rmtree(folder / "fineweb.partial")
+
+
 def fetch(paths: list[str], staging: Path, commit: str | None = None) -> str:
     """Downloads files below REMOTE to `staging`, under their paths, all of one commit: the newest, which it returns."""
     import huggingface_hub
@@ -52,7 +84,8 @@ def fetch(paths: list[str], staging: Path, commit: str | None = None) -> str:
     try:
         commit = commit or huggingface_hub.HfApi().dataset_info(REPO).sha
         options = dict(repo_type="dataset", revision=commit, local_dir=staging, allow_patterns=wanted)
-        huggingface_hub.snapshot_download(REPO, **options)
+        with naming(staging):
+            huggingface_hub.snapshot_download(REPO, **options)
     except Exception as error:  # the hub's, its HTTP library's (not the same in every release) or the system's
         if getattr(error, "errno", None):
             raise
@@ -67,6 +100,23 @@ def fetch(paths: list[str], staging: Path, commit: str | None = None) -> str:
     return commit
 
 
+def bring(paths: list[str], out: Path, commit: str) -> None:
+    """Downloads those of some files of one folder that are not below `out` yet; each takes its place when found whole.
+    They come to a folder beside their places: `out` may be on another file system, and smaller."""
+    with staging((out / paths[0]).parent) as partial:
+        missing = [path for path in paths if not (out / path).exists()]
+        if missing:
+            fetch(missing, partial, commit)
+        for path in missing:
+            staged = partial / REMOTE / path
+            try:
+                check_shard(staged) if staged.suffix == ".bin" else load_tokenizer(staged.read_bytes(), path)
+            except UserError:
+                staged.unlink()
+                raise
+            staged.replace(out / path)
+
+
 def main(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--variant", default="sp1024", help="the tokenization (default sp1024)")
@@ -74,23 +124,14 @@ def main(parser: argparse.ArgumentParser) -> None:
     add("--out", type=Path, default=Path(__file__).parent, help="gets datasets/ and tokenizers/ (default: this folder)")
     options = parser.parse_args()
     out = options.out
-    staging = out / "fineweb.partial"
-    commit = fetch(["manifest.json"], staging)
-    paths = find_variant((staging / REMOTE / "manifest.json").read_bytes(), options.variant, options.train_shards)
-    missing = [path for path in paths if not (out / path).exists()]
-    if missing:
-        fetch(missing, staging, commit)
-    for path in missing:
-        staged = staging / REMOTE / path
-        try:
-            check_shard(staged) if staged.suffix == ".bin" else load_tokenizer(staged.read_bytes(), path)
-        except UserError:
-            staged.unlink()
-            raise
-        (out / path).parent.mkdir(parents=True, exist_ok=True)
-        staged.replace(out / path)
+    with staging(out) as partial:
+        commit = fetch(["manifest.json"], partial)
+        manifest = (partial / REMOTE / "manifest.json").read_bytes()
+    paths = find_variant(manifest, options.variant, options.train_shards)
+    for some in paths[:1], paths[1:]:  # the tokenizer, the shards
+        if not all((out / path).exists() for path in some):
+            bring(some, out, commit)
     counts = [check_shard(out / path) for path in paths[1:]]
-    shutil.rmtree(staging)
     print(f"{(out / paths[1]).parent}: {sum(counts):,} tokens in {len(counts)} shards; tokenizer {out / paths[0]}")
 
 

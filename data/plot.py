@@ -5,6 +5,7 @@ python data/plot.py runs/a runs/a/result_*.json --what ttt position --out pictur
 """
 
 import argparse
+import io
 import math
 import re
 from dataclasses import dataclass, field
@@ -14,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from common import UNTOUCHED, UserError, read_arrays, read_documents, read_run, run_tool
+from common import UNTOUCHED, UserError, naming, read_arrays, read_documents, read_run, run_tool, write_atomic
 
 TENSORS = ["int5", "int6", "int8", "fp16", "fp32", "scale"]  # and what else has bytes, in the order of their bars
 KINDS = [*TENSORS, "header", "model", "code", "total"]
@@ -32,6 +33,7 @@ STYLE = {
     "axes.axisbelow": True,
     "grid.color": "#e4e4e4",
     "legend.frameon": False,
+    "text.parse_math": False,  # a run's name may have two dollars
     "savefig.dpi": 200,
     "svg.hashsalt": "train_gpt",
 }
@@ -56,6 +58,9 @@ class Run:
     val: dict[int, dict[str, float]] = field(default_factory=dict)
     kinds: dict[str, int] = field(default_factory=dict)  # bytes of the artifact and the code
     cap: int = 16_000_000  # of both together; a log of the reference scripts does not say
+    lacks: tuple[int, int] = 0, 0  # documents that the deadline kept from the first and from the last epoch
+    other: bool = False  # the log has come to an evaluation alone, maybe of other weights and of fewer documents
+    of_artifact: bool = False  # what `final` scores, on the text of the validations
     final: float | None = None  # this and what follows in bits per byte
     no_adaptation: float | None = None
     epochs: dict[int, float] = field(default_factory=dict)  # of replay, from 1
@@ -73,8 +78,14 @@ class Run:
             step, seconds = int(found[1]), float(values["train_time"].removesuffix("ms")) / 1000
             figures = {name: float(values[f"{found[2]}_{name}"]) for name in LOGGED[found[2]]}
             getattr(self, found[2])[step] = {"step": step, "seconds": seconds, **figures}
+        elif found := re.match(r"[* ] EVAL_ONLY=(.*)", line):
+            self.other = bool(found[1])
+        elif self.other and self.final is not None:
+            pass
+        elif line.startswith("ttt ") and "first_lacks" in values:
+            self.lacks = int(values["first_lacks"]), int(values["last_lacks"])
         elif line.startswith("final_int8_zlib_roundtrip_exact val_loss:"):
-            self.final = float(values["val_bpb"])
+            self.final, self.of_artifact = float(values["val_bpb"]), not self.other
         elif line.startswith("export kind:"):
             self.kinds[values["kind"]] = int(values["bytes"])
         elif line.startswith("export model_bytes:"):
@@ -85,7 +96,8 @@ class Run:
     def read_result(self, path: Path) -> None:
         """Takes in an evaluation; UserError if it or what is beside it is damaged."""
         found = read_run(path)
-        self.final = found.score["val_bpb"]
+        self.final, self.of_artifact = found.score["val_bpb"], found.result["quantised"]
+        self.lacks = tuple(figure["lacking"] for figure in (found.score, found.figures.get("last_epoch", found.score)))
         if "sliding" in found.figures:
             return
         read_documents(found)  # are they this evaluation's?
@@ -106,15 +118,23 @@ class Run:
             self.positions = dict(zip(names.tolist(), arrays["nll"] / math.log(2) / bytes_, strict=True))
 
 
+def label_of(path: Path) -> str:
+    """A run's name in a picture, the end of its path. What cannot be printed is escaped; a label that begins with `_`
+    would be left out of a legend, behind a space it is not."""
+    name = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in "/".join(path.parts[-2:]))
+    return f" {name}" if name.startswith("_") else name
+
+
 def read_runs(paths: list[Path]) -> list[Run]:
     """Reads folders, logs and results; UserError for one without any figures, or for too many."""
     if len(paths) > len(COLOURS):
         raise UserError(f"{len(paths)} runs are too many for one picture — draw at most {len(COLOURS)}")
     runs: list[Run] = []
     for path, colour in zip(paths, COLOURS, strict=False):
-        run = Run("/".join(path.parts[-2:]), colour)
+        run = Run(label_of(path), colour)
         log = path / "train.log" if path.is_dir() else path
-        lines = log.read_text(encoding="utf-8", errors="replace").splitlines() if path.suffix != ".json" else ()
+        with naming(log):
+            lines = log.read_text(encoding="utf-8", errors="replace").splitlines() if path.suffix != ".json" else ()
         for number, line in enumerate(lines, start=1):
             try:
                 run.read_line(line)
@@ -137,7 +157,7 @@ def draw_training(ax: Any, runs: list[Run], x: str, y: str) -> None:
         for series, style in ((run.train, BATCH), (run.val, VALIDATION)):
             points = [point for point in series.values() if y in point]
             ax.plot([point[x] for point in points], [point[y] for point in points], color=run.colour, **style)
-        if y == "bpb" and run.val and run.final is not None:
+        if y == "bpb" and run.val and run.of_artifact:
             ax.plot(max(run.val), run.final, color=run.colour, **STAR)
     shown = {"training batch": BATCH} if y == "loss" else {"score of the artifact": STAR}
     for label, style in ({"validation": VALIDATION} | shown).items():
@@ -154,6 +174,11 @@ def named(runs: list[Run], run: Run) -> str:
     return "" if len({run.scored for run in runs}) == 1 and len(ways) == len(runs) else f"{run.label}: "
 
 
+def late(documents: int) -> str:
+    """What a figure says of documents that the deadline kept from it: each counts as before adaptation, or its last."""
+    return f", but time ran out for {documents:,} documents" if documents else ""
+
+
 def draw_ttt(ax: Any, runs: list[Run]) -> None:
     """Bits per byte by replay epoch. Only epoch 1 is a score; a shaded field around the others says what they are."""
     last = max(max(run.epochs, default=1) for run in runs)
@@ -165,13 +190,13 @@ def draw_ttt(ax: Any, runs: list[Run]) -> None:
             label = f"{who}no adaptation {run.no_adaptation:.4f}"
             ax.axhline(run.no_adaptation, color=run.colour if who else "black", label=label, **PLAIN)
         if run.single_pass is not None:
-            label = f"{who}single pass {run.single_pass:.4f}, a valid score"
+            label = f"{who}single pass {run.single_pass:.4f}, a valid score{late(run.lacks[0])}"
             ax.axhline(run.single_pass, color=run.colour, label=label, **VALID)
         if 1 in run.epochs:
-            label = f"{who}epoch 1 {run.epochs[1]:.4f}, a valid score"
+            label = f"{who}epoch 1 {run.epochs[1]:.4f}, a valid score{late(run.lacks[0])}"
             ax.plot(1, run.epochs[1], "o", ms=9, mec="white", zorder=4, label=label, color=run.colour)
         if len(run.epochs) > 1:
-            label = f"{who}epoch {max(run.epochs)} {run.epochs[max(run.epochs)]:.4f} (not a score)"
+            label = f"{who}epoch {max(run.epochs)} {run.epochs[max(run.epochs)]:.4f} (not a score){late(run.lacks[1])}"
             hollow = SEEN | {"marker": "o", "ms": 6, "markevery": [-1], "zorder": 3}
             ax.plot(list(run.epochs), list(run.epochs.values()), color=run.colour, label=label, **hollow)
     ax.set(xlabel="epoch", ylabel="bits per byte (lower is better)", xlim=(0.2, right))
@@ -229,7 +254,7 @@ def draw_bytes(ax: Any, runs: list[Run]) -> None:
     ax.set_xlabel(f"cap: {cap / 1e6:g} MB{', the black line' if near else ', beyond the frame'}")
 
 
-PANELS = {  # the title, how it is drawn, and whether a run has anything for it
+PANELS = {  # the title, how it is drawn, whether a run has anything for it
     "loss": ("Loss against steps", partial(draw_training, x="step", y="loss"), lambda run: run.train or run.val),
     "time": ("Loss against time", partial(draw_training, x="seconds", y="loss"), lambda run: run.train or run.val),
     "bpb": ("Validation bits per byte", partial(draw_training, x="step", y="bpb"), lambda run: len(run.val) > 1),
@@ -237,6 +262,35 @@ PANELS = {  # the title, how it is drawn, and whether a run has anything for it
     "ttt": ("Test-time training, epoch by epoch", draw_ttt, lambda run: 1 in run.epochs and len(run.epochs) > 1),
     "position": ("Bits per byte by position in the document", draw_position, lambda run: run.positions),
 }
+
+
+# What a panel needs, where a run may have left it out.
+NEEDED = dict.fromkeys(("loss", "time"), "a log with losses") | {
+    "bpb": "a log with two validations",
+    "bytes": "a log with the export of an artifact",
+    "ttt": "replay of more than one epoch",
+    "position": "ttt_positions.npz, which data/audit.py RUN --positions writes",
+}
+
+
+def notes(runs: list[Run], wanted: list[str]) -> list[str]:
+    """Lines on what is not in the picture, and on figures that a deadline cut short."""
+    lines = []
+    for name in wanted:
+        without = [run.label.strip() for run in runs if not PANELS[name][2](run)]
+        if without:
+            what = (
+                f"no panel {name}: " if len(without) == len(runs) else f"panel {name} is without {', '.join(without)}: "
+            )
+            lines.append(what + f"no {NEEDED[name]}")
+    for run in runs:
+        if any(run.lacks):
+            first, last = run.lacks
+            lines.append(
+                f"time ran out in {run.label.strip()}: {first:,} documents count without adaptation in the score"
+            )
+            lines[-1] += f", {last:,} did not reach the last epoch" * (last > 0)
+    return lines
 
 
 def draw(runs: list[Run], wanted: list[str]) -> Any:
@@ -254,6 +308,9 @@ def draw(runs: list[Run], wanted: list[str]) -> Any:
     for name, ax in axes.items():
         ax.set_title(PANELS[name][0])
         PANELS[name][1](ax, runs)
+    late = [line for line in notes(runs, []) if any(name in ("bpb", "ttt") for name in names)]
+    if late:
+        figure.supxlabel("\n".join(late), color=WARNING, size="small")
     if len(runs) > 1 and names[0] not in ("ttt", "position"):  # their own legends name the runs
         samples = [Line2D([], [], color=run.colour, lw=3) for run in runs]
         figure.legend(samples, [run.label for run in runs], loc="outside upper left", ncols=3)
@@ -273,9 +330,11 @@ def main(parser: argparse.ArgumentParser) -> None:
     with matplotlib.rc_context(STYLE):
         figure = draw(runs, options.what)
         for suffix, metadata in ((".png", {"Software": None}), (".svg", {"Date": None, "Creator": None})):
-            path = prefix.with_name(prefix.name + suffix)
-            figure.savefig(path, metadata=metadata)
+            path, content = prefix.with_name(prefix.name + suffix), io.BytesIO()
+            figure.savefig(content, format=suffix[1:], metadata=metadata)
+            write_atomic(path, content.getvalue())
             print(f"wrote {path}")
+    print(*notes(runs, options.what), sep="\n", end="")
 
 
 if __name__ == "__main__":

@@ -1,15 +1,17 @@
 """Turns the results of N runs into submission.json: scores, their spread, and each of the challenge's rules judged.
 
-    python data/record.py runs/seed42 runs/seed43 runs/seed44 --baseline-loss 1.9296 [--folder records/NAME]
+    python data/record.py runs/seed42 runs/seed43 runs/seed44 --baseline-loss 1.9296 --out FILE
 
 The score is the backward-looking figure. Replay's last epoch has trained on what it scores: it stands in a field of its
-own and takes part in nothing. --folder makes what a pull request needs: README, submission.json, source and logs.
+own and takes part in nothing. Without --out, the JSON is printed. --folder makes what a pull request needs: README,
+submission.json, source and logs.
 """
 
 import argparse
 import json
 import math
 import statistics
+import sys
 from collections import Counter
 from collections.abc import Iterator
 from datetime import UTC, datetime
@@ -17,12 +19,14 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from common import Run, UserError, new_directory, number, read_log, read_run, run_tool, value_of, write_atomic
+import common
+from common import Run, UserError, new_directory, number, read_log, read_run, value_of, write_atomic
 
 SCORE_LABEL = "backward-looking: every token is scored once, before any update has seen it"
 REPLAY_LABEL = "not a compression rate: the adapters have trained on the whole document before this pass scores it"
-PLACEHOLDER = Path(__file__).resolve().parent.parent / "submission.json"  # what a submission says of itself
+PLACEHOLDER = Path(__file__).resolve().parent.parent / "submission.json"  # what it says of its authors
 ABOUT = ("name", "author", "github_id", "blurb")
+SHAPE = "num_layers model_dim num_heads num_kv_heads swa_enabled max_wallclock_seconds ttt_enabled ttt_lora_rank"
 
 # The challenge's rules, in its numbers, and what is said of one that is kept.
 SIZE_CAP, BUDGET = 16_000_000, 600  # bytes of train_gpt.py and artifact together; seconds
@@ -53,6 +57,30 @@ FREE = {"seed", "run_id", "resume", "checkpoint_every", "eval_only", "data_path"
 ABOUT_RUN = "seed run_id val_bpb val_loss world_size weights_sha256 environment.device training.steps"
 # What no two trainings have in common.
 UNIQUE = ["seed", "run_id", "weights_sha256", "artifact.sha256", "training.seconds"]
+
+
+def describe(run: Run) -> dict[str, str]:
+    """Name and blurb by what a run trained and scored; UserError if its settings do not tell."""
+    s = run.result["settings"]
+    if lacking := [name for name in SHAPE.split() if name not in s]:
+        raise UserError(f"{run.path} has no settings.{lacking[0]} — give --name and --blurb")
+    packed = {"int5": "int5 MLP", "int6": "int6 attention"}
+    parts = [part for kind, part in packed.items() if value_of(run.result, f"artifact.kinds.{kind}")]
+    swa = ["SWA"] if s["swa_enabled"] else []
+    adapted = ["per-document LoRA test-time training"] if s["ttt_enabled"] else []
+    heads = "attention" if s["num_heads"] == s["num_kv_heads"] else "GQA"
+    body = f"{s['num_layers']} layers of width {s['model_dim']} with {heads}, U-Net skips, a hashed bigram embedding"
+    warmdown = "warmdown against the wall clock" if s["max_wallclock_seconds"] else "warmdown over the last steps"
+    trained = ", ".join(["Muon and AdamW", warmdown, *swa])
+    packed = ", ".join(
+        [*parts, "zstd-22 in a container without pickle"] if run.result["quantised"] else ["unquantised"]
+    )
+    lora = f"; rank-{s['ttt_lora_rank']} LoRA adapted per document" if adapted else ""
+    return {
+        "name": ", ".join([f"{s['num_layers']}L {s['model_dim']}d GPT", *parts, *swa, *adapted]),
+        "blurb": f"{body} and SmearGate; {trained}; {packed}{lora}. "
+        "Only scores made before any update had seen the token count.",
+    }
 
 
 def spread(name: str, values: list[float]) -> dict[str, float | None]:
@@ -197,7 +225,8 @@ def replay_summary(runs: list[Run]) -> dict[str, Any]:
 def report(content: dict[str, Any]) -> str:
     """A submission in lines: each run, the mean, replay's last epoch, the rules."""
     form = "seed {seed}: val_bpb {val_bpb:.6f}, val_loss {val_loss:.6f}"
-    lines = [form.format(**run) for run in content["runs"]]
+    late = ", TIME RAN OUT: {documents_scored_without_adaptation:,} documents count without adaptation"
+    lines = [(form + late * (run["documents_scored_without_adaptation"] > 0)).format(**run) for run in content["runs"]]
     deviation = "" if content["val_bpb_std"] is None else f" ± {content['val_bpb_std']:.6f}"
     lines.append(f"mean: val_bpb {content['val_bpb']:.6f}{deviation}, {SCORE_LABEL}")
     replay = content["replay_last_epoch"]
@@ -213,36 +242,45 @@ def write_folder(folder: Path, runs: list[Run], content: dict[str, Any], encoded
     if len({source for _, source in logs.values()}) > 1 or len(logs) < len(runs):
         raise UserError("the runs have several sources, or a seed twice — give one train_gpt.py, each seed once")
     readme = "# {name}\n\n{blurb}\n\nBy {author}.\n".format(**content) + f"\n```\n{report(content)}\n```\n"
+    files = {"README.md": readme.encode(errors="backslashreplace"), "submission.json": encoded}
+    for name, (log, source) in logs.items():
+        files |= {name: log, "train_gpt.py": source}
     with new_directory(folder) as partial:
-        (partial / "README.md").write_text(readme, encoding="utf-8")
-        (partial / "submission.json").write_bytes(encoded)
-        for name, (log, source) in logs.items():
-            (partial / name).write_bytes(log)
-            (partial / "train_gpt.py").write_bytes(source)
+        for name, data in files.items():
+            write_atomic(partial / name, data)
 
 
 def main(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("results", nargs="+", type=Path, metavar="RUN", help="a run's folder, or a result.json with its log beside it")
     add("--baseline-loss", type=number(float, 0), metavar="NATS", help="per token: val_loss of the record to beat")
-    add("--out", type=Path, default=Path("submission.json"), help="default: submission.json")
+    add("--out", type=Path, metavar="FILE", help="write the JSON there (default: print it)")
     add("--folder", type=Path, help="make the folder of a pull request instead")
     placeholder = json.loads(PLACEHOLDER.read_bytes())
     for name in ABOUT:
-        add("--" + name.replace("_", "-"), default=placeholder[name], help="default: what submission.json says")
+        default = "the author in submission.json" if name in ("author", "github_id") else "by the first run's settings"
+        add("--" + name.replace("_", "-"), help=f"default: {default}")
     options = parser.parse_args()
     runs = [read_run(path) for path in options.results]
     for run in runs:
         read_log(run)  # is it this run's?
-    about = {name: getattr(options, name) for name in ABOUT} | {"date": f"{datetime.now(UTC):%Y-%m-%dT%H:%M:%SZ}"}
+    given = {name: value for name in ABOUT if (value := getattr(options, name)) is not None}
+    own = {} if {"name", "blurb"} <= given.keys() else describe(runs[0])
+    about = {name: (placeholder | own | given)[name] for name in ABOUT} | {
+        "date": f"{datetime.now(UTC):%Y-%m-%dT%H:%M:%SZ}"
+    }
     content = submission(runs, options.baseline_loss, about, list(placeholder["protocol"]))
-    encoded = (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode()
+    encoded = (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode(errors="backslashreplace")
     if options.folder:
         write_folder(options.folder, runs, content, encoded)
-    else:
+    elif options.out:
         write_atomic(options.out, encoded)
+    else:
+        print(report(content), file=sys.stderr)
+        common.deliver(json.dumps(content, indent=2))  # in ASCII, which every console shows as it is
+        return
     print(f"{report(content)}\nwrote {options.folder or options.out}")
 
 
 if __name__ == "__main__":
-    run_tool(main)
+    common.run_tool(main)

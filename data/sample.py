@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 
 import text
-from common import UserError, new_directory, run_tool
+from common import UserError, check_shard, new_directory, run_tool, walk, write_atomic
 
 FILES = "fineweb_train_000000.bin", "fineweb_val_000000.bin", "sample_1024_bpe.model"
 VOCAB_SIZE = 1024
@@ -53,7 +53,7 @@ def modules() -> Iterator[str]:
     documented = ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
     root = Path(sysconfig.get_path("stdlib"))
     for entry in sorted(root.iterdir()):
-        paths = sorted(entry.rglob("*.py")) if entry.is_dir() and entry.name not in SKIPPED else [entry]
+        paths = walk(entry) if entry.is_dir() and entry.name not in SKIPPED else [entry]
         for path in paths:
             if path.suffix == ".py" and SKIPPED.isdisjoint(path.relative_to(root).parts):
                 nodes = (node for node in ast.walk(ast.parse(path.read_bytes())) if isinstance(node, documented))
@@ -84,24 +84,40 @@ def build(out: Path) -> None:
     encoded = text.load_tokenizer(model, "the sample's tokenizer").encode(texts, return_type="numpy")
     validation = choose_validation(encoded[:held_back])
     with new_directory(out) as directory:
-        (directory / FILES[2]).write_bytes(model)
+        write_atomic(directory / FILES[2], model)
         lines = text.write_splits(directory, ((i in validation, tokens) for i, tokens in enumerate(encoded)))
     size = sum(len(document.encode()) for document in texts)
     print(*lines, f"{size:,} bytes of documentation, {VOCAB_SIZE:,} pieces, {time.monotonic() - began:.1f} s", sep="\n")
+
+
+def is_whole(out: Path) -> bool:
+    """Whether `out` is the sample. UserError if it is something else, or only a part of it."""
+    if not out.is_dir() or not any(out.iterdir()):
+        return False
+    for name in FILES:
+        try:
+            content = (out / name).read_bytes() if name == FILES[2] else check_shard(out / name)
+            if name == FILES[2]:
+                text.load_tokenizer(content, name)
+        except (FileNotFoundError, UserError) as error:
+            found = "lacks" if isinstance(error, FileNotFoundError) else "has a damaged"
+            raise UserError(
+                f"{out} {found} {name}: it is not the whole sample — delete it, then run it again"
+            ) from error
+    return True
 
 
 def main(parser: argparse.ArgumentParser) -> None:
     here = Path(__file__).resolve().parent
     parser.add_argument("--out", type=Path, default=here / "sample", help="default: %(default)s")
     out = parser.parse_args().out
-    files = [out / name for name in FILES]
-    if all(map(Path.is_file, files)):
+    if is_whole(out):
         print(f"{out} is complete already (delete it to build it again)")
         return
     try:
         build(out)
     except (UserError, OSError):
-        if not all(map(Path.is_file, files)):  # else another run has just finished the same sample
+        if not is_whole(out):  # else another run has just finished the same sample
             raise
     print(f"wrote {out}")
 

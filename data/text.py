@@ -14,13 +14,17 @@ import re
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from itertools import chain
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import sentencepiece as spm
 
-from common import HEADER_BYTES, MAGIC, VERSION, UserError, new_directory, number, run_tool, value_of
+import common
+from common import HEADER_BYTES, MAGIC, VERSION, UserError, naming, new_directory, number, run_tool, value_of
 
 PAD, BOS, EOS, UNK = range(4)
 RESERVED = 4 + 256  # the four ids above and one piece for every byte
@@ -28,8 +32,13 @@ SHARD_TOKENS = 100_000_000
 MAX_DOCUMENT_BYTES = 16 << 20  # SentencePiece needs about 50 bytes of memory per byte of one document
 SAMPLE_CHARS = 32 << 20
 PIECE_CHARS = 1000  # SentencePiece skips training sentences of more than 4192 bytes; this is at most 4000
-BATCH_CHARS = 1 << 20  # encoded at once by SentencePiece's threads
+BATCH_CHARS = 1 << 20  # encoded at once by all threads
 READ_BYTES = 1 << 18
+PARQUET_ROWS = 16  # read at once: each may have MAX_DOCUMENT_BYTES
+SPACE = "\u2581"  # SentencePiece's sign for a space
+# SentencePiece passes over what it trains on where it meets its own sign for the unknown, or NUL.
+UNTRAINABLE = "\u2585\0"
+ESCAPES = {"\\n": "\n", "\\r": "\r", "\\t": "\t"}
 
 # 16 bytes that depend on text and seed alone, the document's identity and its place in the draw; and the text.
 Document = tuple[bytes, str]
@@ -51,20 +60,22 @@ class ShardWriter:
         while len(document):
             if self.tokens == self.shards * self.shard_tokens:
                 self.close()
-                self.file = (self.directory / f"fineweb_{self.split}_{self.shards:06d}.bin").open("wb")
+                self.path = self.directory / f"fineweb_{self.split}_{self.shards:06d}.bin"
+                self.file = self.path.open("wb")
                 self.file.write(bytes(HEADER_BYTES))
                 self.shards += 1
             part, document = np.split(document, [self.shards * self.shard_tokens - self.tokens])
-            self.file.write(part.astype("<u2").tobytes())
+            with naming(self.path):
+                self.file.write(part.astype("<u2").tobytes())
             self.tokens += len(part)
 
     def close(self) -> None:
         """Gives the open shard its header."""
         if self.file:
             count = self.tokens - (self.shards - 1) * self.shard_tokens
-            self.file.seek(0)
-            self.file.write(np.array([MAGIC, VERSION, count], "<i4").tobytes())
-            self.file.close()
+            with naming(self.path), self.file:
+                self.file.seek(0)
+                self.file.write(np.array([MAGIC, VERSION, count], "<i4").tobytes())
 
 
 def write_splits(folder: Path, documents: Iterable[tuple[bool, np.ndarray]], shard_tokens=SHARD_TOKENS) -> list[str]:
@@ -78,13 +89,14 @@ def write_splits(folder: Path, documents: Iterable[tuple[bool, np.ndarray]], sha
 
 
 def find_files(paths: Iterable[Path]) -> tuple[list[Path], int]:
-    """Returns the text files among `paths`, folders searched through in sorted order, and the number of others."""
+    """Returns the text files among `paths`, folders searched through in sorted order, and the number of others, links
+    that lead nowhere among them. OSError for a folder that cannot be read."""
     found = []
     for path in paths:
         if not path.is_dir() and not (path.exists() and kind_of(path)):
             raise UserError(f"{path} does not exist or is no .txt, .md, .jsonl (also .gz, .zst) or .parquet — give one")
-        found += sorted(filter(Path.is_file, path.rglob("*"))) if path.is_dir() else [path]
-    files = [path for path in found if kind_of(path)]
+        found += common.walk(path) if path.is_dir() else [path]
+    files = [path for path in found if kind_of(path) and (path in paths or path.is_file())]
     return files, len(found) - len(files)
 
 
@@ -97,7 +109,7 @@ def kind_of(path: Path) -> str | None:
 def read_documents(files: Iterable[Path], delimiter: str, seed: int, counts: Counter) -> Iterator[Document]:
     """Yields the distinct documents of `files` in order, stripped; counts them and what was met beside them."""
     seen: set[bytes] = set()
-    for found in chain.from_iterable(read_texts(path, delimiter) for path in files):
+    for found in chain.from_iterable(read_texts(path, delimiter, counts) for path in files):
         text, replaced = re.subn("[\ud800-\udfff]", "\ufffd", found.strip())
         data = text.encode()
         digest = hashlib.blake2b(data, digest_size=16, key=b"%d" % (seed % 2**64)).digest()
@@ -113,20 +125,17 @@ def read_documents(files: Iterable[Path], delimiter: str, seed: int, counts: Cou
             yield digest, text
 
 
-def read_texts(path: Path, delimiter: str) -> Iterator[str]:
-    """Yields the documents of a file, a surrogate for each byte that is not UTF-8; UserError if it is damaged."""
+def read_texts(path: Path, delimiter: str, counts: Counter) -> Iterator[str]:
+    """Yields the documents of a file, a surrogate for each byte that is not UTF-8, and counts whether the delimiter cut
+    it; UserError if it is damaged or has a document that is too large."""
     import pyarrow
-    from pyarrow import parquet
 
     kind = kind_of(path)
-    separator = b"\n" if kind == ".jsonl" else delimiter.encode()
+    separator = b"\n" if kind == ".jsonl" else delimiter.encode(errors="surrogateescape")
+    line = 0
     try:
-        if kind == ".parquet":
-            for batch in parquet.ParquetFile(path).iter_batches(batch_size=256, columns=["text"]):
-                for row in batch.column("text").cast(pyarrow.binary()).to_pylist():
-                    yield (row or b"").decode(errors="surrogateescape")
-            return
-        for line, record in enumerate(records(path, separator), start=1):
+        for line, record in enumerate(rows(path) if kind == ".parquet" else records(path, separator), start=1):
+            check_size(len(record), path)
             text = record.decode(errors="surrogateescape")
             if line == 1:
                 text = text.removeprefix("\ufeff")
@@ -134,26 +143,59 @@ def read_texts(path: Path, delimiter: str) -> Iterator[str]:
                 yield text
             elif text.strip():
                 yield json_text(text, f"{path} line {line}")
-    except (OSError, KeyError, pyarrow.ArrowException) as error:
-        if getattr(error, "errno", None):  # the system's, not the format's
+    except (OSError, pyarrow.ArrowException) as error:
+        if getattr(error, "errno", None) or isinstance(error, MemoryError):  # the system's, not the format's
             raise
-        raise UserError(f"{path} is damaged or has no column `text` ({error}) — get it again") from error
+        if "Frame requires too much memory" in str(error):
+            raise UserError(
+                f"{path} is compressed with a window over 128 MiB — unpack it first: zstd -d --long=31"
+            ) from error
+        raise UserError(f"{path} is damaged ({error}) — get it again") from error
+    if delimiter and kind in (".txt", ".md"):
+        counts["cut" if line > 1 else "uncut"] += 1
+
+
+def check_size(size: int, path: Path) -> None:
+    """UserError for a document of more bytes than SentencePiece is given at once."""
+    if size > MAX_DOCUMENT_BYTES:
+        limit = f"{MAX_DOCUMENT_BYTES >> 20} MiB"
+        raise UserError(f"{path} has a document over {limit} — split it, in a text file by --delimiter")
+
+
+def rows(path: Path) -> Iterator[bytes]:
+    """Yields the column `text` of a parquet file, nothing for null; UserError if it has none of strings."""
+    import pyarrow
+    from pyarrow import parquet
+
+    with naming(path), path.open("rb") as opened:
+        file = parquet.ParquetFile(opened)
+        if "text" not in file.schema_arrow.names:
+            raise UserError(f"{path} has no column `text` — rename the column with the text")
+        for batch in file.iter_batches(batch_size=PARQUET_ROWS, columns=["text"]):
+            column = batch.column(0)
+            try:
+                column = column.cast(pyarrow.binary())
+            except (pyarrow.ArrowNotImplementedError, pyarrow.ArrowTypeError) as error:
+                raise UserError(f"{path} has a column `text` of type {column.type} — give strings") from error
+            yield from (row.as_py() or b"" for row in column)
 
 
 def records(path: Path, separator: bytes) -> Iterator[bytes]:
-    """Yields the parts of a file between separators, or the whole of it; UserError for a part that is too large."""
+    """Yields the parts of a file between separators, or the whole of it; UserError for a part that is too large. The
+    end of a line in a separator is that of Windows, too."""
     import pyarrow  # it notices a compressed file that was cut short, as zstandard does not
 
     codec = {".gz": "gzip", ".zst": "zstd"}.get(path.suffix.lower())
+    lines = re.split(rb"(?<!\r)\n", separator)
+    either = re.compile(rb"\r?\n".join(map(re.escape, lines)))
     held = b""
-    with pyarrow.input_stream(path, compression=codec) as file:
+    with naming(path), path.open("rb") as opened, pyarrow.input_stream(opened, compression=codec) as file:
         while block := file.read(READ_BYTES):
-            *whole, held = (held + block).split(separator) if separator else [held + block]
-            yield from whole
-            if len(held) > MAX_DOCUMENT_BYTES:
-                raise UserError(
-                    f"{path} has a document over {MAX_DOCUMENT_BYTES >> 20} MiB — split it or use --delimiter"
-                )
+            held += block
+            if separator:
+                *whole, held = either.split(held) if b"\r" in held else held.split(separator)
+                yield from whole
+            check_size(len(held), path)
     if held or not separator:
         yield held
 
@@ -178,8 +220,11 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> bytes:
     """Trains a SentencePiece BPE that loses nothing; returns the model file's content. UserError for too few texts."""
     pieces = list(chain.from_iterable(map(cut, texts)))
     # SentencePiece wants a piece for nearly every character, which in some scripts are more than the vocabulary holds.
-    frequent = Counter(chain.from_iterable(pieces)).most_common()
-    rare = {ord(character): " " for character, _ in frequent[(vocab_size - RESERVED) // 2 :]}
+    frequent = Counter(chain.from_iterable(pieces))
+    for character in UNTRAINABLE:
+        frequent.pop(character, None)
+    rare = {ord(character): " " for character, _ in frequent.most_common()[(vocab_size - RESERVED) // 2 :]}
+    rare |= {ord(character): " " for character in UNTRAINABLE}
     model = io.BytesIO()
     try:
         spm.SentencePieceTrainer.train(
@@ -189,11 +234,16 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> bytes:
             **dict(model_type="bpe", byte_fallback=True, split_digits=True, num_threads=1, minloglevel=2),
             **dict(normalization_rule_name="identity", remove_extra_whitespaces=False, add_dummy_prefix=False),
             **dict(pad_id=PAD, bos_id=BOS, eos_id=EOS, unk_id=UNK),
+            required_chars=SPACE,  # else a text that begins to have spaces in validation has three bytes for each
         )
     except RuntimeError as error:
-        if not re.search("Vocabulary size too high|sentences_.empty", str(error)):
+        most = re.search(r"Vocabulary size too high .* value <= (\d+)", str(error))
+        if not most and "sentences_.empty" not in str(error):
             raise
-        raise UserError(f"{sum(map(len, pieces)):,} characters are too few — add text or lower --vocab-size") from error
+        count = f"{sum(map(len, pieces)):,} characters, {len(frequent):,} different ones"
+        most = f"a vocabulary of {most[1]}" if most else "none"
+        what = f"the training text ({count}) has too few pieces: for {most}"
+        raise UserError(f"{what}, not {vocab_size} — add text, or lower --vocab-size") from error
     return model.getvalue()
 
 
@@ -203,9 +253,42 @@ def load_tokenizer(model: bytes, name: str) -> spm.SentencePieceProcessor:
         tokenizer = spm.SentencePieceProcessor(model_proto=model, add_bos=True)
     except RuntimeError as error:
         raise UserError(f"{name} is not a SentencePiece model — choose another --tokenizer") from error
-    if tokenizer.bos_id() != BOS or tokenizer.vocab_size() > 1 << 16:
+    if tokenizer.bos_id() != BOS or tokenizer.vocab_size() > 1 << 16 or tokenizer.encode("a")[:1] != [BOS]:
         raise UserError(f"{name} needs BOS = {BOS} and at most {1 << 16:,} pieces — choose another --tokenizer")
     return tokenizer
+
+
+class Encoded(NamedTuple):
+    """A document's tokens, BOS first, and the bytes of what they decode to, None if that is the document itself."""
+
+    tokens: np.ndarray
+    other_bytes: int | None
+
+
+def encode(texts: list[str], tokenizer: spm.SentencePieceProcessor) -> list[Encoded]:
+    """Encodes texts and decodes them again. UserError if BOS is not their first token alone: it is what parts them."""
+    encoded = []
+    for text in texts:
+        tokens = tokenizer.encode(text, return_type="numpy")
+        if tokens[0] != BOS or np.count_nonzero(tokens == BOS) > 1:
+            raise UserError(f"the tokenizer has BOS within the text {text[:40]!r} — choose another --tokenizer")
+        back = tokenizer.decode(tokens)
+        encoded.append(Encoded(tokens, None if back == text else len(back.encode(errors="replace"))))
+    return encoded
+
+
+def encode_all(
+    documents: Iterable[Document], tokenizer: spm.SentencePieceProcessor, threads: int
+) -> Iterator[tuple[bytes, str, Encoded]]:
+    """Yields digest, text and tokens of each document. The threads are Python's: one that the system refuses is an
+    error there, and the end of the process in SentencePiece's own."""
+    with ThreadPoolExecutor(threads) as pool:
+        for batch in batches(documents):
+            texts = [text for _, text in batch]
+            share = -(-len(texts) // threads) or 1
+            parts = [texts[start : start + share] for start in range(0, len(texts), share)]
+            encoded = chain.from_iterable(pool.map(partial(encode, tokenizer=tokenizer), parts))
+            yield from ((digest, text, tokens) for (digest, text), tokens in zip(batch, encoded, strict=True))
 
 
 def batches(documents: Iterable[Document]) -> Iterator[list[Document]]:
@@ -230,52 +313,89 @@ def draw_validation(digests: list[bytes], fraction: float) -> bytes:
     return heapq.nsmallest(count, digests)[-1]
 
 
-def build(files: list[Path], directory: Path, name: str, options: argparse.Namespace) -> str:
-    """Fills `directory` with shards and `<name>_<vocabulary>_bpe.model`, and returns a summary of a few lines."""
+def sample_pieces(
+    documents: Iterable[Document], seed: int, limit: int, digests: list[bytes]
+) -> list[tuple[float, bytes, str]]:
+    """A uniform sample of pieces of text of so many characters at most, each behind its draw and its document's digest;
+    appends the digests of all documents."""
+    # Not SentencePiece's input_sentence_size: which documents are for validation, and which characters are too rare for
+    # a piece, is known only when all were read.
+    sample: list[tuple[float, bytes, str]] = []  # a heap: the piece to give up first is on top
+    size = 0
+    draw = random.Random(seed)
+    for digest, text in documents:
+        digests.append(digest)
+        for piece in cut(text) if limit else ():
+            heapq.heappush(sample, (draw.random(), digest, piece))
+            size += len(piece)
+            while size > limit:
+                size -= len(heapq.heappop(sample)[-1])
+    return sorted(sample)
+
+
+def build(files: list[Path], directory: Path, name: str, options: argparse.Namespace) -> list[str]:
+    """Fills `directory` with shards and `<name>_<vocabulary>_bpe.model`, and returns a summary in lines."""
     from tqdm import tqdm
+
+    tqdm.monitor_interval = 0  # no thread of its own
 
     def read(label: str, counts: Counter, total: int | None = None) -> Iterable[Document]:
         documents = read_documents(files, delimiter, options.seed, counts)
         return tqdm(documents, label, total, unit=" documents", leave=False, disable=None)  # None: only on a terminal
 
     began = time.monotonic()
-    delimiter = options.delimiter.replace("\\n", "\n").replace("\\t", "\t")
-    first, second = Counter(), Counter()
-    digests = []
-    # A uniform sample of pieces for the tokenizer. Not SentencePiece's input_sentence_size: which documents are for
-    # validation, and which characters are too rare for a piece, is known only when all were read.
-    sample: list[tuple[float, bytes, str]] = []  # a heap: the piece to give up first is on top
-    size = 0
-    draw = random.Random(options.seed)
-    for digest, text in read("reading", first):
-        digests.append(digest)
-        for piece in () if options.tokenizer else cut(text):
-            heapq.heappush(sample, (draw.random(), digest, piece))
-            size += len(piece)
-            while size > SAMPLE_CHARS:
-                size -= len(heapq.heappop(sample)[-1])
+    delimiter = re.sub(r"\\[nrt]", lambda found: ESCAPES[found[0]], options.delimiter)
+    first, second, lost = Counter(), Counter(), Counter()
+    digests: list[bytes] = []
+    sample = sample_pieces(read("reading", first), options.seed, SAMPLE_CHARS * (not options.tokenizer), digests)
+    if len(digests) < 2 and first["uncut"]:
+        raise UserError(f"{uncut(first)}, so there is no second document — choose another delimiter, or add files")
     threshold = draw_validation(digests, options.val_fraction)
 
-    pieces = [piece for _, digest, piece in sorted(sample) if digest > threshold]
-    model_name = options.tokenizer.stem if options.tokenizer else f"{name}_{options.vocab_size}_bpe"
-    model = options.tokenizer.read_bytes() if options.tokenizer else train_tokenizer(pieces, options.vocab_size)
+    if options.tokenizer:
+        model_name, model = options.tokenizer.stem, options.tokenizer.read_bytes()
+    else:
+        model_name = f"{name}_{options.vocab_size}_bpe"
+        model = train_tokenizer([piece for _, digest, piece in sample if digest > threshold], options.vocab_size)
     tokenizer = load_tokenizer(model, model_name)
-    (directory / f"{model_name}.model").write_bytes(model)
+    common.write_atomic(directory / f"{model_name}.model", model)
 
     def encoded() -> Iterator[tuple[bool, np.ndarray]]:
-        for batch in batches(read("encoding", second, first["documents"])):
-            texts = [text for _, text in batch]
-            tokens = tokenizer.encode(texts, num_threads=options.threads, return_type="numpy")
-            yield from zip((digest <= threshold for digest, _ in batch), tokens, strict=True)
+        documents = read("encoding", second, first["documents"])
+        for digest, text, found in encode_all(documents, tokenizer, options.threads):
+            if found.other_bytes is not None:
+                lost.update(documents=1, bytes=len(text.encode()), tokens=found.other_bytes)
+            yield digest <= threshold, found.tokens
 
     lines = write_splits(directory, encoded(), options.shard_tokens)
     if second != first:
         raise UserError("the input changed while it was read — run it again when nothing writes to it")
     seconds = time.monotonic() - began
     speed = f"{seconds:.1f} s ({first['bytes'] / 1e6 / seconds:.2f} MB/s)"
-    lines += [f"{first['bytes']:,} bytes of text, {tokenizer.vocab_size():,} pieces, {speed}"]
-    kept_out = f"{first['duplicates']:,} duplicates dropped, {first['empty']:,} empty"
-    return "\n".join([*lines, f"{kept_out}, {first['not_utf8']:,} not UTF-8"])
+    return [
+        *lines,
+        f"{first['bytes']:,} bytes of text, {tokenizer.vocab_size():,} pieces, {speed}",
+        *notes(first, lost),
+    ]
+
+
+def uncut(counts: Counter) -> str:
+    """What the delimiter did not do."""
+    return f"--delimiter leaves {counts['uncut']:,} of {counts['cut'] + counts['uncut']:,} text files whole"
+
+
+def notes(counts: Counter, lost: Counter) -> list[str]:
+    """Lines on the documents: how much their tokens give back, whether they were cut, and what is not among them."""
+    lines = ["decoding the tokens gives every document back"]
+    if lost:
+        kept = counts["bytes"] - lost["bytes"] + lost["tokens"]
+        lines = [
+            f"decoding the tokens does not give back {lost['documents']:,} of {counts['documents']:,} documents: "
+            f"{lost['bytes']:,} bytes became {lost['tokens']:,}, so that {kept / counts['bytes']:.1%} of all bytes stay"
+        ]
+    lines += [uncut(counts)] * (counts["uncut"] > 0)
+    dropped = f"{counts['duplicates']:,} duplicates dropped, {counts['empty']:,} empty"
+    return [*lines, f"{dropped}, {counts['not_utf8']:,} not UTF-8"]
 
 
 def main(parser: argparse.ArgumentParser) -> None:
@@ -284,7 +404,7 @@ def main(parser: argparse.ArgumentParser) -> None:
     add("--out", type=Path, required=True, help="the dataset's folder")
     add("--vocab-size", type=number(int, RESERVED + 1, 1 << 16), default=1024, help="pieces to train (default 1024)")
     add("--tokenizer", type=Path, help="use this SentencePiece model and train none")
-    add("--delimiter", default="", help="separates documents in text files, \\n and \\t understood (default: none)")
+    add("--delimiter", default="", help="parts documents in text files; \\n, \\r, \\t understood (default: none)")
     add("--val-fraction", type=number(float, 0, 1), default=0.01, help="share for validation (default 0.01)")
     add("--seed", type=int, default=0, help="of the split and of the tokenizer's sample (default 0)")
     add("--shard-tokens", type=number(int, 1), default=SHARD_TOKENS, help="tokens per shard (default 100 million)")
@@ -292,8 +412,8 @@ def main(parser: argparse.ArgumentParser) -> None:
     options = parser.parse_args()
     files, skipped = find_files(options.inputs)
     with new_directory(options.out) as directory:
-        report = build(files, directory, options.out.resolve().name, options)
-    print(f"{report}, {skipped:,} files of other kinds\nwrote {options.out}")
+        report = "\n".join(build(files, directory, options.out.resolve().name, options))
+    print(f"{report}, {skipped:,} files of other kinds (broken links among them)\nwrote {options.out}")
 
 
 if __name__ == "__main__":

@@ -43,9 +43,11 @@ def run_of(run: train_gpt.Run, s: train_gpt.Settings, folder: Path | None = None
     return other
 
 
-def random_model(s: train_gpt.Settings, seed: int = 0, dtype: torch.dtype = torch.float32) -> train_gpt.GPT:
+def random_model(
+    s: train_gpt.Settings, seed: int = 0, dtype: torch.dtype = torch.float32, attention: str = "flash"
+) -> train_gpt.GPT:
     """A frozen model in which every parameter matters: at its initial values many branches are silent."""
-    model, g = train_gpt.GPT(s, dtype), torch.Generator().manual_seed(seed)
+    model, g = train_gpt.GPT(s, dtype, attention), torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, p in model.named_parameters():
             noise = torch.randn(p.shape, generator=g)

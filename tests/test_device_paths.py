@@ -181,6 +181,22 @@ def test_compiled_training_and_evaluation_equal_eager_and_compile_once(run, grap
     assert eager[6] < eager[0]  # it learns
 
 
+def test_compiled_plain_attention_is_one_operator_of_the_one_graph(run, graphs, monkeypatch):
+    """In eager code it is a loop over blocks of queries, here three of them."""
+    s = small(num_layers=2)
+    monkeypatch.setattr(train_gpt, "PLAIN_SCORES", 2 * s.num_heads * s.train_seq_len * 12)
+    model = random_model(s, attention="plain").requires_grad_()
+    ids = torch.randint(2, s.vocab_size, (2, s.train_seq_len + 1), generator=torch.Generator().manual_seed(0))
+
+    def gradients(forward: Callable) -> tuple[Tensor, ...]:
+        loss = forward(ids[:, :-1], ids[:, 1:]).mean()
+        return loss, *torch.autograd.grad(loss, list(model.parameters()))
+
+    compiled = torch.compile(model, dynamic=False)
+    torch.testing.assert_close(gradients(compiled), gradients(model), rtol=1e-4, atol=1e-6)
+    assert graphs() == 1
+
+
 # ---- Test-time training ---------------------------------------------------------------------------------------------
 @pytest.mark.parametrize(
     "protocol, context, documents",

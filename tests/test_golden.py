@@ -46,8 +46,8 @@ class Golden:
         sp = train_gpt.load_tokenizer(str(shared / "fineweb" / "fineweb_1024_bpe.model"), 1024)
         self.bytes = train_gpt.target_bytes(sp, self.tokens)
 
-    def load(self, state):
-        model = train_gpt.GPT(self.s)
+    def load(self, state, attention="flash"):
+        model = train_gpt.GPT(self.s, attention=attention)
         train_gpt.load_weights(model, state, "golden", self.run)
         return model.requires_grad_(False)
 
@@ -185,3 +185,17 @@ def test_losses_of_test_time_training(golden, section, figure, how, batches):
     for documents in [longest_first] if batches == "one_batch" else [[d] for d in longest_first]:
         for d, losses in zip(documents, golden.documents(documents, **how), strict=True):
             assert losses.tolist() == pytest.approx(np.atleast_1d(e["docs"][d][figure]).tolist(), rel=1e-3), d
+
+
+def test_everything_through_plain_attention(golden, monkeypatch):
+    """As on a GPU without flash kernels: in several blocks of queries."""
+    monkeypatch.setattr(train_gpt, "PLAIN_SCORES", 1 << 16)
+    model = golden.load(golden.state, attention="plain")
+    e = golden.expected["forward"]
+    assert golden.nll(model, *e["tokens"])[:16].tolist() == pytest.approx(e["nll_first_16"], rel=1e-4)
+    monkeypatch.setattr(golden, "model", model)
+    for section, figure, how in (case[:3] for case in TTT if "epochs_4" not in case[1] and "epochs_3" not in case[1]):
+        docs = golden.expected[section]["docs"]
+        documents = sorted(range(3), key=lambda d: -docs[d]["targets"])
+        for d, losses in zip(documents, golden.documents(documents, **how), strict=True):
+            assert losses.tolist() == pytest.approx(np.atleast_1d(docs[d][figure]).tolist(), rel=1e-3), (figure, d)

@@ -266,6 +266,93 @@ def test_the_cap_bounds_the_loss_of_saturated_logits():
     assert 0.9 * largest < nll.max() <= largest
 
 
+# ---- The kernels of attention
+
+
+@pytest.mark.parametrize(
+    "capability, head_dim, built, dtype, expected",
+    (
+        (None, 64, True, torch.float32, "flash"),  # a CPU, whose flash kernel takes any width
+        (None, 12, True, torch.float32, "flash"),
+        ((9, 0), 64, True, torch.bfloat16, "flash"),
+        ((8, 9), 128, True, torch.bfloat16, "flash"),
+        ((8, 0), 256, True, torch.bfloat16, "flash"),
+        ((8, 0), 264, True, torch.bfloat16, "plain"),  # wider than the kernels are built for
+        ((9, 0), 12, True, torch.bfloat16, "plain"),
+        ((9, 0), 64, False, torch.bfloat16, "plain"),
+        ((7, 5), 64, True, torch.float32, "plain"),
+        ((7, 0), 64, True, torch.float32, "plain"),
+    ),
+    ids=str,
+)
+def test_the_dtype_and_the_attention_of_a_device(capability, head_dim, built, dtype, expected):
+    assert train_gpt.compute_dtype(capability) == dtype
+    assert train_gpt.attention_backend(capability, head_dim, dtype, built) == expected
+
+
+def test_flash_does_not_take_float32_on_a_gpu():
+    assert train_gpt.attention_backend((9, 0), 64, torch.float32) == "plain"
+
+
+@pytest.mark.parametrize("capability", ((6, 1), (5, 0)), ids=str)
+def test_a_gpu_that_is_too_old_is_one_line(capability):
+    with pytest.raises(train_gpt.UserError, match=rf"{capability[0]}\.{capability[1]}, below 7.0 — .*DEVICE=cpu"):
+        train_gpt.compute_dtype(capability)
+
+
+@pytest.fixture(params=("flash", "plain", "plain in blocks"))
+def backend(request, monkeypatch) -> str:
+    """Of the kernels; in blocks of so few scores that a block has one to three queries."""
+    name, *blocks = request.param.split(" in ")
+    if blocks:
+        monkeypatch.setattr(train_gpt, "PLAIN_SCORES", 50)
+    return name
+
+
+@pytest.mark.parametrize("causal", (True, False), ids=("causal", "all"))
+@pytest.mark.parametrize("heads, kv_heads, width", ((2, 2, 8), (4, 2, 12), (6, 1, 3)), ids=str)
+def test_a_kernels_output_and_log_sum_exp_are_those_written_out(backend, causal, heads, kv_heads, width):
+    g = torch.Generator().manual_seed(0)
+    shapes = (heads, 7), (kv_heads, 7 if causal else 10), (kv_heads, 7 if causal else 10)
+    q, k, v = (torch.randn(2, *shape, width, generator=g, dtype=torch.float64) for shape in shapes)
+    scores = torch.einsum("bhtd,bhsd->bhts", q, k.repeat_interleave(heads // kv_heads, 1)) / math.sqrt(width)
+    if causal:
+        scores.masked_fill_(torch.arange(7) > torch.arange(7)[:, None], -math.inf)
+    expected = torch.softmax(scores, -1) @ v.repeat_interleave(heads // kv_heads, 1)
+    y, lse, _ = train_gpt.KERNELS[backend][0](q, k, v, causal)
+    torch.testing.assert_close(y, expected, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(lse, scores.logsumexp(-1), rtol=1e-12, atol=1e-12)
+
+
+def test_plain_attention_of_bf16_is_as_exact_as_its_inputs():
+    """Scores and sums are float32: the output is off by one rounding to bf16, 2**-9, and float32's noise."""
+    g = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(2, n, 300, 16, generator=g).bfloat16().requires_grad_() for n in (4, 2, 2))
+    wide = [x.detach().double().requires_grad_() for x in (q, k, v)]
+    y, expected = train_gpt.attend(q, k, v, None, "plain"), explicit(*wide, wide[1][:, :, :0], wide[2][:, :, :0])
+    assert y.dtype == torch.bfloat16
+    torch.testing.assert_close(y.double(), expected, rtol=2.0**-8, atol=1e-5)
+    gradients = torch.autograd.grad(y.sum(), (q, k, v)), torch.autograd.grad(expected.sum(), wide)
+    for ours, theirs in zip(*gradients, strict=True):
+        assert ours.dtype == torch.bfloat16 and (ours.double() - theirs).norm() < 1e-2 * theirs.norm()
+
+
+@pytest.mark.parametrize("limit", (1, 100, 333, 10_000))
+@pytest.mark.parametrize("causal", (True, False), ids=("causal", "all"))
+def test_plain_attention_holds_few_scores_at_once(monkeypatch, limit, causal):
+    monkeypatch.setattr(train_gpt, "PLAIN_SCORES", limit)
+    q, k = torch.empty(2, 3, 11, 4), torch.empty(2, 1, 11 if causal else 17, 4)
+    met = []
+    for rows, seen, hidden in train_gpt.query_blocks(q, k, causal):
+        queries, keys = range(11)[rows], range(k.size(2))[seen]
+        assert len(queries) == 1 or 2 * 3 * len(queries) * len(keys) <= limit
+        for i, t in enumerate(queries):
+            visible = [j for j in keys if hidden is None or not hidden[i, j]]
+            assert visible == list(range(t + 1 if causal else 17))
+        met += queries
+    assert met == list(range(11))
+
+
 # ---- Attention into the cache
 
 
@@ -294,10 +381,10 @@ CONTEXTS = pytest.mark.parametrize("tokens, context", ((5, 0), (5, 3), (3, 7), (
 
 @SHAPES
 @CONTEXTS
-def test_attention_into_the_cache_is_softmax_over_context_and_chunk(heads, kv_heads, tokens, context):
+def test_attention_into_the_cache_is_softmax_over_context_and_chunk(backend, heads, kv_heads, tokens, context):
     q, k, v, kv = attention_inputs(heads, kv_heads, tokens, context)
     before = kv[..., :context, :].clone()
-    actual, expected = train_gpt.attend(q, k, v, kv), explicit(q, k, v, before[:, 0], before[:, 1])
+    actual, expected = train_gpt.attend(q, k, v, kv, backend), explicit(q, k, v, before[:, 0], before[:, 1])
     torch.testing.assert_close(actual, expected, rtol=1e-12, atol=1e-12)
     assert kv[..., :context, :].equal(before) and kv[:, 0, :, context:].equal(k) and kv[:, 1, :, context:].equal(v)
     assert not kv.requires_grad
@@ -305,14 +392,15 @@ def test_attention_into_the_cache_is_softmax_over_context_and_chunk(heads, kv_he
     ours, theirs = (torch.autograd.grad((y * weights).sum(), (q, k, v)) for y in (actual, expected))
     torch.testing.assert_close(ours, theirs, rtol=1e-11, atol=1e-11)
     if not context:
-        torch.testing.assert_close(train_gpt.attend(q, k, v, None), expected, rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(train_gpt.attend(q, k, v, None, backend), expected, rtol=1e-12, atol=1e-12)
 
 
 @SHAPES
 @pytest.mark.parametrize("tokens, context", ((3, 0), (3, 2), (2, 5)), ids=str)
-def test_its_gradients_are_those_of_finite_differences(heads, kv_heads, tokens, context):
+def test_its_gradients_are_those_of_finite_differences(backend, heads, kv_heads, tokens, context):
     q, k, v, kv = attention_inputs(heads, kv_heads, tokens, context)
-    assert torch.autograd.gradcheck(lambda q, k, v: train_gpt.attend(q, k, v, kv.clone()), (q, k, v), fast_mode=True)
+    function = lambda q, k, v: train_gpt.attend(q, k, v, kv.clone(), backend)  # noqa: E731
+    assert torch.autograd.gradcheck(function, (q, k, v), fast_mode=True)
 
 
 def test_layers_that_share_one_cache_do_not_disturb_each_others_gradients():

@@ -1,5 +1,6 @@
 """Muon, AdamW, clipping and the schedule against plain loops and torch's own optimisers."""
 
+import math
 import os
 import re
 import socket
@@ -103,6 +104,39 @@ def test_the_default_table_has_the_described_rates():
             assert train_gpt.recipe(name, s) == expected, name
     assert (s.muon_momentum, s.muon_momentum_warmup_start, s.muon_momentum_warmup_steps) == (0.99, 0.92, 1500)
     assert (s.beta1, s.beta2, s.adam_eps, s.grad_clip_norm) == (0.9, 0.95, 1e-8, 0.3)
+
+
+@pytest.mark.parametrize("clip", (0, 0.3))
+@pytest.mark.parametrize("value", (math.nan, math.inf, -math.inf, 1e30), ids=str)  # 1e30 has no square in float32
+@pytest.mark.parametrize("name", ("tok_emb.weight", "blocks.1.mlp.fc.weight", "smear.gate"))
+def test_a_step_without_a_finite_norm_changes_nothing_and_is_counted(run, name, value, clip):
+    s = small(**HOT | dict(grad_clip_norm=clip))
+    model = train_gpt.GPT(s)
+    optimizer = train_gpt.Optimizer(model, run_of(run, s))
+
+    def advance(step, planted=None):
+        for p, g in zip(model.parameters(), random_gradients(model, step).values(), strict=True):
+            p.grad.copy_(g)
+        if planted is not None:
+            model.get_parameter(name).grad.view(-1)[:1] = planted
+        return optimizer.step(step, 0.7)
+
+    def buffers():
+        return {name: tensor.clone() for name, tensor in optimizer.state.items() if name != "skipped"}
+
+    advance(0)
+    before = buffers()
+    for count in (1, 2):
+        assert not advance(count, value).isfinite()
+        assert all(tensor.equal(before[name]) for name, tensor in buffers().items())
+        assert optimizer.grads.eq(0).all() and optimizer.skipped.tolist() == [count, count]
+    advance(3)
+    assert optimizer.skipped.tolist() == [2, 0]
+    after = buffers()
+    for part, tensor in before.items():
+        optimizer.state[part].copy_(tensor)
+    advance(3)
+    assert all(tensor.equal(after[name]) and tensor.isfinite().all() for name, tensor in buffers().items())
 
 
 @pytest.mark.parametrize("size", (1e-3, 10.0), ids=("below_the_limit", "above_it"))

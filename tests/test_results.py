@@ -32,6 +32,7 @@ FAST = settings(deadline=None, max_examples=50)
 SOURCE = (
     '"""A script\n\nthat scores."""\nprint(f"step:{step}/{n} val_loss:{loss}")\n'  # logs begin with what wrote them
 )
+SHAPE = dict(num_layers=10, model_dim=512, num_heads=8, num_kv_heads=4, swa_enabled=True, max_wallclock_seconds=600.0)
 SHA256 = hashlib.sha256(SOURCE.encode()).hexdigest()
 
 
@@ -52,6 +53,7 @@ def a_result(seed: int, loss: float) -> dict[str, Any]:
     score = figure(loss, epoch=1)
     last = figure(loss - 0.3, backward_looking=False, epoch=50)
     row = {"document": 7, "t": 300, "repeat": 0.0}
+    kinds = {kind: {"weights": 10_000_000, "bytes": 7_000_000} for kind in ("int5", "int6")}
     artifact = {"model_bytes": 15_800_000 + seed, "code_bytes": 102_000, "total_bytes": 15_902_000 + seed}
     return {
         "schema_version": 2,
@@ -60,7 +62,7 @@ def a_result(seed: int, loss: float) -> dict[str, Any]:
         "source_sha256": SHA256,
         "source_bytes": len(SOURCE),
         "weights_sha256": f"{seed:064x}",
-        "settings": dict(PLACEHOLDER["protocol"], seed=seed, run_id=f"run{seed}", vocab_size=1024, val_docs=0),
+        "settings": SHAPE | dict(PLACEHOLDER["protocol"], seed=seed, run_id=f"run{seed}", vocab_size=1024, val_docs=0),
         "overridden": ["seed"],
         "environment": {"torch": "2.13.0", "device": "NVIDIA H100 80GB HBM3", "dtype": "bfloat16", "world_size": 8},
         "world_size": 8,
@@ -74,7 +76,7 @@ def a_result(seed: int, loss: float) -> dict[str, Any]:
             "averaged": 30,
             "resumed": False,
         },
-        "artifact": artifact | {"max_bytes": 16_000_000, "fits": True, "sha256": f"{seed:064x}", "kinds": {}},
+        "artifact": artifact | {"max_bytes": 16_000_000, "fits": True, "sha256": f"{seed:064x}", "kinds": kinds},
         "evaluation": {
             "documents": DOCUMENTS,
             "seconds": 480.5,

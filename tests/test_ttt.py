@@ -465,7 +465,7 @@ def test_no_later_token_reaches_an_earlier_score_but_in_replays_later_epochs(run
 
 
 def test_a_model_that_looks_ahead_would_be_caught(run, monkeypatch):
-    def ahead(q, k, v, kv):
+    def ahead(q, k, v, kv, backend):
         kv[:, 0, :, -k.size(2) :], kv[:, 1, :, -v.size(2) :] = k.detach(), v.detach()
         before = kv[..., : -k.size(2), :]
         keys, values = torch.cat((before[:, 0], k), 2), torch.cat((before[:, 1], v), 2)

@@ -29,7 +29,8 @@ class Result(NamedTuple):
 
 def call(module: ModuleType, *arguments: object, terminal: bool = False) -> Result:
     """Runs a tool's main function in this process as its command line would, at a terminal or with its output piped."""
-    out, err, argv, terminate = io.StringIO(), io.StringIO(), sys.argv, signal.getsignal(signal.SIGTERM)
+    out, err, argv = io.StringIO(), io.StringIO(), sys.argv
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)}
     err.isatty = lambda: terminal
     sys.argv = [module.__name__, *map(str, arguments)]
     try:
@@ -37,7 +38,8 @@ def call(module: ModuleType, *arguments: object, terminal: bool = False) -> Resu
             common.run_tool(module.main)
     finally:
         sys.argv = argv
-        signal.signal(signal.SIGTERM, terminate)
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
     return Result(stop.value.code, out.getvalue(), err.getvalue())
 
 
