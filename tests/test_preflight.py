@@ -51,7 +51,8 @@ def plant(place: str) -> None:
 LATE = (
     ("evaluate_standard", {}), ("Trainer.save", {}), ("calibrate", {}), ("gptq", dict(MODEL_DIM=96)),
     ("nearest", dict(MODEL_DIM=96, QUANTIZER="nearest")), ("pack", {}), ("unpack", {}), ("make_artifact", {}),
-    ("load_weights", {}), ("DocumentBatch.score", {}), ("Adapters.step", {}), ("by_position", {}),
+    ("load_weights", {}), ("DocumentBatch.score", {}), ("Adapters.step", {}), ("DocumentBatch._push", {}),
+    ("by_position", {}),
     ("DocumentBatch.adapt", dict(TTT_PROTOCOL="single_pass")), ("Scores.add", {}), ("time_spent", {}),
     ("evaluate_sliding", dict(TTT_ENABLED=0)), ("mixture", dict(TTT_MIXTURE=1)), ("Scores.remove", {}),
 )  # fmt: skip
