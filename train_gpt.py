@@ -40,8 +40,10 @@ import math
 import os
 import platform
 import re
+import select
 import shlex
 import signal
+import socket
 import struct
 import subprocess
 import sys
@@ -358,6 +360,10 @@ class Ranks:
         place["timeout"] = timedelta(days=1)  # for another's last documents; the watch ends what is dead
         place["device_id"] = device if cuda else None  # connects at once: what fails does so here
         dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", **place)
+        # What a signal writes there arrives while its handler waits for a collective to end.
+        self.knock, door = socket.socketpair()
+        door.setblocking(False)
+        signal.set_wakeup_fd(door.detach())
         # A clone of the store, since the main thread may wait within the other.
         threading.Thread(target=self.watch, args=(self.store.clone(),), daemon=True).start()
 
@@ -408,21 +414,27 @@ class Ranks:
     def watch(self, store: dist.Store):
         """A thread: show that this rank lives; end it once another one has ended, or is silent, or once a signal has
         found the main thread stuck in a collective. The first rank listens to all others, they to the first."""
-        now = time.monotonic()
-        heard = dict.fromkeys(range(1, self.world) if self.rank == 0 else [0], (0, now))
+        heard = dict.fromkeys(range(1, self.world) if self.rank == 0 else [0], (0, 0))
         found = None
-        while not found and not self.leaving:
-            time.sleep(0.5)
-            now = time.monotonic()
-            if self.signal and not self.waits_for_step and now - self.signal_time > GRACE:
-                found = 128 + self.signal, ""
+        knocks = []
+        mine = f"beat {self.rank}"
+        store.add(mine, 1)
+        for turn in itertools.count():  # of half a second; clocks go on where a job stands still as a whole
+            if found or self.leaving:
+                break
+            if select.select([self.knock], [], [], 0.5)[0]:
+                knocks.append((self.knock.recv(1)[0], turn))
+            if knocks and not self.waits_for_step and turn - knocks[0][1] > 2 * GRACE:
+                number = knocks[0][0]
+                found = 128 + number, f"stopped by {signal.Signals(number).name}"
             try:
-                store.add(f"beat {self.rank}", 1)
+                store.wait([mine], timedelta(seconds=PATIENCE))  # the rest waits for an answer for ever
+                store.add(mine, 1)
                 for rank, (count, when) in heard.items():
                     beats = store.add(f"beat {rank}", 0)
                     if beats != count:
-                        heard[rank] = beats, now
-                    elif now - when > PATIENCE:
+                        heard[rank] = beats, turn
+                    elif turn - when > 2 * PATIENCE:
                         found = 1, f"error: rank {rank} is dead or out of reach"
                 if store.check(["end"]):
                     found = json.loads(store.get("end"))["code"], ""
@@ -453,6 +465,9 @@ class Ranks:
     def end(self, code: int, line: str) -> int:
         """Announce why this rank ends, unless another one was first, and say it: once on each machine. Returns the code
         that all end with."""
+        self.unwinding = self.leaving = True  # no signal, no watch thread comes in between
+        if line and code != 2:
+            line += f" — go on with: {self.how_to_go_on}" if self.how_to_go_on else " — nothing had begun"
         first = mine = json.dumps(dict(rank=self.rank, node=self.node, code=code, line=line))
         with contextlib.suppress(RuntimeError):  # the store is gone
             first = self.store.compare_set("end", "", mine).decode()
@@ -461,7 +476,6 @@ class Ranks:
             while self.rank == 0 and heard < self.world and time.monotonic() < until:
                 time.sleep(0.05)  # the store may end with this process
                 heard = self.store.add("heard", 0)
-        self.leaving = True
         said = json.loads(first)
         if said["line"] and (first == mine or (self.local == 0 and said["node"] != self.node)):
             say(said["line"], "stderr")
@@ -541,6 +555,7 @@ class Run:
         self.devices = [environment(self)["device"]]  # of all ranks, once they are asked
         self.sessions = []  # of this run in its folder, by this and earlier processes
         self.session_kept = 0.0  # when they were last written
+        self.unaccounted = False  # once they could not be
         if self.cuda:
             torch.cuda.set_device(self.device)
             self.event = torch.cuda.Event()  # of the last step
@@ -616,7 +631,12 @@ class Run:
         if self.ranks.rank == 0 and self.sessions and now - self.session_kept >= every:
             self.session_kept = now
             self.sessions[-1]["seconds"] = now - self.session_began
-            self.write("sessions.json", json.dumps(self.sessions).encode())
+            try:
+                self.write("sessions.json", json.dumps(self.sessions).encode())
+            except UserError as e:  # an account is not worth a run
+                if not self.unaccounted:
+                    self.log(f"note: {e}; the run goes on")
+                self.unaccounted = True
 
 
 def environment(run: Run) -> dict:
@@ -1622,6 +1642,10 @@ class Trainer:
                 name = signal.Signals(int(signalled)).name
                 raise Interrupted(128 + int(signalled), f"stopped by {name} after step {self.step}; {kept}")
         run.ranks.waits_for_step = False
+        (signalled,) = run.ranks.max([run.ranks.signal]).tolist()
+        if signalled:  # in the last validation
+            self.save(run)
+            raise Interrupted(128 + signalled, f"stopped by {signal.Signals(signalled).name} after the last step")
         return self.finish()
 
     def report(self, what):
@@ -2403,24 +2427,28 @@ class Scores:
         self.targets = np.full((2, stream.target_count), UNSCORED, np.float32)
         self.epochs = np.full((epochs, len(stream.lengths)), UNSCORED)
         self.pattern = f"scores_{tag}_*.bin"
-        for path in sorted(run.folder.glob(self.pattern)) if run.s.resume else ():
-            with contextlib.suppress(ValueError, EOFError, OSError, IndexError):  # cut off or damaged
-                self._read(path)
+        found = sorted(run.folder.glob(self.pattern)) if run.s.resume else []
+        whole = {path: self._read(path) for path in found}
         self.merge()
         self.path = run.folder / f"scores_{tag}_{run.ranks.rank}.bin"
         try:
-            self.file = open(self.path, "ab" if run.s.resume else "wb")  # noqa: SIM115 - open to the end
+            self.file = open(self.path, "ab")  # noqa: SIM115 - open to the end
+            self.file.truncate(whole.get(self.path, 0))  # else what comes next would be taken for the rest of a pair
         except OSError as e:
             raise UserError(system_says(e)) from e
 
-    def _read(self, path: Path):
-        with open(path, "rb") as f:
+    def _read(self, path: Path) -> int:
+        """Returns the bytes up to where a file is cut off or damaged."""
+        whole = 0
+        with contextlib.suppress(ValueError, EOFError, OSError, IndexError, TypeError), open(path, "rb") as f:
             while f.peek(1):
                 rows, numbers = np.load(f), np.load(f)
                 parts = np.split(numbers, np.cumsum(rows[:, 2])[:-1])
                 for (figure, document, count), nll in zip(rows.tolist(), parts, strict=True):
                     if len(nll) == count:
                         self._note(figure, document, nll)
+                whole = f.tell()
+        return whole
 
     def _note(self, figure: int, document: int, nll: np.ndarray):
         if figure in (PLAIN, ADAPTED):
@@ -2946,9 +2974,9 @@ def entry() -> int:
     except OSError as e:
         return ranks.end(2, f"error: {system_says(e)}")
     except Interrupted as e:
-        kept = ranks.how_to_go_on
-        return ranks.end(e.code, f"{e.line} — {kept and 'go on with: '}{kept or 'nothing had begun'}" if e.line else "")
+        return ranks.end(e.code, e.line)
     except RuntimeError as e:
+        ranks.unwinding = True
         broken = ranks.world > 1 and re.search("gloo|nccl|connection", str(e), re.I)
         if broken:
             time.sleep(2)  # the rank that broke a collective says why

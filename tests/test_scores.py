@@ -268,7 +268,7 @@ def test_the_mixture_is_the_score_and_does_not_depend_on_batches_or_a_resume(run
 def test_where_a_deadline_cuts_off_the_prediction_without_adaptation_mixes_with_itself(
     run, tmp_path, monkeypatch, protocol
 ):
-    s = small(ttt_mixture=True, ttt_protocol=protocol, ttt_lora_lr=0.05, eval_max_seconds=7, ttt_batch_size=2)
+    s = small(ttt_mixture=True, ttt_protocol=protocol, ttt_lora_lr=0.05, eval_max_seconds=5, ttt_batch_size=2)
     model, stream = random_model(s), stream_of(s, [100, 70, 40])
     now, step = [1000.0], train_gpt.Adapters.step
 
