@@ -2935,7 +2935,9 @@ def main(ranks: Ranks) -> int:
         run = run.using(**weights.settings.of(ModelSettings))
     stream = load_validation(run)
     shards = [] if run.s.eval_only else open_shards("train", run)
-    data = dict(validation=stream.fingerprint, tokenizer=stream.tokenizer, train=shards and fingerprint(shards))
+    data = dict(
+        validation=stream.fingerprint, tokenizer=stream.tokenizer, train=fingerprint(shards) if shards else None
+    )
     ranks.agree({f"data of {name}": value for name, value in data.items()})
     if kept.get("tokenizer", stream.tokenizer) != stream.tokenizer:
         what = f"TOKENIZER_PATH={run.s.tokenizer_path} is not the tokenizer of the training of {run.s.eval_only}"

@@ -143,8 +143,9 @@ class Run:
     artifact = property(lambda self: (self.folder / "final_model.ptz").read_bytes())
 
     def figures(self, name: str) -> list[list[float]]:
-        """The numbers of each console line that starts with `name`."""
-        return [[float(x) for x in re.findall(r":(-?\d+\.\d+)", line)] for line in self.lines if line.startswith(name)]
+        """The numbers of each line of the log that starts with `name`."""
+        lines = [line for line in self.log.splitlines() if line.startswith(name)]
+        return [[float(x) for x in re.findall(r":(-?\d+\.\d+)", line)] for line in lines]
 
 
 def run(folder: Path, code: int = 0, **settings) -> Run:

@@ -45,7 +45,7 @@ def scoring(whole) -> dict:
 
 def figures(run: runs.Run) -> list[str]:
     """Every figure of an evaluation, to the last digit."""
-    return [line for line in run.lines if line.startswith(("no_adaptation v", "ttt_epoch:", "final_"))]
+    return [line for line in run.log.splitlines() if line.startswith(("no_adaptation v", "ttt_epoch:", "final_"))]
 
 
 # ---- Faults, planted in a process before it starts
