@@ -342,6 +342,8 @@ class Ranks:
                 # torchrun --max-restarts starts all anew beside the same store, where old values still are
                 self.store = dist.PrefixStore(f"attempt {self.restarts}", store)
                 self.gather(None)
+                # The watch has a clone, since the main thread may wait within the other.
+                threading.Thread(target=self.watch, args=(self.store.clone(),), daemon=True).start()
         except (KeyError, ValueError, dist.DistError) as e:
             raise UserError(
                 f"no place among ranks: {shown} — launch with torchrun, or unset RANK and WORLD_SIZE"
@@ -350,7 +352,7 @@ class Ranks:
             waiting.cancel()
 
     def connect(self, device: torch.device):
-        """Connect the collectives, and begin to watch."""
+        """Connect the collectives."""
         if self.world == 1:
             return
         cuda = device.type == "cuda"
@@ -358,8 +360,6 @@ class Ranks:
         place["timeout"] = timedelta(days=1)  # for another's last documents; the watch ends what is dead
         place["device_id"] = device if cuda else None  # connects at once: what fails does so here
         dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", **place)
-        # A clone of the store, since the main thread may wait within the other.
-        threading.Thread(target=self.watch, args=(self.store.clone(),), daemon=True).start()
 
     def sum(self, tensor: Tensor) -> Tensor:
         """Over the ranks, in place."""
@@ -683,7 +683,10 @@ def open_folder(run: Run) -> Run:
     run.folder.mkdir(parents=True, exist_ok=True)
     given = {f.name.upper() for f in fields(Settings)} & {*os.environ} - {"RESUME", "OUTPUT_DIR"}
     values = [f"{name}={shlex.quote(os.environ[name])}" for name in sorted(given)]
-    launcher = f"torchrun --standalone --nproc_per_node={run.ranks.world}" if run.ranks.world > 1 else "python"
+    launcher = "python"
+    if run.ranks.world > 1:
+        alone = os.environ.get("LOCAL_WORLD_SIZE") == str(run.ranks.world)
+        launcher = f"torchrun --standalone --nproc_per_node={run.ranks.world}" if alone else "torchrun ... (as before)"
     again = ["RESUME=1", f"OUTPUT_DIR={shlex.quote(folder)}", *values, launcher, sys.argv[0]]
     run.ranks.how_to_go_on = " ".join(again)
     return run
@@ -2092,8 +2095,8 @@ def time_spent(began: float, run: Run) -> dict:
 #
 # A batch advances in steps: a chunk of its first n documents is scored, trained on, kept as context, or several of
 # these. On a GPU a step of a shape that has come before is one launch: a recorded graph of some hundred kernels. What a
-# graph has frozen is what ChunkStep names, and every address; position, learning rate and figure therefore lie in
-# tensors on the device, which the host fills before it launches.
+# graph has frozen is what ChunkStep names, and every address; position and learning rate therefore lie in tensors on
+# the device, which the host fills before it launches.
 
 TTT_BATCH = {"cpu": 4, "cuda": 128}  # documents side by side, where TTT_BATCH_SIZE=0
 STEP_FLOOR = {"cpu": 0, "cuda": 2048}  # tokens; smaller steps cost no less
@@ -2153,8 +2156,7 @@ class Adapters:
 
     def layers(self, n: int) -> tuple[Tensor, list[dict[str, Lora]]]:
         """The first n documents' rows as a leaf, and for every layer its views by target."""
-        leaf = self.flat[:n].detach().requires_grad_()
-        flat = leaf
+        flat = leaf = self.flat[:n].detach().requires_grad_()
         if self.scale != 1:
             flat = torch.cat((self.scale * leaf[:, : self.a_size], leaf[:, self.a_size :]), dim=1)
         pieces = flat.split(self.sizes, dim=1)  # its backward is one concatenation
@@ -2177,7 +2179,7 @@ class ChunkStep(NamedTuple):
     documents: int  # the first of the batch
     width: int  # tokens of a window
     context: int | None  # cached tokens before the chunk; None: a window of its own
-    score: bool = False  # count it
+    score: bool = False  # note its NLL
     train: bool = False  # take an Adam step on each document's mean NLL
     keep: bool = False  # append it to the context
 
@@ -2185,31 +2187,26 @@ class ChunkStep(NamedTuple):
 class DocumentBatch:
     """Documents that advance together, longest first: those that still have chunk c are the first active[c].
 
-    `sums` (1 + figures, B, 3) float64 are NLL, targets and bytes: figure 0 without adaptation, then one per epoch of
-    replay, or one for single_pass. `targets` (2, B, longest) float32 are NLL of targets, rows PLAIN and ADAPTED.
-
-    `kv` (B, layers, 2, kv heads, window + chunk, head_dim) are rotated keys, and values. The chunk in progress owns the
-    last slots; before them token t of the last `window` has slot window - 1 - t % window. With window 4 and chunk 2:
-
-        chunk of tokens 4, 5:   [ 3  2  1  0 | 4  5 ]
-        chunk of tokens 6, 7:   [ 3  2  5  4 | 6  7 ]    (4 and 5 took the places of 0 and 1)
-
-    So the context borders on the chunk while it is shorter than the window, which it fills from the right, and a new
-    token replaces the oldest. Softmax does not ask for their order, and keys are cached rotated."""
+    `nll` (B, targets) float32 is what the present reading of the documents has scored, UNSCORED elsewhere; `epochs` are
+    the documents' sums, (B,) float64, of each reading that adapt() has begun."""
 
     def __init__(self, model, stream, capacity: int, run: Run):
         self.model, self.stream, self.run = model, stream, run
         s = run.s
-        self.deadline = math.inf
-        self.capacity = capacity
         integers = functools.partial(torch.zeros, dtype=torch.int64, device=run.device)
         self.start, self.end = integers(capacity), integers(capacity)
-        self.sums = torch.zeros(1 + s.ttt_figures, capacity, 3, dtype=torch.float64, device=run.device)
         self.adapters = Adapters(capacity, run)
+        room = ceil_div(int(stream.lengths.max()), s.ttt_chunk_size) * s.ttt_chunk_size
+        self.nll = torch.zeros(capacity, room, device=run.device)
+        # Keys, rotated, and values. The chunk in progress owns the last slots; before them token t of the last `window`
+        # has slot window - 1 - t % window. With a window of 4 and chunks of 2:
+        #     chunk of tokens 4, 5:   [ 3  2  1  0 | 4  5 ]
+        #     chunk of tokens 6, 7:   [ 3  2  5  4 | 6  7 ]    4 and 5 took the places of 0 and 1
+        # So a context shorter than the window borders on the chunk, and a new token replaces the oldest. Softmax does
+        # not ask for their order.
         self.window = s.ttt_eval_seq_len - s.ttt_chunk_size
         shape = capacity, s.num_layers, 2, s.num_kv_heads, s.ttt_eval_seq_len, s.model_dim // s.num_heads
         self.kv = torch.zeros(shape, dtype=model.dtype, device=run.device)
-        self.figure = integers(1)  # that scores count for
         self.position = integers(())  # of the chunk's first target
         self.lr = torch.zeros((), device=run.device)
         self.graphs = {}  # by ChunkStep; None once it has run eagerly
@@ -2226,15 +2223,12 @@ class DocumentBatch:
         self.active = [int((chunks > chunk).sum()) for chunk in range(chunks[0] + 1)]
         self.start[: len(documents)] = torch.from_numpy(self.stream.starts[documents])
         self.end[: len(documents)] = torch.from_numpy(self.lengths)
-        self.sums.zero_()
-        room = int(chunks[0]) * self.run.s.ttt_chunk_size
-        self.targets = torch.full((2, len(documents), room), UNSCORED, device=self.run.device)
 
     def score(self):
-        """Without adaptation, whatever the time. Adapters of zeros: compiled code is shared."""
+        """Read without adaptation, whatever the time. Adapters of zeros: compiled code is shared."""
         self.deadline = math.inf
         self.adapters.begin(None)
-        self._read_through(0, cached=True, train=False)
+        self._read_through(cached=True, train=False)
 
     def adapt(self, epochs: int, deadline: float = math.inf, a: np.ndarray | None = None):
         """Adapt to every document under TTT_PROTOCOL, until the deadline, from its drawn A or those given.
@@ -2250,38 +2244,36 @@ class DocumentBatch:
         turns = [math.pi * epoch / s.ttt_n_epochs for epoch in range(s.ttt_n_epochs)]
         rates = [s.ttt_lora_lr * 0.5 * (1 + math.cos(turn)) for turn in turns]
         cached = s.ttt_context == "cached"
-        if s.ttt_protocol == "replay":
-            self._replay(rates[:epochs], cached)
-        else:
+        self.epochs = []
+        if s.ttt_protocol == "single_pass":
             self._single_pass(rates, cached)
+            return
+        for rate in rates[:epochs]:
+            self.lr.fill_(rate)
+            self._read_through(cached, train=True)
+            self.epochs.append(self._document_sums())
 
-    def target_nll(self, row: int) -> list[np.ndarray]:
-        """Row PLAIN or ADAPTED, (targets,) float32 for each document, UNSCORED where cut off; for NaN +inf."""
-        rows = self.targets[row].cpu().numpy()
-        rows = np.where(np.isnan(rows), np.inf, rows)
+    def target_nll(self) -> list[np.ndarray]:
+        """Of the last reading, (targets,) float32 for each document, UNSCORED where cut off; for NaN +inf."""
+        rows = self.nll[: len(self.lengths)].nan_to_num(math.inf, math.inf, UNSCORED).cpu().numpy()
         return [nll[:length] for nll, length in zip(rows, self.lengths, strict=True)]
 
-    def figure_nll(self) -> np.ndarray:
-        """NLL (1 + figures, B) float64, UNSCORED where not all targets are counted; NaN is +inf. Raises RuntimeError if
-        a figure counts a target twice, or other bytes than the document's."""
-        nll, targets, bytes_ = self.sums[:, : len(self.lengths)].cpu().numpy().transpose(2, 0, 1)
-        whole = targets == self.lengths
-        if (targets > self.lengths).any() or (bytes_ != self.stream.document_bytes[self.documents])[whole].any():
-            raise RuntimeError("a figure does not count each of a document's targets once")
-        return np.where(whole, np.where(np.isnan(nll), np.inf, nll), UNSCORED)
+    def epoch_nll(self) -> np.ndarray:
+        """Sums of each epoch, (epochs, B) float64, UNSCORED where cut off; for NaN +inf."""
+        return torch.stack(self.epochs).nan_to_num(math.inf, math.inf, UNSCORED).cpu().numpy()
 
-    def _replay(self, rates: list[float], cached: bool):
-        for epoch, rate in enumerate(rates, 1):
-            self.lr.fill_(rate)
-            self._read_through(epoch, cached, train=True)
+    def _document_sums(self) -> Tensor:
+        nll = self.nll[: len(self.lengths)]
+        beyond = torch.arange(nll.size(1), device=nll.device) >= self.end[: len(nll), None]
+        return nll.masked_fill(beyond, 0.0).sum(1, dtype=torch.float64)
 
     def _single_pass(self, rates: list[float], cached: bool):
-        self.figure.fill_(1)
+        self.nll.fill_(UNSCORED)
         for chunk, n in enumerate(self.active[:-1]):
             longer = self.active[chunk + 1]  # documents that go on after this chunk
             if self._expired():
                 return
-            self._run_step(chunk, n, cached, ADAPTED, score=True)
+            self._run_step(chunk, n, cached, score=True)
             for rate in rates if longer else ():
                 if self._expired():
                     return
@@ -2290,21 +2282,20 @@ class DocumentBatch:
             if longer and cached:  # under the final adapters
                 self._run_step(chunk, longer, cached, keep=True)
 
-    def _expired(self) -> bool:
-        return time.perf_counter() >= self.deadline
-
-    def _read_through(self, figure: int, cached: bool, train: bool):
-        """Score every chunk for a figure, and train on it or not."""
-        self.figure.fill_(figure)
+    def _read_through(self, cached: bool, train: bool):
+        """Score every chunk, and train on it or not."""
+        self.nll.fill_(UNSCORED)
         for chunk, n in enumerate(self.active[:-1]):
             if self._expired():
                 return
             keep = cached and self.active[chunk + 1] > 0
-            row = figure if figure in (PLAIN, ADAPTED) else None
-            self._run_step(chunk, n, cached, row, score=True, train=train, keep=keep)
+            self._run_step(chunk, n, cached, score=True, train=train, keep=keep)
 
-    def _run_step(self, chunk: int, n: int, cached: bool, row: int | None = None, **asked):
-        """A step on a chunk of the first n documents, whose NLL go into a row of `targets`."""
+    def _expired(self) -> bool:
+        return time.perf_counter() >= self.deadline
+
+    def _run_step(self, chunk: int, n: int, cached: bool, **asked):
+        """A step on a chunk of the first n documents."""
         size = self.run.s.ttt_chunk_size
         first = chunk * size
         width = size if self.run.compile else min(size, int(self.lengths[0]) - first)  # compiled: one width for all
@@ -2313,28 +2304,23 @@ class DocumentBatch:
             width = min(first + width, self.run.s.ttt_eval_seq_len)
             context = None
         self.position.fill_(first)
-        nll = self._launch(ChunkStep(n, width, context, **asked))
-        if row is not None:
-            self.targets[row, :n, first : first + nll.size(1)] = nll
+        self._launch(ChunkStep(n, width, context, **asked))
         self.run.wait_one_behind()
         self.run.tick()
 
-    def _launch(self, step: ChunkStep) -> Tensor:
+    def _launch(self, step: ChunkStep):
         """_step(), by a CUDA graph from the second of a shape on: one launch instead of hundreds."""
         if not self.run.graphs or step not in self.graphs:
             self.graphs[step] = None
-            return self._step(step)
+            self._step(step)
+            return
         if not self.graphs[step]:
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, self.pool, self.recorder, "thread_local"):
-                nll = self._step(step)
-            self.graphs[step] = graph, nll
-        graph, nll = self.graphs[step]
-        graph.replay()
-        return nll  # of the graph: the next replay writes there
+            self.graphs[step] = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self.graphs[step], self.pool, self.recorder, "thread_local"):
+                self._step(step)
+        self.graphs[step].replay()
 
-    def _step(self, step: ChunkStep) -> Tensor:
-        """Returns the NLL of the chunk's targets (n, at most TTT_CHUNK_SIZE), of a shorter one padded by others."""
+    def _step(self, step: ChunkStep):
         n, width, context, score, train, keep = step
         size = self.run.s.ttt_chunk_size
         leaf, loras = self.adapters.layers(n)
@@ -2347,17 +2333,15 @@ class DocumentBatch:
         windows = self.start[:n] + begin, end - begin, self.position - begin
         nll, sums = score_windows(self.model, self.stream, windows, width, loras, past)
         if score:
-            self.sums[:, :n].index_add_(0, self.figure, sums[None])
+            # Each window's chunk begins at another column; beyond a document's end there is nothing to read.
+            column = torch.arange(min(size, width), device=nll.device)
+            chunk = nll.detach().gather(1, (windows[2][:, None] + column).clamp_max(width - 1))
+            self.nll[:n].index_copy_(1, self.position + column, chunk)
         if train:
             loss = (nll.sum(1) / sums[:, 1].float()).sum()  # each gets its own gradient
             self.adapters.step(torch.autograd.grad(loss, leaf)[0], self.lr)
         if keep:
             self._push(n, width)
-        nll = nll.detach()
-        if context is None:  # each window's chunk is at another column
-            column = torch.arange(min(size, width), device=nll.device)
-            nll = nll.gather(1, (windows[2][:, None] + column).clamp_max(width - 1))
-        return nll
 
     def _push(self, n: int, width: int):
         """The chunk's last tokens become context."""
@@ -2496,13 +2480,13 @@ def score_batch(label: str, batch: DocumentBatch, scores: Scores, deadline: floa
     """One pass over a loaded batch, whose NLL go into the table."""
     if label == "no_adaptation":
         batch.score()
-        scores.add(PLAIN, batch.documents, batch.target_nll(PLAIN))
+        scores.add(PLAIN, batch.documents, batch.target_nll())
     elif label == "score":
         batch.adapt(1, deadline)
-        scores.add(ADAPTED, batch.documents, batch.target_nll(ADAPTED))
+        scores.add(ADAPTED, batch.documents, batch.target_nll())
     else:
         batch.adapt(batch.run.s.ttt_n_epochs, deadline)
-        for epoch, nll in enumerate(batch.figure_nll()[1:], 1):
+        for epoch, nll in enumerate(batch.epoch_nll(), 1):
             scores.add(1 + epoch, batch.documents, list(nll[:, None]))
 
 
@@ -2802,7 +2786,7 @@ def rehearse_adaptation(model: GPT, run: Run) -> bool:
             batch.load(np.arange(size))
             batch.score()
             batch.adapt(run.s.ttt_n_epochs, a=a)
-            scores.append(batch.figure_nll())
+            scores.append(batch.epoch_nll() if batch.epochs else np.concatenate(batch.target_nll()))
             end = batch.adapters.flat.clone()
             batch.adapters.begin(a)
             moved.append(end - batch.adapters.flat)
