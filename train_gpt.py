@@ -13,17 +13,8 @@ For OpenAI's Parameter Golf, after thwu1's 1.1428-bpb record and PR #467 of open
 - evaluation: standard, sliding window, or 50 cosine epochs of rank-8 LoRA on Q and V per document. A figure is
   labelled *backward-looking* only if each token was scored before any update had seen it.
 
-Map. A section calls only what stands above it. Everywhere `s` is Settings, `run` a Run, `stream` a Stream.
-    Configuration: Settings.from_env, the environment with each value checked [tests/test_command_line.py]
-    Run: settings, rank, device, log and files, what the ranks agree on [test_faults, test_resume]
-    Data: open_shards -> BatchLoader for training; load_validation -> Stream [test_faults, test_fuzz, test_evaluation]
-    Model: GPT.forward(ids, targets, lora, past) -> NLL of every target [test_model, test_golden]
-    Optimiser: Optimizer.step clips, then Muon (newton_schulz) and AdamW (adam_) [test_optimiser]
-    Training: Trainer.train = BatchLoader -> GPT -> Optimizer, SWA; calibrate -> Hessians [test_training, test_faults]
-    Export: quantize_model (gptq, nearest) -> pack -> artifact -> unpack [test_container, test_gptq, test_golden]
-    Evaluation: score_windows, under evaluate_standard and evaluate_sliding [test_evaluation, test_golden]
-    Test-time training: DocumentBatch = score_windows with Adapters, keys and values kept [test_ttt, test_golden]
-    Main: preflight, which does all of it in small; then the run itself [test_preflight, test_device_paths]
+README.md has a map. A section calls only what stands above it. Everywhere `s` is Settings, `run` a Run, `stream` a
+Stream.
 """
 
 import _thread
@@ -77,7 +68,6 @@ def ceil_div(a, b):
 # Every setting is an environment variable: the field's name in capitals. Three classes say what a value determines: the
 # model (the artifact's header), the trained weights (what a checkpoint must match), or this session alone.
 
-
 LORA_TARGETS = ("c_q", "c_k", "c_v", "attn.proj", "mlp.fc", "mlp.proj")  # of every layer, in drawing order
 
 
@@ -86,7 +76,7 @@ class UserError(Exception):
 
 
 def setting(default, doc: str, low=-math.inf, high=math.inf, choices=None, form=".*", tiny=None):
-    """A field, documented: range, choices or form (a pattern), and its value under PRESET=tiny."""
+    """A field: its documentation, range, choices or pattern, and value under PRESET=tiny."""
     return field(default=default, metadata=dict(doc=doc, low=low, high=high, choices=choices, form=form, tiny=tiny))
 
 
@@ -194,7 +184,7 @@ class Settings(TrainSettings):
 
     @classmethod
     def from_env(cls, env: dict[str, str]):
-        """Raises UserError naming the variable, its value and what is allowed, or two values that clash."""
+        """Raises UserError naming a variable, its value and what is allowed."""
         values = {}
         for f in fields(cls):
             if f.name.upper() in env:
@@ -204,7 +194,7 @@ class Settings(TrainSettings):
         return cls(**values).checked()
 
     def checked(self):
-        """Itself. Raises UserError for two allowed values that cannot work together."""
+        """Itself. Raises UserError for two values that cannot work together."""
         for one, rule, other in (
             ("model_dim", "an even multiple of", "num_heads"),  # RoPE turns pairs
             ("num_heads", "a multiple of", "num_kv_heads"),
@@ -224,7 +214,7 @@ class Settings(TrainSettings):
 
     @property
     def ttt_figures(self):
-        """Scores that adaptation gives each document: one per epoch of replay, one for single_pass."""
+        """Scores that adaptation gives a document."""
         return self.ttt_n_epochs if self.ttt_protocol == "replay" else 1
 
 
@@ -232,11 +222,12 @@ def parse_setting(f: Field, raw):
     """A field's value from the environment or a header. Raises UserError."""
     kind, rule = type(f.default), f.metadata
     choices = (0, 1) if kind is bool else rule["choices"]
-    allowed = f"{kind.__name__} from {rule['low']} to {rule['high']}"
     if choices:
         allowed = f"one of {', '.join(map(str, choices))}"
     elif kind is str:
         allowed = "printable text of the form documented"
+    else:
+        allowed = f"{kind.__name__} from {rule['low']} to {rule['high']}"
     try:
         value = int(raw) if kind is bool else kind(raw)
         if choices:
@@ -747,8 +738,8 @@ def open_folder(run: Run) -> Run:
 
 
 # ======== Data ========
-# Shards are memory-mapped token streams. Training reads the endless concatenation of its shards; validation is one
-# stream of N tokens and N - 1 targets, each with the bytes that it adds to the text, cut into documents at BOS.
+# Training reads the endless concatenation of its memory-mapped shards. Validation is one stream of N tokens and N - 1
+# targets, each with the bytes that it adds to the text, cut into documents at BOS.
 
 BOS = 1
 SHARD_MAGIC = 20240520
@@ -771,14 +762,15 @@ def open_shard(path: Path):
 
 def open_shards(split: str, run):
     """The shards of a split, whose tokens are all in the vocabulary. Raises UserError."""
-    shards = [open_shard(path) for path in sorted(Path(run.s.data_path).glob(f"fineweb_{split}_*.bin"))]
+    s = run.s
+    shards = [open_shard(path) for path in sorted(Path(s.data_path).glob(f"fineweb_{split}_*.bin"))]
     if not shards:
-        where = f"fineweb_{split}_*.bin in {run.s.data_path}"
+        where = f"fineweb_{split}_*.bin in {s.data_path}"
         raise UserError(f"no {where} — set DATA_PATH, or run data/fineweb.py or data/text.py")
     for shard in shards[run.ranks.rank :: run.ranks.world]:
         top = max(int(shard[i : i + (1 << 24)].max()) for i in range(0, len(shard), 1 << 24))
-        if top >= run.s.vocab_size:
-            what = f"{shard.filename} has token {top} but VOCAB_SIZE={run.s.vocab_size}"
+        if top >= s.vocab_size:
+            what = f"{shard.filename} has token {top} but VOCAB_SIZE={s.vocab_size}"
             raise UserError(f"{what} — use shards of the vocabulary")
     return shards
 
@@ -797,10 +789,9 @@ class BatchLoader:
     """Batch k starts at token k * TRAIN_BATCH_TOKENS of the endless stream. Raises UserError if rows do not divide."""
 
     def __init__(self, shards: list[np.ndarray], run):
-        self.run = run
-        s = run.s
-        self.shards = shards
+        self.run, self.shards = run, shards
         self.ends = np.cumsum([len(shard) for shard in shards])
+        s = run.s
         rows = s.train_batch_tokens // s.train_seq_len
         if rows % run.ranks.world:
             what = f"TRAIN_BATCH_TOKENS/TRAIN_SEQ_LEN={rows} rows do not divide by WORLD_SIZE={run.ranks.world}"
@@ -813,18 +804,18 @@ class BatchLoader:
         """Inputs and targets, (rows, TRAIN_SEQ_LEN) int64 each, from `start` in the endless stream."""
         position = start % int(self.ends[-1])
         shard = int(np.searchsorted(self.ends, position, side="right"))
-        offset = position - (int(self.ends[shard]) - len(self.shards[shard]))
+        offset = position - int(self.ends[shard])  # from the shard's end
         missing = rows * self.run.s.train_seq_len + 1  # the last target belongs to the next row
         pieces = []
         while missing > 0:
-            piece = self.shards[shard][offset : offset + missing]
+            piece = self.shards[shard][offset:][:missing]
             pieces.append(piece)
             missing -= len(piece)
-            shard = (shard + 1) % len(self.shards)  # the stream is endless
+            shard = (shard + 1) % len(self.shards)
             offset = 0
         block = torch.from_numpy(np.concatenate(pieces).astype(np.int32))
         if self.run.cuda:
-            block = block.pin_memory()
+            block = block.pin_memory()  # else the copy would wait
         block = block.to(self.run.device, non_blocking=True).long()
         return block[:-1].view(rows, -1), block[1:].view(rows, -1)
 
@@ -837,7 +828,7 @@ class BatchLoader:
 
 
 def load_tokenizer(path: str, vocab_size: int):
-    """The SentencePieceProcessor of a model file, whose BOS is the shards' or none. Raises UserError, OSError."""
+    """The SentencePieceProcessor of a file. Raises UserError, also for a BOS that is not the shards', and OSError."""
     model = Path(path).read_bytes()
     try:
         sp = sentencepiece.SentencePieceProcessor(model_proto=model)
@@ -852,52 +843,49 @@ def load_tokenizer(path: str, vocab_size: int):
 
 
 def target_bytes(sp, tokens: np.ndarray) -> np.ndarray:
-    """UTF-8 bytes that each target adds to the decoded text, (len(tokens) - 1,) int16. A byte piece adds 1; a control,
-    unknown or unused one 0; any other its text, in which each U+2581 is one space. The first space after a piece that
-    adds 0 is not the text's where the tokenizer puts one in front of a text, and adds 0 as well."""
+    """UTF-8 bytes that each target adds to the decoded text, (len(tokens) - 1,) int16."""
     ids = range(sp.vocab_size())
-    silent = np.array([sp.is_control(i) or sp.is_unknown(i) or sp.is_unused(i) for i in ids])
-    pieces = ["?" if sp.is_byte(i) else sp.id_to_piece(i) for i in ids]
-    length = np.array([len(piece.replace("▁", " ").encode()) for piece in pieces], np.int16) * ~silent
-    spaced = np.array([piece.startswith("▁") for piece in pieces]) & ~silent
-    # Whether the tokenizer puts a space in front of a text (its dummy prefix) is a field of the model file that
-    # sentencepiece does not show. But its decoder shows it: it then takes one space from a text's first piece. It does
-    # so, too, for tokenizers that drop extra spaces, such as the challenge's, where no text begins with one.
+    silent = np.array([sp.is_control(i) or sp.is_unknown(i) or sp.is_unused(i) for i in ids])  # add nothing
+    texts = ["?" if sp.is_byte(i) else sp.id_to_piece(i).replace("▁", " ") for i in ids]  # U+2581 is a space
+    length = np.array([len(text.encode()) for text in texts], np.int16) * ~silent
+    spaced = np.array([text.startswith(" ") for text in texts]) & ~silent
+    # Where the tokenizer puts a space in front of a text (its dummy prefix, a field that sentencepiece does not show),
+    # its decoder takes one from a text's first piece, and so from one after a silent piece. It does so, too, for
+    # tokenizers that drop extra spaces, such as the challenge's, where no text begins with one.
     probe = int(spaced.argmax())
-    dropped = spaced & (sp.decode([probe]) != pieces[probe].replace("▁", " "))
+    dropped = spaced & (sp.decode([probe]) != texts[probe])
     before, target = tokens[:-1], tokens[1:]
     return length[target] - (dropped[target] & silent[before])
 
 
 def decoded_bytes(sp, documents: list[np.ndarray]) -> list[int]:
-    """UTF-8 bytes that each document's tokens after its first add to the text, found by SentencePiece's own decoder:
-    the judge of target_bytes, with which it shares nothing."""
+    """UTF-8 bytes that each document's tokens after its first add to the text, by SentencePiece's own decoder: the
+    judge of target_bytes, with which it shares nothing."""
     ids = range(sp.vocab_size())
     control = np.array([sp.is_control(i) for i in ids])
     byte = np.array([sp.is_byte(i) for i in ids])
     letter = next((i for i in ids if byte[i] and sp.id_to_piece(i) == "<0x41>"), 0)
 
     def decode(tokens):
-        # What stands between two control tokens was encoded as a text of its own. The decoder has to be given it alone,
-        # for it takes the tokenizer's own space only from the very first piece that it is given.
+        # What stands between control tokens was a text of its own, and the decoder takes the tokenizer's own space only
+        # from the first piece that it is given.
         texts = np.split(tokens, np.flatnonzero(control[tokens]))
         return "".join(sp.decode(text.tolist()) for text in texts)
 
     def length(tokens):
         text = decode(tokens)
         if "\ufffd" in text:
-            # Bytes that form no character, such as the half of one where a document was cut, decode to U+FFFD each,
-            # whose 3 bytes nobody wrote. A letter in the place of every byte is as long as the bytes are.
+            # Bytes that form no character, as where a document was cut, decode to 3 bytes each that nobody wrote. A
+            # letter in the place of every byte is as long as the bytes are.
             text = decode(np.where(byte[tokens], letter, tokens))
-        # Where the tokenizer has no piece for a space, it spells U+2581 by three byte pieces; one space it remains.
+        # Without a piece for a space the tokenizer spells U+2581 by three byte pieces; one space it remains.
         return len(text.replace("▁", " ").encode())
 
     return [length(tokens) - length(tokens[:1]) for tokens in documents]
 
 
 def compare_bytes(sp, tokens: np.ndarray, bytes_: np.ndarray, starts: np.ndarray, lengths: np.ndarray):
-    """Raises UserError at the first document whose counted bytes are not those of its decoded text: a score in bits per
-    byte of that text would be wrong."""
+    """Raises UserError at the first document whose counted bytes are not those of its decoded text."""
     documents = [tokens[start : start + n + 1] for start, n in zip(starts, lengths, strict=True)]
     for i, decoded in enumerate(decoded_bytes(sp, documents)):
         counted = int(bytes_[starts[i] : starts[i] + lengths[i]].sum())
@@ -909,15 +897,15 @@ def compare_bytes(sp, tokens: np.ndarray, bytes_: np.ndarray, starts: np.ndarray
 
 
 def find_documents(tokens: np.ndarray, bos: int = BOS):
-    """Start of each document and its number of targets, (documents,) int64 each: from its BOS to the next one
-    inclusive, or to the end. Tokens before the first BOS are one, too, and so are all where BOS is -1, none."""
+    """Start of each document and its number of targets, (documents,) int64 each: from BOS to the next one inclusive,
+    or to the end. What comes before the first BOS is one, too."""
     starts = np.union1d([0], np.flatnonzero(tokens[:-1] == bos))
     return starts, np.diff(starts, append=len(tokens) - 1)
 
 
 class Stream:
-    """N validation tokens on a device: `tokens` (N,) int32, `bytes` per target (N-1,) int16, and their documents:
-    `starts` and `lengths` in targets, found by BOS unless given."""
+    """N validation tokens on a device: `tokens` (N,) int32, `bytes` per target (N-1,) int16; `starts` and `lengths` of
+    documents in targets, found by BOS unless given."""
 
     def __init__(self, tokens: np.ndarray, bytes_: np.ndarray, device: torch.device, documents=None):
         self.starts, self.lengths = documents or find_documents(tokens)
@@ -947,8 +935,7 @@ def load_validation(run):
     bytes_ = target_bytes(sp, tokens)
     if not bytes_.any():
         raise UserError(f"the validation set in {s.data_path} has no target with text — fetch or make it again")
-    # A document that reaches beyond what is compared is compared as far as it goes.
-    compared = tokens[:COMPARED_TOKENS]
+    compared = tokens[:COMPARED_TOKENS]  # its last document may go on, and is compared as far as it goes
     compare_bytes(sp, compared, bytes_, *(x[:COMPARED_DOCUMENTS] for x in find_documents(compared, sp.bos_id())))
     stream = Stream(tokens, bytes_, run.device, (starts, lengths))
     stream.tokenizer = hashlib.sha256(Path(s.tokenizer_path).read_bytes()).hexdigest()
