@@ -958,8 +958,7 @@ def prepare_sample(run):
 
 
 # ======== Model ========
-# One forward pass serves training, scoring and adaptation. It returns the NLL of every target; what adaptation needs
-# besides (LoRA in every layer, a context of cached keys and values) are two optional arguments.
+# One forward pass serves training, scoring and adaptation; LoRA and a context of cached keys and values are optional.
 
 RMS_EPS = torch.finfo(torch.float32).eps  # F.rms_norm's default; bf16's own would swamp a fresh embedding
 
@@ -997,19 +996,17 @@ def apply_rotary(x, cos, sin):
 
 
 def compute_dtype(capability: tuple | None) -> torch.dtype:
-    """What the model computes in: bf16 on a GPU that multiplies it (compute capability 8.0 and above), else float32.
-    None is a CPU. Raises UserError for a GPU that neither Triton nor PyTorch's kernels support any more."""
+    """bf16 on a GPU that multiplies it, else float32; None is a CPU. Raises UserError for a GPU out of support."""
     if capability is None:
         return torch.float32
-    if capability < (7, 0):
+    if capability < (7, 0):  # neither Triton nor PyTorch's kernels support it any more
         what = f"this GPU has compute capability {capability[0]}.{capability[1]}, below 7.0"
         raise UserError(f"{what} — use a newer one, or set DEVICE=cpu")
     return torch.bfloat16 if capability >= (8, 0) else torch.float32
 
 
 def attention_backend(capability: tuple | None, head_dim: int, dtype: torch.dtype, built=True) -> str:
-    """`flash`: PyTorch's flash kernels, where GPU (None: a CPU), head width and dtype allow and they are `built`;
-    `plain` elsewhere. cuDNN's kernels are never asked: nothing here has compared them."""
+    """`flash` where GPU (None: a CPU), head width and dtype allow it and PyTorch was built with it, else `plain`."""
     if capability is None:
         return "flash"
     fits = capability >= (8, 0) and dtype != torch.float32 and head_dim % 8 == 0 and head_dim <= 256
@@ -1017,8 +1014,8 @@ def attention_backend(capability: tuple | None, head_dim: int, dtype: torch.dtyp
 
 
 def flash(q, k, v, causal: bool):
-    """Output (B, heads, T, head_dim), log-sum-exp (B, heads, T) and what flash_backward() asks for besides. PyTorch's
-    own operators below F.scaled_dot_product_attention, which hides the log-sum-exp and chooses the backend itself."""
+    """Output (B, heads, T, head_dim), log-sum-exp (B, heads, T) and what flash_backward() asks for besides."""
+    # F.scaled_dot_product_attention would hide the log-sum-exp and choose the backend itself.
     if not q.is_cuda:
         return *torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, causal), (0.0, causal)
     y, lse, *rest, seed, offset, _ = torch.ops.aten._scaled_dot_product_flash_attention(q, k, v, 0.0, causal)
@@ -1037,8 +1034,7 @@ def grouped(x: Tensor, kv_heads: int) -> Tensor:
 
 
 def plain_scores(q: Tensor, k: Tensor, causal: bool) -> Tensor:
-    """Scaled products of queries (B, heads, T, head_dim) and keys (B, kv heads, S, head_dim), grouped, float32 at
-    least, -inf where a query (causal: S = T) does not see a key."""
+    """Scaled products of q (B, heads, T, head_dim) and k (B, kv heads, S, head_dim), grouped, float32 at least."""
     wide = torch.promote_types(q.dtype, torch.float32)
     scores = grouped(q.to(wide) * q.size(-1) ** -0.5, k.size(1)) @ k.to(wide).mT
     if not causal:
@@ -1056,8 +1052,8 @@ def plain(q, k, v, causal: bool):
 
 
 def plain_backward(gradient, q, k, v, y, lse, rest):
-    """As flash_backward(): scores are computed again, so nothing large is kept."""
-    scores = plain_scores(q, k, *rest)
+    """As flash_backward()."""
+    scores = plain_scores(q, k, *rest)  # again, so that nothing large is kept
     wide = scores.dtype
     part, dy, y = (grouped(x.to(wide), k.size(1)) for x in (q, gradient, y))
     p = (scores - grouped(lse, k.size(1))[..., None]).exp()
@@ -1071,54 +1067,53 @@ KERNELS = {"flash": (flash, flash_backward), "plain": (plain, plain_backward)}
 
 class ContextAttention(torch.autograd.Function):
     """Causal attention of q (B, heads, T, head_dim) to k and v (B, kv heads, T, head_dim) and to all of a frozen
-    context before them, keys and values (B, kv heads, C, head_dim) or None, by a backend's kernels.
+    context before them: keys and values (B, kv heads, C, head_dim), or None."""
 
-    Two kernels, one softmax: outputs over disjoint keys are averaged by their shares of the sum of exponentials, and
-    each kernel's backward, given the joint output and log-sum-exp, yields its part of the gradient. Towards the context
-    there is no mask, so the query heads of a key head are rows of one head: nothing is expanded to `heads` keys."""
+    # Two kernels, one softmax: outputs over disjoint keys are averaged by their shares of the sum of exponentials, and
+    # each backward, given the joint output and log-sum-exp, yields its part of the gradient. Towards the context there
+    # is no mask, so the query heads of a key head are rows of one head: nothing is expanded to `heads` keys.
 
     @staticmethod
     def forward(ctx, q, k, v, keys, values, backend):
         kernel, ctx.kernel_backward = KERNELS[backend]
         y, lse, ctx.near = kernel(q, k, v, True)
         ctx.context = keys, values  # autograd would take the next chunk's entry into the cache for a change of these
-        if keys is None:
-            ctx.save_for_backward(q, k, v, y, lse)
-            return y
-        far, far_lse, ctx.far = kernel(grouped(q, keys.size(1)), keys, values, False)
-        far_lse = far_lse.reshape(lse.shape)
-        lse = torch.logaddexp(lse, far_lse)
-        y = y.lerp(far.reshape(q.shape), (far_lse - lse).exp().to(q.dtype)[..., None])
+        if keys is not None:
+            far, far_lse, ctx.far = kernel(grouped(q, keys.size(1)), keys, values, False)
+            far_lse = far_lse.reshape(lse.shape)
+            lse = torch.logaddexp(lse, far_lse)
+            y = y.lerp(far.reshape(q.shape), (far_lse - lse).exp().to(q.dtype)[..., None])
         ctx.save_for_backward(q, k, v, y, lse)
         return y
 
     @staticmethod
     def backward(ctx, gradient):
         q, k, v, y, lse = ctx.saved_tensors
-        near, dk, dv = ctx.kernel_backward(gradient, q, k, v, y, lse, ctx.near)
-        if ctx.context[0] is None:
-            return near, dk, dv, None, None, None
-        gradient, joint, y, lse = (grouped(x, k.size(1)) for x in (gradient, q, y, lse))
-        far, _, _ = ctx.kernel_backward(gradient, joint, *ctx.context, y, lse, ctx.far)
-        return near + far.reshape(q.shape), dk, dv, None, None, None
+        dq, dk, dv = ctx.kernel_backward(gradient, q, k, v, y, lse, ctx.near)
+        if ctx.context[0] is not None:
+            gradient, joint, y, lse = (grouped(x, k.size(1)) for x in (gradient, q, y, lse))
+            far, _, _ = ctx.kernel_backward(gradient, joint, *ctx.context, y, lse, ctx.far)
+            dq = dq + far.reshape(q.shape)
+        return dq, dk, dv, None, None, None
 
 
 def attend(q, k, v, kv, backend="flash"):
     """Causal attention, after the context in kv (B, 2, kv heads, context + T, head_dim) if given, whose last T entries
     k and v become."""
+    keys = values = None
     if kv is not None:
         context = kv.size(3) - k.size(2)
         kv[:, 0, :, context:] = k.detach()
         kv[:, 1, :, context:] = v.detach()
         if context:
-            return ContextAttention.apply(q, k, v, kv[:, 0, :, :context], kv[:, 1, :, :context], backend)
-    if backend == "flash":  # the operator knows its own backward
+            keys, values = kv[:, :, :, :context].unbind(1)
+    if backend == "flash" and keys is None:  # the operator knows its own backward
         return flash(q, k, v, True)[0]
-    return ContextAttention.apply(q, k, v, None, None, backend)
+    return ContextAttention.apply(q, k, v, keys, values, backend)
 
 
 class Linear(nn.Linear):
-    """No bias; float32 master weight, used in the dtype of its input. Adapters, if there are any, add to its output."""
+    """No bias; float32 weight, used in the dtype of its input. Adapters add to its output."""
 
     def __init__(self, inputs: int, outputs: int):
         super().__init__(inputs, outputs, bias=False)
@@ -1152,8 +1147,6 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
-    """proj(relu(fc(x))^2)."""
-
     def __init__(self, s):
         super().__init__()
         hidden = int(s.mlp_mult * s.model_dim)
@@ -1165,7 +1158,7 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """A learned mix of x with the first layer's input x0, attention, MLP; before() and after() are compiled each."""
+    """A learned mix of x with the first layer's input x0, attention, MLP."""
 
     def __init__(self, s, attention):
         super().__init__()
@@ -1182,7 +1175,7 @@ class Block(nn.Module):
         return x, self.attn(norm(x), rope, lora)
 
     def after(self, x, y, lora: dict[str, Lora]):
-        """The mixed x and the heads' output (B, heads, T, head_dim) -> x (B, T, d)."""
+        """y: the heads' output (B, heads, T, head_dim)."""
         heads = y.transpose(1, 2).flatten(2)
         x = x + self.attn_scale.to(x.dtype) * self.attn.proj(heads, lora.get("attn.proj"))
         return x + self.mlp_scale.to(x.dtype) * self.mlp(norm(x), lora)
@@ -1202,8 +1195,8 @@ class BigramHash(nn.Module):
         self.scale = nn.Parameter(torch.tensor(0.05))
 
     def forward(self, ids, at, dtype):
-        """ids (B, T) at positions `at` (T,) -> (B, T, d). Position 0 has the last row."""
-        last_row = self.embed.num_embeddings - 1
+        """ids (B, T) at positions `at` (T,) -> (B, T, d)."""
+        last_row = self.embed.num_embeddings - 1  # position 0 has it
         ids = ids.to(torch.int32)
         hashed = (36313 * ids ^ 27191 * F.pad(ids[:, :-1], (1, 0))) % last_row
         return self.scale * self.proj(self.embed(torch.where(at > 0, hashed, last_row).long()).to(dtype))
@@ -1268,11 +1261,10 @@ class GPT(nn.Module):
         return nll.view(targets.shape)
 
     def forward(self, ids, targets=None, lora: list[dict[str, Lora]] | None = None, past: Past | None = None):
-        """NLL of each target in nats, (B, T) float32, from targets (B, T) and ids (B, T), int64; without targets, the
-        logits of what comes next, (B, T, vocabulary) float32.
+        """NLL of targets (B, T) in nats, (B, T) float32, or without them the logits (B, T, vocabulary) float32.
 
-        `lora` holds each layer's adapters by its linear layers' names. After a `past`, to whose kv the chunk's own are
-        written, ids (B, LEAD + T) begin before the chunk."""
+        `lora`: each layer's adapters by LORA_TARGETS. After a `past`, whose kv takes up the chunk's own, ids (B, LEAD +
+        T) begin before the chunk; else they are (B, T)."""
         position, kv = past or (0, None)
         x, rope = self.embed(ids, self.LEAD if past else 0, position)
         x0 = x.view_as(x)  # another tensor: only x gets a gradient
@@ -1282,32 +1274,28 @@ class GPT(nn.Module):
         for i, block in enumerate(self.blocks):
             if i >= self.encoders and skips:
                 x = x + self.skip_weights[i - self.encoders].to(x.dtype) * skips.pop()
-            layer_lora = lora[i] if lora else {}
-            layer_kv = kv[:, i] if kv is not None else None
-            x = block(x, x0, rope, layer_lora, layer_kv)
+            x = block(x, x0, rope, lora[i] if lora else {}, None if kv is None else kv[:, i])
             if i < self.encoders:
                 skips.append(x)
         return self.logits(x) if targets is None else self.head(x, targets)
 
     def compile_regions(self):
-        """Compile what repeats once: test-time training has many shapes. Attention writes to its input and stays
-        outside."""
+        """Compile what repeats once: test-time training has many shapes."""
+        # Attention writes to its input, and so stays outside.
         torch._dynamo.config.recompile_limit = 64  # beyond it: eager
         torch.fx.experimental._config.use_duck_shape = False  # equal sizes need not stay equal
-        self.embed = torch.compile(self.embed, dynamic=True)
-        self.head = torch.compile(self.head, dynamic=True)
-        for block in self.blocks:
-            block.before = torch.compile(block.before, dynamic=True)
-            block.after = torch.compile(block.after, dynamic=True)
+        for module, names in ((self, ("embed", "head")), *((block, ("before", "after")) for block in self.blocks)):
+            for name in names:
+                setattr(module, name, torch.compile(getattr(module, name), dynamic=True))
 
 
 # ======== Optimiser ========
-# Muon for the matrices of the blocks, AdamW for the rest. All parameters are views into one flat buffer, all gradients
-# into another: norm, all-reduce, averaging and checkpoint are one operation each.
+# All parameters are views into one flat buffer, all gradients into another: norm, all-reduce, averaging and checkpoint
+# are one operation each.
 
 
 def recipe(name, s):
-    """The one table of optimiser settings, by a parameter's name: method, learning rate, weight decay."""
+    """Method, learning rate and weight decay of a parameter."""
     if name in ("tok_emb.weight", "bigram.embed.weight"):
         return "adam", s.tied_embed_lr if s.tie_embeddings else s.embed_lr, s.weight_decay
     if name == "lm_head.weight":
@@ -1340,8 +1328,8 @@ def adam_(p, g, m, v, step, lr, betas: tuple, eps: float, decay=0.0):
 
 
 def adam_where_(good, p, g, m, v, *recipe):
-    """adam_() where `good`, () bool; elsewhere nothing changes. Compiled, one kernel without copies."""
-    before = p.clone(), m.clone(), v.clone()
+    """adam_() where `good`, () bool; elsewhere nothing changes."""
+    before = p.clone(), m.clone(), v.clone()  # compiled, one kernel without copies
     adam_(p, g, m, v, *recipe)
     for now, old in zip((p, m, v), before, strict=True):
         now.copy_(torch.where(good, now, old))
@@ -1358,8 +1346,8 @@ class Group(NamedTuple):
 
 
 class Optimizer:
-    """Flat float32 buffers: weights, gradients, `m` first moments, `v` Adam's second, (n,) each. `skipped` (2,) int64
-    counts the steps that a gradient norm which is not finite has cost: in all, and in a row up to now."""
+    """Muon for the matrices of the blocks, AdamW for the rest. Flat float32 buffers (n,): weights, gradients, `m` first
+    moments, `v` Adam's second. `skipped` (2,) int64: steps without a finite gradient, in all and in a row."""
 
     def __init__(self, model, run):
         self.run = run
@@ -1389,11 +1377,10 @@ class Optimizer:
         self.adam_where_ = run.compiled(adam_where_)
 
     def step(self, step, multiplier):
-        """Returns the gradients' norm before clipping. If that is not finite, weights and moments stay as they are and
-        the step is counted in `skipped`: decided on the device, which the host need not wait for."""
+        """Returns the gradients' norm before clipping; unless that is finite, only `skipped` changes."""
         s = self.run.s
         gradient_norm = self.run.ranks.sum(self.grads).norm()
-        good = gradient_norm < math.inf  # nor is NaN
+        good = gradient_norm < math.inf  # nor is NaN; it stays on the device, for which the host need not wait
         self.skipped += ~good
         self.skipped[1:].mul_(~good)
         if s.grad_clip_norm:
@@ -1409,17 +1396,13 @@ class Optimizer:
         self.grads.zero_()
         return gradient_norm
 
-    def momentum(self, step):
-        """Muon's, which rises linearly."""
+    def muon_step(self, step, multiplier, good):
+        """Unless `good`, () bool, the gradients are zero, and decay and update are multiplied away."""
         s = self.run.s
         warm = min(step / s.muon_momentum_warmup_steps, 1.0) if s.muon_momentum_warmup_steps else 1.0
-        return s.muon_momentum_warmup_start + warm * (s.muon_momentum - s.muon_momentum_warmup_start)
-
-    def muon_step(self, step, multiplier, good):
-        """Each rank orthogonalises its share of each stack; a stack is gathered while the next one is computed. Unless
-        `good`, () bool, the gradients are zero, and decay and update are multiplied away."""
-        momentum = self.momentum(step)
+        momentum = s.muon_momentum_warmup_start + warm * (s.muon_momentum - s.muon_momentum_warmup_start)
         kept = torch.where(good, momentum, 1.0)
+        # Each rank orthogonalises its share of each stack; a stack is gathered while the next one is computed.
         muon = [group for group in self.groups if group.method == "muon"]
         pending = [(group, *self.begin_update(group, momentum, kept)) for group in muon]
         for group, update, gathering in pending:
@@ -1452,7 +1435,7 @@ class Optimizer:
 
 
 def lr_multiplier(step: int, elapsed: float, s):
-    """The smaller of the wall-clock and the iteration rule, in [0, 1]. `elapsed`: seconds of training before `step`."""
+    """In [0, 1], by the iterations or the seconds of training that are left, whichever are fewer."""
     if not s.warmdown_iters:
         return 1.0
     rules = [1.0, (s.iterations - step) / s.warmdown_iters]
@@ -1474,8 +1457,7 @@ def forward_backward(forward, micro_batches: list, share: float):
 @torch.no_grad()
 def calibrate(model, loader: BatchLoader, start: int, tokens: int, run):
     """H = E[x x'] of the inputs x of every linear layer, by its weight's name: (cols, cols) float64; for GPTQ alone.
-
-    Rows from position `start` of the training stream, each on one rank: any number of ranks agrees."""
+    From position `start` of the training stream on."""
     if run.s.quantizer != "gptq":
         return {}
     sums = {}
@@ -1492,7 +1474,7 @@ def calibrate(model, loader: BatchLoader, start: int, tokens: int, run):
             hooks.append(layer.register_forward_pre_hook(functools.partial(add, total)))
     width = run.s.train_seq_len
     rows = ceil_div(tokens, width)
-    for row in range(run.ranks.rank, rows, run.ranks.world):
+    for row in range(run.ranks.rank, rows, run.ranks.world):  # one at a time: any number of ranks agrees
         model(*loader.read(start + row * width, 1))
     for hook in hooks:
         hook.remove()
@@ -1537,45 +1519,34 @@ class Trainer:
                 setattr(self, name, type(value)(state[name]))
         self.optimizer.grads.zero_()
 
-    def try_to_save(self, run: Run) -> str:
-        """On the first rank. Returns what went wrong, and what to do."""
-        content = io.BytesIO()  # so that the disk's errors are the system's, not the serialiser's
-        torch.save(self.state(), content)
-        try:
-            run.write("checkpoint.pt", content.getbuffer())
-        except UserError as e:
-            return str(e)
-        return ""
-
     def save(self, run: Run):
         """Keep a checkpoint, or in `unsaved` why not."""
-        self.unsaved = run.ranks.from_first(self.try_to_save, run)
+
+        def write():
+            content = io.BytesIO()  # so that the disk's errors are the system's, not the serialiser's
+            torch.save(self.state(), content)
+            try:
+                run.write("checkpoint.pt", content.getbuffer())
+            except UserError as e:
+                return str(e)
+            return ""
+
+        self.unsaved = run.ranks.from_first(write)
 
     def resume(self, path: Path):
-        """The first rank reads, all take over. Raises UserError if it is damaged or another training's."""
-        run = self.run
-        kept = run.ranks.from_first(self.read_checkpoint, path)
-        for tensor in self.tensors.values():
-            run.ranks.sum(tensor if run.ranks.rank == 0 else tensor.zero_())
-        for name, value in kept.items():
-            setattr(self, name, value)
-
-    def read_checkpoint(self, path: Path) -> dict:
-        """Take over a file's state; returns the part of it that is no tensor. Raises UserError."""
+        """From the first rank's file. Raises UserError if it is damaged or another training's."""
+        content = self.run.ranks.from_first(path.read_bytes)
         try:
-            state = torch.load(path, map_location="cpu", weights_only=True)
+            state = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
             theirs = {name: state["identity"].get(name) for name in self.identity}
             if theirs == self.identity:
                 self.restore(state)
-        except OSError as e:
-            raise UserError(system_says(e, path)) from e
         except Exception as e:  # damage makes torch.load raise many kinds
             raise UserError(f"checkpoint {path} is damaged ({type(e).__name__}) — delete it to start afresh") from e
         for name, value in self.identity.items():
             if theirs[name] != value:
                 both = f"another {name.upper()}: {theirs[name]}, now {value}"
                 raise UserError(f"checkpoint {path} has {both} — restore it, or start afresh in another OUTPUT_DIR")
-        return {name: value for name, value in self.state().items() if name not in self.tensors and name != "identity"}
 
     def state_dict(self):
         """The model's, copied to the CPU."""
@@ -1584,15 +1555,8 @@ class Trainer:
     def account(self):
         """For log and result.json."""
         peak = torch.cuda.max_memory_allocated() if self.run.cuda else None
-        seconds = dict(seconds=self.elapsed, calibration=self.calibration)
-        return dict(
-            steps=self.step,
-            **seconds,
-            averaged=self.averaged,
-            resumed=self.resumed,
-            peak_memory=peak,
-            skipped=self.reported,
-        )
+        account = dict(steps=self.step, seconds=self.elapsed, calibration=self.calibration, averaged=self.averaged)
+        return account | dict(resumed=self.resumed, peak_memory=peak, skipped=self.reported)
 
     def warm_up(self):
         """WARMUP_STEPS steps, at least one, undone: everything is compiled."""
@@ -1612,7 +1576,7 @@ class Trainer:
         return hessians, time.perf_counter() - began
 
     def reserve(self):
-        """Keep free what calibration will take, by trying it. Raises UserError if no time is left. Returns Hessians."""
+        """Keep free what calibration will take, by trying it. Returns Hessians. Raises UserError if no time is left."""
         s = self.run.s
         hessians, _ = self.timed_calibration(0, s.train_seq_len * self.run.ranks.world)  # may load kernels
         if s.max_wallclock_seconds and not self.finished:
@@ -1626,9 +1590,9 @@ class Trainer:
         return hessians
 
     def over(self):
-        """Whether another step of mean length would pass a limit; on a GPU the clock is a step behind."""
+        """Whether another step of mean length would pass a limit."""
         limit = self.schedule.max_wallclock_seconds or math.inf
-        ahead = (1 + self.run.cuda) / max(self.step, 1)
+        ahead = (1 + self.run.cuda) / max(self.step, 1)  # on a GPU the clock is a step behind
         return self.step >= self.run.s.iterations or self.elapsed * (1 + ahead) >= limit
 
     def train(self, stream):
@@ -1645,7 +1609,6 @@ class Trainer:
             if self.over() or (s.val_loss_every and self.step % s.val_loss_every == 0):
                 run.wait()
                 paused = time.perf_counter()
-                self.check_skipped()
                 self.report(evaluate_standard(self.forward, stream, run))
                 began += time.perf_counter() - paused
             if self.over():
@@ -1655,7 +1618,6 @@ class Trainer:
             self.elapsed, signalled = run.ranks.max([elapsed, float(run.ranks.signal)]).tolist()
             run.tick()
             if self.step <= 10 or self.step % s.train_log_every == 0 or self.over():
-                self.check_skipped()
                 self.report(f"train_loss:{run.ranks.sum(loss).item():.8f}")
             if signalled or (s.checkpoint_every and self.step % s.checkpoint_every == 0):
                 self.save(run)
@@ -1669,7 +1631,15 @@ class Trainer:
         return self.finish()
 
     def report(self, what):
-        """Log a loss with the time."""
+        """Log a loss with the time, and steps that changed nothing. Raises UserError after ten of those in a row."""
+        skipped, in_a_row = self.optimizer.skipped.tolist()
+        if skipped > self.reported:
+            last = f"batch from token {(self.step - 1) * self.run.s.train_batch_tokens}"
+            self.run.log(f"note: {skipped} steps by {self.step} ({last}) had no finite gradient and changed nothing")
+            self.reported = skipped
+        if in_a_row >= 10:
+            what = f"{in_a_row} steps in a row, up to {self.step}, had no finite gradient"
+            raise UserError(f"{what} — lower the learning rates, or RESUME=1 from the last checkpoint")
         timing = f"train_time:{1000 * self.elapsed:.0f}ms step_avg:{1000 * self.elapsed / max(self.step, 1):.2f}ms"
         self.run.log(f"step:{self.step}/{self.run.s.iterations} {what} {timing}")
 
@@ -1686,17 +1656,6 @@ class Trainer:
             self.averaged += 1
         self.run.wait_one_behind()
         return loss
-
-    def check_skipped(self):
-        """Report steps that changed nothing. Raises UserError after ten in a row."""
-        skipped, in_a_row = self.optimizer.skipped.tolist()
-        if skipped > self.reported:
-            last = f"batch from token {(self.step - 1) * self.run.s.train_batch_tokens}"
-            self.run.log(f"note: {skipped} steps by {self.step} ({last}) had no finite gradient and changed nothing")
-            self.reported = skipped
-        if in_a_row >= 10:
-            what = f"{in_a_row} steps in a row, up to {self.step}, had no finite gradient"
-            raise UserError(f"{what} — lower the learning rates, or RESUME=1 from the last checkpoint")
 
     def finish(self):
         """Average the samples and calibrate; a checkpoint that is finished needs only the latter."""
