@@ -53,6 +53,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 import zstandard
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 SOURCE = Path(__file__).resolve()
 SOURCE_BYTES = SOURCE.read_bytes()  # read once: the file may change
@@ -1033,83 +1034,60 @@ def grouped(x: Tensor, kv_heads: int) -> Tensor:
     return x.reshape(x.size(0), kv_heads, -1, *x.shape[3:])
 
 
-def plain_scores(q: Tensor, k: Tensor, causal: bool) -> Tensor:
-    """Scaled products of q (B, heads, T, head_dim) and k (B, kv heads, S, head_dim), grouped, float32 at least."""
+def plain(q, k, v):
+    """Causal attention of q (B, heads, T, head_dim) to k and v (B, kv heads, S, head_dim), whose last T entries are the
+    queries' own positions, written out in float32 at least."""
     wide = torch.promote_types(q.dtype, torch.float32)
     scores = grouped(q.to(wide) * q.size(-1) ** -0.5, k.size(1)) @ k.to(wide).mT
-    if not causal:
-        return scores
-    hidden = torch.ones(k.size(2), k.size(2), dtype=torch.bool, device=q.device).triu(1)
-    return scores.masked_fill(hidden.repeat(q.size(1) // k.size(1), 1), -math.inf)
-
-
-def plain(q, k, v, causal: bool):
-    """As flash(), written out."""
-    scores = plain_scores(q, k, causal)
-    lse = scores.logsumexp(-1, keepdim=True)
-    y = (scores - lse).exp() @ v.to(scores.dtype)
-    return y.view(q.shape).to(q.dtype), lse.view(q.shape[:3]), (causal,)
-
-
-def plain_backward(gradient, q, k, v, y, lse, rest):
-    """As flash_backward()."""
-    scores = plain_scores(q, k, *rest)  # again, so that nothing large is kept
-    wide = scores.dtype
-    part, dy, y = (grouped(x.to(wide), k.size(1)) for x in (q, gradient, y))
-    p = (scores - grouped(lse, k.size(1))[..., None]).exp()
-    ds = p * (dy @ v.to(wide).mT - (dy * y).sum(-1, keepdim=True)) * q.size(-1) ** -0.5
-    dq = (ds @ k.to(wide)).view(q.shape)
-    return dq.to(q.dtype), (ds.mT @ part).to(k.dtype), (p.mT @ dy).to(v.dtype)
-
-
-KERNELS = {"flash": (flash, flash_backward), "plain": (plain, plain_backward)}
+    hidden = torch.ones(q.size(2), k.size(2), dtype=torch.bool, device=q.device).triu(1 + k.size(2) - q.size(2))
+    scores = scores.masked_fill(hidden.repeat(q.size(1) // k.size(1), 1), -math.inf)
+    return (scores.softmax(-1) @ v.to(wide)).view(q.shape).to(q.dtype)
 
 
 class ContextAttention(torch.autograd.Function):
-    """Causal attention of q (B, heads, T, head_dim) to k and v (B, kv heads, T, head_dim) and to all of a frozen
-    context before them: keys and values (B, kv heads, C, head_dim), or None."""
+    """Causal flash attention of q (B, heads, T, head_dim) to k and v (B, kv heads, T, head_dim) and to all of a frozen
+    context before them, keys and values (B, kv heads, C, head_dim)."""
 
     # Two kernels, one softmax: outputs over disjoint keys are averaged by their shares of the sum of exponentials, and
     # each backward, given the joint output and log-sum-exp, yields its part of the gradient. Towards the context there
     # is no mask, so the query heads of a key head are rows of one head: nothing is expanded to `heads` keys.
 
     @staticmethod
-    def forward(ctx, q, k, v, keys, values, backend):
-        kernel, ctx.kernel_backward = KERNELS[backend]
-        y, lse, ctx.near = kernel(q, k, v, True)
+    def forward(ctx, q, k, v, keys, values):
+        y, lse, ctx.near = flash(q, k, v, True)
+        far, far_lse, ctx.far = flash(grouped(q, k.size(1)), keys, values, False)
+        far_lse = far_lse.reshape(lse.shape)
+        lse = torch.logaddexp(lse, far_lse)
+        y = y.lerp(far.reshape(q.shape), (far_lse - lse).exp().to(q.dtype)[..., None])
         ctx.context = keys, values  # autograd would take the next chunk's entry into the cache for a change of these
-        if keys is not None:
-            far, far_lse, ctx.far = kernel(grouped(q, keys.size(1)), keys, values, False)
-            far_lse = far_lse.reshape(lse.shape)
-            lse = torch.logaddexp(lse, far_lse)
-            y = y.lerp(far.reshape(q.shape), (far_lse - lse).exp().to(q.dtype)[..., None])
         ctx.save_for_backward(q, k, v, y, lse)
         return y
 
     @staticmethod
     def backward(ctx, gradient):
         q, k, v, y, lse = ctx.saved_tensors
-        dq, dk, dv = ctx.kernel_backward(gradient, q, k, v, y, lse, ctx.near)
-        if ctx.context[0] is not None:
-            gradient, joint, y, lse = (grouped(x, k.size(1)) for x in (gradient, q, y, lse))
-            far, _, _ = ctx.kernel_backward(gradient, joint, *ctx.context, y, lse, ctx.far)
-            dq = dq + far.reshape(q.shape)
-        return dq, dk, dv, None, None, None
+        near, dk, dv = flash_backward(gradient, q, k, v, y, lse, ctx.near)
+        gradient, joint, y, lse = (grouped(x, k.size(1)) for x in (gradient, q, y, lse))
+        far, _, _ = flash_backward(gradient, joint, *ctx.context, y, lse, ctx.far)
+        return near + far.reshape(q.shape), dk, dv, None, None
 
 
 def attend(q, k, v, kv, backend="flash"):
     """Causal attention, after the context in kv (B, 2, kv heads, context + T, head_dim) if given, whose last T entries
     k and v become."""
-    keys = values = None
+    context = []  # keys and values
     if kv is not None:
-        context = kv.size(3) - k.size(2)
-        kv[:, 0, :, context:] = k.detach()
-        kv[:, 1, :, context:] = v.detach()
+        before, own = kv.split((kv.size(3) - k.size(2), k.size(2)), dim=3)
+        own.copy_(torch.stack((k.detach(), v.detach()), 1))
+        context = before.unbind(1) if before.size(3) else []
+    if backend == "plain":
         if context:
-            keys, values = kv[:, :, :, :context].unbind(1)
-    if backend == "flash" and keys is None:  # the operator knows its own backward
+            k, v = (torch.cat(parts, 2) for parts in zip(context, (k, v), strict=True))
+        # The backward pass computes the scores again, so that nothing large is kept.
+        return checkpoint(plain, q, k, v, use_reentrant=False, preserve_rng_state=False)
+    if not context:  # the operator knows its own backward
         return flash(q, k, v, True)[0]
-    return ContextAttention.apply(q, k, v, keys, values, backend)
+    return ContextAttention.apply(q, k, v, *context)
 
 
 class Linear(nn.Linear):
@@ -1215,7 +1193,7 @@ class SmearGate(nn.Module):
 
 
 class GPT(nn.Module):
-    """The model, with float32 weights; its stream is of `dtype`, its attention by one of KERNELS."""
+    """The model, with float32 weights; its stream is of `dtype`, its attention `flash` or `plain`."""
 
     LEAD = 2  # tokens before a chunk that its first depends on: SmearGate's, and that one's bigram's
 
@@ -1676,15 +1654,15 @@ class Trainer:
 
 
 # ======== Export ========
-# Prune, quantise, pack, as coarsely as the cap asks for. The artifact holds the model's configuration and its numbers,
-# sorted by kind; names, shapes and kinds follow from the configuration, so the reader knows every length beforehand.
+# The artifact holds the model's configuration and its numbers, sorted by kind; names, shapes and kinds follow from the
+# configuration, so the reader knows every length beforehand.
 
 CONTROL = ("attn_scale", "mlp_scale", "resid_mix", "q_gain", "skip_weights", "smear", "bigram.scale")
 LIMITS = {"int5": 15, "int6": 31, "int8": 127}  # largest code
 STREAMS = {"int5": "<i1", "int6": "<i1", "int8": "<i1", "scale": "<f2", "fp16": "<f2", "fp32": "<f4"}  # in file order
 MAGIC = b"PGOLFGPT"
 FORMAT = 2
-HEADER = "<8sIQQ32s"
+HEADER = "<8sIQQ32s"  # magic, format, lengths of the frame and of what it expands to, SHA-256 of the frame
 HEADER_BYTES = struct.calcsize(HEADER)
 DAMAGE = zstandard.ZstdError, struct.error, ValueError, AttributeError, TypeError, RecursionError, OverflowError
 MOST_EXPANDED = 1 << 29  # bytes
@@ -1729,15 +1707,12 @@ def kind_of(name: str, size: int, fp16_patterns: str):
 
 
 def row_steps(weight: Tensor, kind: str, s, stretch: float = 1.0):
-    """The quantisation step of each row of a float32 matrix, (rows, 1) float32, of int5 and int6 as fp16 has it.
-
-    int8: rows are clipped at their 99.99984% magnitude (the challenge's baseline). int5/int6: max|row| / 15 or 31
-    (thwu1's record) or, by QUANT_SIGMAS, k * rms(row) / 15 or 31, which follows the row's bulk; times `stretch`."""
+    """The quantisation step of each row of a float32 matrix, (rows, 1) float32, of int5 and int6 as fp16 has it."""
     limit = LIMITS[kind]
-    if kind == "int8":
+    if kind == "int8":  # rows are clipped at their 99.99984% magnitude (the challenge's baseline)
         return torch.quantile(weight.abs(), 0.9999984, dim=1, keepdim=True).div(limit).clamp_min(1 / limit)
-    sizes = weight.abs().amax(dim=1, keepdim=True)
-    if s.quant_sigmas != "0":
+    sizes = weight.abs().amax(dim=1, keepdim=True)  # thwu1's record
+    if s.quant_sigmas != "0":  # follows the row's bulk
         k = float(s.quant_sigmas.split(",")[kind == "int6"])
         sizes = k * weight.square().mean(dim=1, keepdim=True).sqrt()
     return (sizes / limit * stretch).half().clamp_min(torch.finfo(torch.float16).tiny).float()
@@ -1751,11 +1726,11 @@ def nearest(weight: Tensor, step: Tensor, limit: int):
 
 def gptq(weight: Tensor, step: Tensor, hessian: Tensor, limit: int):
     """Codes of n matrices (n, rows, cols) under steps (n, rows, 1), that keep W x rather than W (Frantar et al. 2022).
-
-    Rounding a column changes the layer's output by its error times an input. The columns still to come can undo most of
-    that, as far as their inputs are correlated: row j of the Cholesky factor U of H^-1 = U'U says how the best
-    correction is spread over columns j, j + 1, … once all before j are fixed. Columns of the largest inputs come first,
-    while most others can still make up for them. `hessian` (n, cols, cols)."""
+    `hessian` (n, cols, cols)."""
+    # Rounding a column changes the layer's output by its error times an input. The columns still to come can undo most
+    # of that, as far as their inputs are correlated: row j of the Cholesky factor U of H^-1 = U'U says how the best
+    # correction is spread over columns j, j + 1, … once all before j are fixed. Columns of the largest inputs come
+    # first, while most others can still make up for them.
     h = hessian.float()
     order = h.diagonal(dim1=1, dim2=2).argsort(descending=True, stable=True)  # (n, cols)
     h = h.gather(1, order[:, :, None].expand_as(h)).gather(2, order[:, None].expand_as(h))
@@ -1781,10 +1756,9 @@ def gptq(weight: Tensor, step: Tensor, hessian: Tensor, limit: int):
 
 
 def quantize_model(state: dict[str, Tensor], s, hessians: dict[str, Tensor] | None = None, stretch=1.0):
-    """Prune and quantise every tensor of a float32 state dict, in its order; those with a Hessian by GPTQ, matrices of
-    one shape as one batch on their Hessians' device."""
+    """Prune and quantise every tensor of a float32 state dict, in its order; those with a Hessian by GPTQ."""
     tensors = {}
-    batches = {}
+    batches = {}  # matrices of one kind and shape
     for name, weight in state.items():
         kind = kind_of(name, weight.numel(), s.fp16_keep_name_patterns)
         weight = prune(weight, s.prune_fraction)
@@ -1796,10 +1770,8 @@ def quantize_model(state: dict[str, Tensor], s, hessians: dict[str, Tensor] | No
         if name in (hessians or {}):
             batches.setdefault((kind, weight.shape), []).append((name, weight, step, hessians[name]))
     for (kind, _), batch in batches.items():
-        names, weights, steps, batch_hessians = zip(*batch, strict=True)
-        hessian = torch.stack(batch_hessians)
-        weight = torch.stack(weights).to(hessian.device)
-        step = torch.stack(steps).to(hessian.device)
+        names, *columns = zip(*batch, strict=True)
+        weight, step, hessian = (torch.stack(column).to(columns[2][0].device) for column in columns)
         codes = gptq(weight, step, hessian, LIMITS[kind]).to("cpu", torch.int8)
         for name, values in zip(names, codes, strict=True):
             tensors[name] = tensors[name]._replace(values=values)
@@ -1820,7 +1792,7 @@ def entropy(codes: np.ndarray):
 
 
 def artifact_config(s):
-    """What an artifact says of its model: with it a reader knows every name, shape and kind."""
+    """With this a reader knows every name, shape and kind."""
     return s.of(ModelSettings) | dict(fp16_keep_name_patterns=s.fp16_keep_name_patterns)
 
 
@@ -1830,17 +1802,10 @@ def layout(s):
         return quantize_model(GPT(s).state_dict(), replace(s, prune_fraction=0.0))
 
 
-def artifact_header(frame: bytes, expanded: int):
-    """Magic, format, lengths of the frame and of what it expands to, SHA-256 of the frame."""
-    return struct.pack(HEADER, MAGIC, FORMAT, len(frame), expanded, hashlib.sha256(frame).digest())
-
-
 def pack(tensors: dict[str, Stored], s):
-    """Quantised tensors -> artifact, and what became of each stream; the same input gives the same bytes.
-
-    After the header one zstd-22 frame: the length of the configuration (4 bytes), the configuration as JSON, the
-    streams as byte planes: all first bytes of a stream's numbers, then all second ones, each compressed with statistics
-    of its own."""
+    """Quantised tensors -> artifact, and what became of each stream; the same input gives the same bytes."""
+    # One zstd frame: the length of the configuration (4 bytes), the configuration as JSON, the streams as byte planes:
+    # all first bytes of a stream's numbers, then all second ones, each compressed with statistics of its own.
     config = json.dumps(artifact_config(s)).encode()
     planes = {"config": np.frombuffer(len(config).to_bytes(4, "little") + config, np.uint8)[None]}
     for kind, pieces in streams_of({name: tensors[name] for name in layout(s)}).items():
@@ -1864,7 +1829,7 @@ def pack(tensors: dict[str, Stored], s):
             kinds[kind]["entropy"] = entropy(rows)
     frame += compressor.flush()
     del kinds["config"]
-    return artifact_header(frame, expanded) + frame, kinds
+    return struct.pack(HEADER, MAGIC, FORMAT, len(frame), expanded, hashlib.sha256(frame).digest()) + frame, kinds
 
 
 def unpack(blob: bytes, origin: str = "artifact"):
@@ -1897,7 +1862,7 @@ def unpack(blob: bytes, origin: str = "artifact"):
 
 
 def restored(raw: bytes, s):
-    """The float32 state dict. Raises ValueError if the streams are not as long as the model's."""
+    """The float32 state dict of the streams. Raises ValueError if they are not as long as the model's."""
     tensors = layout(s)
     read = {}
     for kind, pieces in streams_of(tensors).items():
@@ -1910,63 +1875,54 @@ def restored(raw: bytes, s):
         raise ValueError(f"{len(raw)} bytes too many")
     state = {}
     for name, (kind, values, scale) in tensors.items():
-        if scale is not None:
-            scale = next(read["scale"])
+        scale = None if scale is None else next(read["scale"])
         state[name] = Stored(kind, next(read[kind]).view(values.shape), scale).restored()
     return state
 
 
+def check_range(state: dict[str, Tensor], tensors: dict[str, Stored]):
+    """Raises UserError, where fp16 cannot hold weights or the steps of their rows."""
+    for name, stored in tensors.items():
+        if not stored.restored().isfinite().all():
+            what = "beyond fp16's range" if state[name].isfinite().all() else "that are not finite"
+            raise UserError(f"{name} has weights {what} — lower the learning rates, or raise WEIGHT_DECAY")
+
+
 def fit(state: dict[str, Tensor], hessians: dict[str, Tensor], run):
     """The least stretch of the steps whose artifact fits the cap, or the largest; with what pack() returns for it.
-
-    Packing judges. Until something fits, the entropy of codes rounded to nearest predicts what may, in no time."""
+    Raises UserError."""
     cap = run.s.artifact_max_bytes
     state = {name: prune(weight, run.s.prune_fraction) for name, weight in state.items()}
     s = replace(run.s, prune_fraction=0.0)
-
-    @functools.cache
-    def predicted(stretch):
-        streams = streams_of(quantize_model(state, s, None, stretch))
-        codes = [torch.cat([x.flatten() for x in streams[kind]]).numpy() for kind in LIMITS if streams[kind]]
-        return sum(entropy(x) * x.size / 8 for x in codes)
-
-    def packed(stretch):
+    rounded = quantize_model(state, s)
+    check_range(state, rounded)
+    codes = sum(stored.values.numel() for stored in rounded.values() if stored.kind in ("int5", "int6"))
+    stretch = low = 1.0  # does not fit, once it is tried
+    high = LARGEST_STRETCH
+    best = None
+    for _ in range(8):
         blob, kinds = pack(quantize_model(state, s, hessians, stretch), s)
         free = cap - len(SOURCE_BYTES) - len(blob)
         run.log(f"export: steps stretched by {stretch:.4f}: {free} bytes free of ARTIFACT_MAX_BYTES={cap}")
-        return free, (stretch, blob, kinds)
-
-    def stretch_for(size, low, high):
-        """The least one whose predicted size is at most `size`."""
-        while high - low > 1e-3:
-            middle = (low + high) / 2
-            if predicted(middle) <= size:
-                high = middle
-            else:
-                low = middle
-        return high
-
-    free, found = packed(1.0)
-    low, high, best = 1.0, LARGEST_STRETCH, None  # `low` does not fit, `best` does
-    if free >= 0:
-        return found
-    for _ in range(7):
-        stretch = found[0]
-        half_slack = SLACK / 2 * cap
-        middle = (low + high) / 2
-        stretch = middle if best else stretch_for(predicted(stretch) + free - half_slack, low, high)
-        free, found = packed(stretch)
-        if free < 0:
-            low = stretch
+        if free >= 0:
+            high = stretch
+            best = stretch, blob, kinds
         else:
-            high, best = stretch, found
-        if low == LARGEST_STRETCH or 0 <= free <= SLACK * cap:
+            low = stretch
+        if low in (high, LARGEST_STRETCH) or 0 <= free <= SLACK * cap:
             break
-    return best or found
+        # Twice the step is a bit less per code, or not quite where steps are coarse; bisection helps where that misses.
+        bits = 8 * (SLACK / 2 * cap - free) / max(codes, 1)
+        stretch *= 2 ** min(bits, 3)
+        if stretch >= high and not best:
+            stretch = high
+        elif not low < stretch < high:
+            stretch = (low + high) / 2
+    return best or (stretch, blob, kinds)
 
 
 def export(state: dict[str, Tensor], hessians: dict[str, Tensor], run):
-    """Write the artifact and final_model.pt; on the first rank. Returns the account."""
+    """Write the artifact and final_model.pt; on the first rank. Returns the account. Raises UserError."""
     began = time.perf_counter()
     stretch, blob, kinds = fit(state, hessians, run)
     run.write("final_model.ptz", blob)  # what is small and matters comes before what is large
@@ -1974,10 +1930,10 @@ def export(state: dict[str, Tensor], hessians: dict[str, Tensor], run):
     torch.save(state, floats)
     run.write("final_model.pt", floats.getbuffer())
     code = len(SOURCE_BYTES)
+    total = len(blob) + code
     cap = run.s.artifact_max_bytes
-    account = dict(model_bytes=len(blob), code_bytes=code, total_bytes=len(blob) + code, max_bytes=cap)
-    account |= dict(fits=len(blob) + code <= cap, stretch=stretch, seconds=time.perf_counter() - began)
-    account |= dict(sha256=hashlib.sha256(blob).hexdigest())
+    account = dict(model_bytes=len(blob), code_bytes=code, total_bytes=total, max_bytes=cap, fits=total <= cap)
+    account |= dict(stretch=stretch, seconds=time.perf_counter() - began, sha256=hashlib.sha256(blob).hexdigest())
     for kind, row in kinds.items():
         run.log(f"export kind:{kind} {pairs(row)}")
     run.log(f"export {pairs(account)}")
@@ -1996,13 +1952,11 @@ class Score(NamedTuple):
     bytes: int
 
     @property
-    def loss(self):
-        """Nats per target."""
+    def loss(self):  # nats per target
         return self.nll / self.targets
 
     @property
-    def bpb(self):
-        """Bits per byte."""
+    def bpb(self):  # bits per byte
         return self.nll / math.log(2) / self.bytes
 
     def __str__(self):
@@ -2016,7 +1970,7 @@ class Score(NamedTuple):
         return self
 
     def figure(self, protocol, context, seconds, **more) -> dict:
-        """For result.json; `seconds` of all epochs together. What is not finite is null."""
+        """For result.json; what is not finite is null."""
         figure = dict(protocol=protocol, context=context, backward_looking=True)
         figure |= dict(val_loss=finite(self.loss), val_bpb=finite(self.bpb), targets=self.targets, bytes=self.bytes)
         return figure | dict(seconds=seconds, lacking=0) | more
@@ -2028,10 +1982,8 @@ def finite(number: float) -> float | None:
 
 
 def score_windows(forward, stream, windows: tuple, width: int, lora=None, past: Past | None = None):
-    """Score targets [skip, length) of B windows, each (B,) int64 with its start; padded on the right to `width`.
-
-    Returns the NLL (B, width) float32, 0 where not scored, and detached sums (B, 3) float64 of NLL, targets and
-    bytes."""
+    """Score targets [skip, length) of B windows, each (B,) int64 with its start; padded on the right to `width`: NLL
+    (B, width) float32, 0 where not scored, and detached sums (B, 3) float64 of NLL, targets and bytes."""
     start, length, skip = windows
     column = torch.arange(-GPT.LEAD if past else 0, width, device=start.device)
     at = (start[:, None] + column).clamp(0, stream.target_count - 1)
@@ -2072,7 +2024,7 @@ def evaluate_windows(forward, stream, run, stride=None):
 
 
 def evaluate_standard(forward, stream, run):
-    """The Score by rows that do not overlap, the last one shorter."""
+    """The Score by rows that do not overlap."""
     return evaluate_windows(forward, stream, run)
 
 
@@ -2082,7 +2034,7 @@ def evaluate_sliding(forward, stream, run):
 
 
 def time_spent(began: float, run: Run) -> dict:
-    """The first rank's seconds since `began`; at least that many if a process was killed: nobody saw its last ones."""
+    """The first rank's seconds since `began`; at least that many if a process was killed."""
     seconds = time.perf_counter() - began
     killed = any(row["stage"] == "evaluation" and row["ended"] == "killed" for row in run.sessions[:-1])
     within = not run.s.eval_max_seconds or seconds <= run.s.eval_max_seconds
