@@ -70,6 +70,7 @@ def ceil_div(a, b):
 # model (the artifact's header), the trained weights (what a checkpoint must match), or this session alone.
 
 LORA_TARGETS = ("c_q", "c_k", "c_v", "attn.proj", "mlp.fc", "mlp.proj")  # of every layer, in drawing order
+ANY_TARGET = f"({'|'.join(LORA_TARGETS)})"
 
 
 class UserError(Exception):
@@ -170,7 +171,7 @@ class Settings(TrainSettings):
     ttt_lora_targets: str = setting(
         "c_q,c_v",
         "layers with adapters: any of " + ",".join(LORA_TARGETS),
-        form=rf"({'|'.join(LORA_TARGETS)})(,({'|'.join(LORA_TARGETS)}))*",
+        form=f"{ANY_TARGET}(,{ANY_TARGET})*",
     )
     ttt_lora_rank: int = setting(8, "rank of the adapters", 1, 4096)
     ttt_lora_alpha: float = setting(0.0, "their output's factor times the rank; 0: the rank", 0.0)
@@ -791,7 +792,7 @@ class BatchLoader:
 
     def __init__(self, shards: list[np.ndarray], run):
         self.run, self.shards = run, shards
-        self.ends = np.cumsum([len(shard) for shard in shards])
+        self.tokens = sum(map(len, shards))
         s = run.s
         rows = s.train_batch_tokens // s.train_seq_len
         if rows % run.ranks.world:
@@ -803,17 +804,15 @@ class BatchLoader:
 
     def read(self, start, rows):
         """Inputs and targets, (rows, TRAIN_SEQ_LEN) int64 each, from `start` in the endless stream."""
-        position = start % int(self.ends[-1])
-        shard = int(np.searchsorted(self.ends, position, side="right"))
-        offset = position - int(self.ends[shard])  # from the shard's end
+        offset = start % self.tokens
         missing = rows * self.run.s.train_seq_len + 1  # the last target belongs to the next row
         pieces = []
-        while missing > 0:
-            piece = self.shards[shard][offset:][:missing]
-            pieces.append(piece)
-            missing -= len(piece)
-            shard = (shard + 1) % len(self.shards)
-            offset = 0
+        for shard in itertools.cycle(self.shards):
+            pieces.append(shard[offset:][:missing])  # empty for a shard that ends before
+            missing -= len(pieces[-1])
+            offset = max(offset - len(shard), 0)
+            if not missing:
+                break
         block = torch.from_numpy(np.concatenate(pieces).astype(np.int32))
         if self.run.cuda:
             block = block.pin_memory()  # else the copy would wait
@@ -979,7 +978,6 @@ class Lora(NamedTuple):
 
 
 def norm(x):
-    """RMS norm over the last dimension."""
     return F.rms_norm(x, (x.size(-1),), eps=RMS_EPS)
 
 
@@ -1484,12 +1482,11 @@ class Trainer:
             self.resume(path)
 
     def state(self):
-        """What a checkpoint holds: live tensors."""
+        """What a checkpoint holds."""
         counts = {name: getattr(self, name) for name in ("step", "averaged", "elapsed", "finished")}
         return counts | self.tensors | dict(identity=self.identity)
 
     def restore(self, state: dict):
-        """Take over what state() gave."""
         for name, value in self.state().items():
             if name in self.tensors:
                 value.copy_(state[name].view_as(value))
@@ -1546,7 +1543,6 @@ class Trainer:
         self.run.log(f"warmup_step:{steps}/{steps}")
 
     def timed_calibration(self, start, tokens):
-        """Hessians, and the seconds that they took."""
         self.run.wait()
         began = time.perf_counter()
         hessians = calibrate(self.model, self.loader, start, tokens, self.run)
@@ -1577,7 +1573,7 @@ class Trainer:
         """Returns the Hessians. Raises Interrupted once a checkpoint is written, UserError on NaN."""
         run, s = self.run, self.run.s
         rows = f"rows per rank:{self.loader.rows} rows per micro-step:{self.loader.micro_rows}"
-        run.log(f"training tokens:{self.loader.ends[-1]} {rows}")
+        run.log(f"training tokens:{self.loader.tokens} {rows}")
         run.wait()
         if run.cuda:
             torch.cuda.reset_peak_memory_stats()
@@ -1880,23 +1876,18 @@ def restored(raw: bytes, s):
     return state
 
 
-def check_range(state: dict[str, Tensor], tensors: dict[str, Stored]):
-    """Raises UserError, where fp16 cannot hold weights or the steps of their rows."""
-    for name, stored in tensors.items():
-        if not stored.restored().isfinite().all():
-            what = "beyond fp16's range" if state[name].isfinite().all() else "that are not finite"
-            raise UserError(f"{name} has weights {what} — lower the learning rates, or raise WEIGHT_DECAY")
-
-
 def fit(state: dict[str, Tensor], hessians: dict[str, Tensor], run):
     """The least stretch of the steps whose artifact fits the cap, or the largest; with what pack() returns for it.
     Raises UserError."""
     cap = run.s.artifact_max_bytes
     state = {name: prune(weight, run.s.prune_fraction) for name, weight in state.items()}
     s = replace(run.s, prune_fraction=0.0)
-    rounded = quantize_model(state, s)
-    check_range(state, rounded)
-    codes = sum(stored.values.numel() for stored in rounded.values() if stored.kind in ("int5", "int6"))
+    codes = 0
+    for name, stored in quantize_model(state, s).items():
+        if not stored.restored().isfinite().all():
+            what = "beyond fp16's range" if state[name].isfinite().all() else "that are not finite"
+            raise UserError(f"{name} has weights {what} — lower the learning rates, or raise WEIGHT_DECAY")
+        codes += stored.values.numel() * (stored.kind in ("int5", "int6"))
     stretch = low = 1.0  # does not fit, once it is tried
     high = LARGEST_STRETCH
     best = None
@@ -2003,8 +1994,8 @@ def overlapping(stream, size, stride):
 
 
 @torch.no_grad()
-def evaluate_windows(forward, stream, run, stride=None):
-    """Score windows of TRAIN_SEQ_LEN targets side by side, or every `stride`."""
+def evaluate_standard(forward, stream, run, stride=None):
+    """The Score by rows of TRAIN_SEQ_LEN targets side by side or, in the sliding evaluation, every `stride`."""
     s = run.s
     size = s.train_seq_len
     windows = overlapping(stream, size, stride or size)
@@ -2023,14 +2014,9 @@ def evaluate_windows(forward, stream, run, stride=None):
     return Score(nll, int(targets), int(bytes_)).checked(stream)
 
 
-def evaluate_standard(forward, stream, run):
-    """The Score by rows that do not overlap."""
-    return evaluate_windows(forward, stream, run)
-
-
 def evaluate_sliding(forward, stream, run):
     """The Score by windows every EVAL_STRIDE, each scoring what no earlier one reached."""
-    return evaluate_windows(forward, stream, run, run.s.eval_stride)
+    return evaluate_standard(forward, stream, run, run.s.eval_stride)
 
 
 def time_spent(began: float, run: Run) -> dict:
