@@ -13,17 +13,8 @@ For OpenAI's Parameter Golf, after thwu1's 1.1428-bpb record and PR #467 of open
 - evaluation: standard, sliding window, or 50 cosine epochs of rank-8 LoRA on Q and V per document. A figure is
   labelled *backward-looking* only if each token was scored before any update had seen it.
 
-Map. A section calls only what stands above it. Everywhere `s` is Settings, `run` a Run, `stream` a Stream.
-    Configuration: Settings.from_env, the environment with each value checked [tests/test_command_line.py]
-    Run: settings, rank, device, log and files, what the ranks agree on [test_faults, test_resume]
-    Data: open_shards -> BatchLoader for training; load_validation -> Stream [test_faults, test_fuzz, test_evaluation]
-    Model: GPT.forward(ids, targets, lora, past) -> NLL of every target [test_model, test_golden]
-    Optimiser: Optimizer.step clips, then Muon (newton_schulz) and AdamW (adam_) [test_optimiser]
-    Training: Trainer.train = BatchLoader -> GPT -> Optimizer, SWA; calibrate -> Hessians [test_training, test_faults]
-    Export: quantize_model (gptq, nearest) -> pack -> artifact -> unpack [test_container, test_gptq, test_golden]
-    Evaluation: score_windows, under evaluate_standard and evaluate_sliding [test_evaluation, test_golden]
-    Test-time training: DocumentBatch = score_windows with Adapters, keys and values kept [test_ttt, test_golden]
-    Main: preflight, which does all of it in small; then the run itself [test_preflight, test_device_paths]
+README.md has a map. A section calls only what stands above it. Everywhere `s` is Settings, `run` a Run, `stream` a
+Stream.
 """
 
 import _thread
@@ -65,6 +56,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 import zstandard
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 SOURCE = Path(__file__).resolve()
 SOURCE_BYTES = SOURCE.read_bytes()  # read once: the file may change
@@ -80,8 +72,8 @@ def ceil_div(a, b):
 # Every setting is an environment variable: the field's name in capitals. Three classes say what a value determines: the
 # model (the artifact's header), the trained weights (what a checkpoint must match), or this session alone.
 
-
 LORA_TARGETS = ("c_q", "c_k", "c_v", "attn.proj", "mlp.fc", "mlp.proj")  # of every layer, in drawing order
+ANY_TARGET = f"({'|'.join(LORA_TARGETS)})"
 
 
 class UserError(Exception):
@@ -89,7 +81,7 @@ class UserError(Exception):
 
 
 def setting(default, doc: str, low=-math.inf, high=math.inf, choices=None, form=".*", tiny=None):
-    """A field, documented: range, choices or form (a pattern), and its value under PRESET=tiny."""
+    """A field: its documentation, range, choices or pattern, and value under PRESET=tiny."""
     return field(default=default, metadata=dict(doc=doc, low=low, high=high, choices=choices, form=form, tiny=tiny))
 
 
@@ -182,7 +174,7 @@ class Settings(TrainSettings):
     ttt_lora_targets: str = setting(
         "c_q,c_v",
         "layers with adapters: any of " + ",".join(LORA_TARGETS),
-        form=rf"({'|'.join(LORA_TARGETS)})(,({'|'.join(LORA_TARGETS)}))*",
+        form=f"{ANY_TARGET}(,{ANY_TARGET})*",
     )
     ttt_lora_rank: int = setting(8, "rank of the adapters", 1, 4096)
     ttt_lora_alpha: float = setting(0.0, "their output's factor times the rank; 0: the rank", 0.0)
@@ -197,7 +189,7 @@ class Settings(TrainSettings):
 
     @classmethod
     def from_env(cls, env: dict[str, str]):
-        """Raises UserError naming the variable, its value and what is allowed, or two values that clash."""
+        """Raises UserError naming a variable, its value and what is allowed."""
         values = {}
         for f in fields(cls):
             if f.name.upper() in env:
@@ -207,7 +199,7 @@ class Settings(TrainSettings):
         return cls(**values).checked()
 
     def checked(self):
-        """Itself. Raises UserError for two allowed values that cannot work together."""
+        """Itself. Raises UserError for two values that cannot work together."""
         for one, rule, other in (
             ("model_dim", "an even multiple of", "num_heads"),  # RoPE turns pairs
             ("num_heads", "a multiple of", "num_kv_heads"),
@@ -227,7 +219,7 @@ class Settings(TrainSettings):
 
     @property
     def ttt_figures(self):
-        """Scores that adaptation gives each document: one per epoch of replay, one for single_pass."""
+        """Scores that adaptation gives a document."""
         return self.ttt_n_epochs if self.ttt_protocol == "replay" else 1
 
 
@@ -235,11 +227,12 @@ def parse_setting(f: Field, raw):
     """A field's value from the environment or a header. Raises UserError."""
     kind, rule = type(f.default), f.metadata
     choices = (0, 1) if kind is bool else rule["choices"]
-    allowed = f"{kind.__name__} from {rule['low']} to {rule['high']}"
     if choices:
         allowed = f"one of {', '.join(map(str, choices))}"
     elif kind is str:
         allowed = "printable text of the form documented"
+    else:
+        allowed = f"{kind.__name__} from {rule['low']} to {rule['high']}"
     try:
         value = int(raw) if kind is bool else kind(raw)
         if choices:
@@ -344,6 +337,12 @@ class Ranks:
                 # torchrun --max-restarts starts all anew beside the same store, where old values still are
                 self.store = dist.PrefixStore(f"attempt {self.restarts}", store)
                 self.gather(None)
+                # What a signal writes there arrives while its handler waits for a collective to end.
+                self.knock, door = socket.socketpair()
+                door.setblocking(False)
+                signal.set_wakeup_fd(door.detach())
+                # The watch has a clone, since the main thread may wait within the other.
+                threading.Thread(target=self.watch, args=(self.store.clone(),), daemon=True).start()
         except (KeyError, ValueError, dist.DistError) as e:
             raise UserError(
                 f"no place among ranks: {shown} — launch with torchrun, or unset RANK and WORLD_SIZE"
@@ -352,7 +351,7 @@ class Ranks:
             waiting.cancel()
 
     def connect(self, device: torch.device):
-        """Connect the collectives, and begin to watch."""
+        """Connect the collectives."""
         if self.world == 1:
             return
         cuda = device.type == "cuda"
@@ -360,12 +359,6 @@ class Ranks:
         place["timeout"] = timedelta(days=1)  # for another's last documents; the watch ends what is dead
         place["device_id"] = device if cuda else None  # connects at once: what fails does so here
         dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", **place)
-        # What a signal writes there arrives while its handler waits for a collective to end.
-        self.knock, door = socket.socketpair()
-        door.setblocking(False)
-        signal.set_wakeup_fd(door.detach())
-        # A clone of the store, since the main thread may wait within the other.
-        threading.Thread(target=self.watch, args=(self.store.clone(),), daemon=True).start()
 
     def sum(self, tensor: Tensor) -> Tensor:
         """Over the ranks, in place."""
@@ -703,15 +696,18 @@ def open_folder(run: Run) -> Run:
     run.folder.mkdir(parents=True, exist_ok=True)
     given = {f.name.upper() for f in fields(Settings)} & {*os.environ} - {"RESUME", "OUTPUT_DIR"}
     values = [f"{name}={shlex.quote(os.environ[name])}" for name in sorted(given)]
-    launcher = f"torchrun --standalone --nproc_per_node={run.ranks.world}" if run.ranks.world > 1 else "python"
+    launcher = "python"
+    if run.ranks.world > 1:
+        alone = os.environ.get("LOCAL_WORLD_SIZE") == str(run.ranks.world)
+        launcher = f"torchrun --standalone --nproc_per_node={run.ranks.world}" if alone else "torchrun ... (as before)"
     again = ["RESUME=1", f"OUTPUT_DIR={shlex.quote(folder)}", *values, launcher, sys.argv[0]]
     run.ranks.how_to_go_on = " ".join(again)
     return run
 
 
 # ======== Data ========
-# Shards are memory-mapped token streams. Training reads the endless concatenation of its shards; validation is one
-# stream of N tokens and N - 1 targets, each with the bytes that it adds to the text, cut into documents at BOS.
+# Training reads the endless concatenation of its memory-mapped shards. Validation is one stream of N tokens and N - 1
+# targets, each with the bytes that it adds to the text, cut into documents at BOS.
 
 BOS = 1
 SHARD_MAGIC = 20240520
@@ -734,14 +730,15 @@ def open_shard(path: Path):
 
 def open_shards(split: str, run):
     """The shards of a split, whose tokens are all in the vocabulary. Raises UserError."""
-    shards = [open_shard(path) for path in sorted(Path(run.s.data_path).glob(f"fineweb_{split}_*.bin"))]
+    s = run.s
+    shards = [open_shard(path) for path in sorted(Path(s.data_path).glob(f"fineweb_{split}_*.bin"))]
     if not shards:
-        where = f"fineweb_{split}_*.bin in {run.s.data_path}"
+        where = f"fineweb_{split}_*.bin in {s.data_path}"
         raise UserError(f"no {where} — set DATA_PATH, or run data/fineweb.py or data/text.py")
     for shard in shards[run.ranks.rank :: run.ranks.world]:
         top = max(int(shard[i : i + (1 << 24)].max()) for i in range(0, len(shard), 1 << 24))
-        if top >= run.s.vocab_size:
-            what = f"{shard.filename} has token {top} but VOCAB_SIZE={run.s.vocab_size}"
+        if top >= s.vocab_size:
+            what = f"{shard.filename} has token {top} but VOCAB_SIZE={s.vocab_size}"
             raise UserError(f"{what} — use shards of the vocabulary")
     return shards
 
@@ -760,10 +757,9 @@ class BatchLoader:
     """Batch k starts at token k * TRAIN_BATCH_TOKENS of the endless stream. Raises UserError if rows do not divide."""
 
     def __init__(self, shards: list[np.ndarray], run):
-        self.run = run
+        self.run, self.shards = run, shards
+        self.tokens = sum(map(len, shards))
         s = run.s
-        self.shards = shards
-        self.ends = np.cumsum([len(shard) for shard in shards])
         rows = s.train_batch_tokens // s.train_seq_len
         if rows % run.ranks.world:
             what = f"TRAIN_BATCH_TOKENS/TRAIN_SEQ_LEN={rows} rows do not divide by WORLD_SIZE={run.ranks.world}"
@@ -774,20 +770,18 @@ class BatchLoader:
 
     def read(self, start, rows):
         """Inputs and targets, (rows, TRAIN_SEQ_LEN) int64 each, from `start` in the endless stream."""
-        position = start % int(self.ends[-1])
-        shard = int(np.searchsorted(self.ends, position, side="right"))
-        offset = position - (int(self.ends[shard]) - len(self.shards[shard]))
+        offset = start % self.tokens
         missing = rows * self.run.s.train_seq_len + 1  # the last target belongs to the next row
         pieces = []
-        while missing > 0:
-            piece = self.shards[shard][offset : offset + missing]
-            pieces.append(piece)
-            missing -= len(piece)
-            shard = (shard + 1) % len(self.shards)  # the stream is endless
-            offset = 0
+        for shard in itertools.cycle(self.shards):
+            pieces.append(shard[offset:][:missing])  # empty for a shard that ends before
+            missing -= len(pieces[-1])
+            offset = max(offset - len(shard), 0)
+            if not missing:
+                break
         block = torch.from_numpy(np.concatenate(pieces).astype(np.int32))
         if self.run.cuda:
-            block = block.pin_memory()
+            block = block.pin_memory()  # else the copy would wait
         block = block.to(self.run.device, non_blocking=True).long()
         return block[:-1].view(rows, -1), block[1:].view(rows, -1)
 
@@ -800,7 +794,7 @@ class BatchLoader:
 
 
 def load_tokenizer(path: str, vocab_size: int):
-    """The SentencePieceProcessor of a model file, whose BOS is the shards' or none. Raises UserError, OSError."""
+    """The SentencePieceProcessor of a file. Raises UserError, also for a BOS that is not the shards', and OSError."""
     model = Path(path).read_bytes()
     try:
         sp = sentencepiece.SentencePieceProcessor(model_proto=model)
@@ -815,52 +809,49 @@ def load_tokenizer(path: str, vocab_size: int):
 
 
 def target_bytes(sp, tokens: np.ndarray) -> np.ndarray:
-    """UTF-8 bytes that each target adds to the decoded text, (len(tokens) - 1,) int16. A byte piece adds 1; a control,
-    unknown or unused one 0; any other its text, in which each U+2581 is one space. The first space after a piece that
-    adds 0 is not the text's where the tokenizer puts one in front of a text, and adds 0 as well."""
+    """UTF-8 bytes that each target adds to the decoded text, (len(tokens) - 1,) int16."""
     ids = range(sp.vocab_size())
-    silent = np.array([sp.is_control(i) or sp.is_unknown(i) or sp.is_unused(i) for i in ids])
-    pieces = ["?" if sp.is_byte(i) else sp.id_to_piece(i) for i in ids]
-    length = np.array([len(piece.replace("▁", " ").encode()) for piece in pieces], np.int16) * ~silent
-    spaced = np.array([piece.startswith("▁") for piece in pieces]) & ~silent
-    # Whether the tokenizer puts a space in front of a text (its dummy prefix) is a field of the model file that
-    # sentencepiece does not show. But its decoder shows it: it then takes one space from a text's first piece. It does
-    # so, too, for tokenizers that drop extra spaces, such as the challenge's, where no text begins with one.
+    silent = np.array([sp.is_control(i) or sp.is_unknown(i) or sp.is_unused(i) for i in ids])  # add nothing
+    texts = ["?" if sp.is_byte(i) else sp.id_to_piece(i).replace("▁", " ") for i in ids]  # U+2581 is a space
+    length = np.array([len(text.encode()) for text in texts], np.int16) * ~silent
+    spaced = np.array([text.startswith(" ") for text in texts]) & ~silent
+    # Where the tokenizer puts a space in front of a text (its dummy prefix, a field that sentencepiece does not show),
+    # its decoder takes one from a text's first piece, and so from one after a silent piece. It does so, too, for
+    # tokenizers that drop extra spaces, such as the challenge's, where no text begins with one.
     probe = int(spaced.argmax())
-    dropped = spaced & (sp.decode([probe]) != pieces[probe].replace("▁", " "))
+    dropped = spaced & (sp.decode([probe]) != texts[probe])
     before, target = tokens[:-1], tokens[1:]
     return length[target] - (dropped[target] & silent[before])
 
 
 def decoded_bytes(sp, documents: list[np.ndarray]) -> list[int]:
-    """UTF-8 bytes that each document's tokens after its first add to the text, found by SentencePiece's own decoder:
-    the judge of target_bytes, with which it shares nothing."""
+    """UTF-8 bytes that each document's tokens after its first add to the text, by SentencePiece's own decoder: the
+    judge of target_bytes, with which it shares nothing."""
     ids = range(sp.vocab_size())
     control = np.array([sp.is_control(i) for i in ids])
     byte = np.array([sp.is_byte(i) for i in ids])
     letter = next((i for i in ids if byte[i] and sp.id_to_piece(i) == "<0x41>"), 0)
 
     def decode(tokens):
-        # What stands between two control tokens was encoded as a text of its own. The decoder has to be given it alone,
-        # for it takes the tokenizer's own space only from the very first piece that it is given.
+        # What stands between control tokens was a text of its own, and the decoder takes the tokenizer's own space only
+        # from the first piece that it is given.
         texts = np.split(tokens, np.flatnonzero(control[tokens]))
         return "".join(sp.decode(text.tolist()) for text in texts)
 
     def length(tokens):
         text = decode(tokens)
         if "\ufffd" in text:
-            # Bytes that form no character, such as the half of one where a document was cut, decode to U+FFFD each,
-            # whose 3 bytes nobody wrote. A letter in the place of every byte is as long as the bytes are.
+            # Bytes that form no character, as where a document was cut, decode to 3 bytes each that nobody wrote. A
+            # letter in the place of every byte is as long as the bytes are.
             text = decode(np.where(byte[tokens], letter, tokens))
-        # Where the tokenizer has no piece for a space, it spells U+2581 by three byte pieces; one space it remains.
+        # Without a piece for a space the tokenizer spells U+2581 by three byte pieces; one space it remains.
         return len(text.replace("▁", " ").encode())
 
     return [length(tokens) - length(tokens[:1]) for tokens in documents]
 
 
 def compare_bytes(sp, tokens: np.ndarray, bytes_: np.ndarray, starts: np.ndarray, lengths: np.ndarray):
-    """Raises UserError at the first document whose counted bytes are not those of its decoded text: a score in bits per
-    byte of that text would be wrong."""
+    """Raises UserError at the first document whose counted bytes are not those of its decoded text."""
     documents = [tokens[start : start + n + 1] for start, n in zip(starts, lengths, strict=True)]
     for i, decoded in enumerate(decoded_bytes(sp, documents)):
         counted = int(bytes_[starts[i] : starts[i] + lengths[i]].sum())
@@ -872,15 +863,15 @@ def compare_bytes(sp, tokens: np.ndarray, bytes_: np.ndarray, starts: np.ndarray
 
 
 def find_documents(tokens: np.ndarray, bos: int = BOS):
-    """Start of each document and its number of targets, (documents,) int64 each: from its BOS to the next one
-    inclusive, or to the end. Tokens before the first BOS are one, too, and so are all where BOS is -1, none."""
+    """Start of each document and its number of targets, (documents,) int64 each: from BOS to the next one inclusive,
+    or to the end. What comes before the first BOS is one, too."""
     starts = np.union1d([0], np.flatnonzero(tokens[:-1] == bos))
     return starts, np.diff(starts, append=len(tokens) - 1)
 
 
 class Stream:
-    """N validation tokens on a device: `tokens` (N,) int32, `bytes` per target (N-1,) int16, and their documents:
-    `starts` and `lengths` in targets, found by BOS unless given."""
+    """N validation tokens on a device: `tokens` (N,) int32, `bytes` per target (N-1,) int16; `starts` and `lengths` of
+    documents in targets, found by BOS unless given."""
 
     def __init__(self, tokens: np.ndarray, bytes_: np.ndarray, device: torch.device, documents=None):
         self.starts, self.lengths = documents or find_documents(tokens)
@@ -910,8 +901,7 @@ def load_validation(run):
     bytes_ = target_bytes(sp, tokens)
     if not bytes_.any():
         raise UserError(f"the validation set in {s.data_path} has no target with text — fetch or make it again")
-    # A document that reaches beyond what is compared is compared as far as it goes.
-    compared = tokens[:COMPARED_TOKENS]
+    compared = tokens[:COMPARED_TOKENS]  # its last document may go on, and is compared as far as it goes
     compare_bytes(sp, compared, bytes_, *(x[:COMPARED_DOCUMENTS] for x in find_documents(compared, sp.bos_id())))
     stream = Stream(tokens, bytes_, run.device, (starts, lengths))
     stream.tokenizer = hashlib.sha256(Path(s.tokenizer_path).read_bytes()).hexdigest()
@@ -934,8 +924,7 @@ def prepare_sample(run):
 
 
 # ======== Model ========
-# One forward pass serves training, scoring and adaptation. It returns the NLL of every target; what adaptation needs
-# besides (LoRA in every layer, a context of cached keys and values) are two optional arguments.
+# One forward pass serves training, scoring and adaptation; LoRA and a context of cached keys and values are optional.
 
 RMS_EPS = torch.finfo(torch.float32).eps  # F.rms_norm's default; bf16's own would swamp a fresh embedding
 
@@ -955,7 +944,6 @@ class Lora(NamedTuple):
 
 
 def norm(x):
-    """RMS norm over the last dimension."""
     return F.rms_norm(x, (x.size(-1),), eps=RMS_EPS)
 
 
@@ -973,19 +961,17 @@ def apply_rotary(x, cos, sin):
 
 
 def compute_dtype(capability: tuple | None) -> torch.dtype:
-    """What the model computes in: bf16 on a GPU that multiplies it (compute capability 8.0 and above), else float32.
-    None is a CPU. Raises UserError for a GPU that neither Triton nor PyTorch's kernels support any more."""
+    """bf16 on a GPU that multiplies it, else float32; None is a CPU. Raises UserError for a GPU out of support."""
     if capability is None:
         return torch.float32
-    if capability < (7, 0):
+    if capability < (7, 0):  # neither Triton nor PyTorch's kernels support it any more
         what = f"this GPU has compute capability {capability[0]}.{capability[1]}, below 7.0"
         raise UserError(f"{what} — use a newer one, or set DEVICE=cpu")
     return torch.bfloat16 if capability >= (8, 0) else torch.float32
 
 
 def attention_backend(capability: tuple | None, head_dim: int, dtype: torch.dtype, built=True) -> str:
-    """`flash`: PyTorch's flash kernels, where GPU (None: a CPU), head width and dtype allow and they are `built`;
-    `plain` elsewhere. cuDNN's kernels are never asked: nothing here has compared them."""
+    """`flash` where GPU (None: a CPU), head width and dtype allow it and PyTorch was built with it, else `plain`."""
     if capability is None:
         return "flash"
     fits = capability >= (8, 0) and dtype != torch.float32 and head_dim % 8 == 0 and head_dim <= 256
@@ -993,8 +979,8 @@ def attention_backend(capability: tuple | None, head_dim: int, dtype: torch.dtyp
 
 
 def flash(q, k, v, causal: bool):
-    """Output (B, heads, T, head_dim), log-sum-exp (B, heads, T) and what flash_backward() asks for besides. PyTorch's
-    own operators below F.scaled_dot_product_attention, which hides the log-sum-exp and chooses the backend itself."""
+    """Output (B, heads, T, head_dim), log-sum-exp (B, heads, T) and what flash_backward() asks for besides."""
+    # F.scaled_dot_product_attention would hide the log-sum-exp and choose the backend itself.
     if not q.is_cuda:
         return *torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, causal), (0.0, causal)
     y, lse, *rest, seed, offset, _ = torch.ops.aten._scaled_dot_product_flash_attention(q, k, v, 0.0, causal)
@@ -1012,89 +998,64 @@ def grouped(x: Tensor, kv_heads: int) -> Tensor:
     return x.reshape(x.size(0), kv_heads, -1, *x.shape[3:])
 
 
-def plain_scores(q: Tensor, k: Tensor, causal: bool) -> Tensor:
-    """Scaled products of queries (B, heads, T, head_dim) and keys (B, kv heads, S, head_dim), grouped, float32 at
-    least, -inf where a query (causal: S = T) does not see a key."""
+def plain(q, k, v):
+    """Causal attention of q (B, heads, T, head_dim) to k and v (B, kv heads, S, head_dim), whose last T entries are the
+    queries' own positions, written out in float32 at least."""
     wide = torch.promote_types(q.dtype, torch.float32)
     scores = grouped(q.to(wide) * q.size(-1) ** -0.5, k.size(1)) @ k.to(wide).mT
-    if not causal:
-        return scores
-    hidden = torch.ones(k.size(2), k.size(2), dtype=torch.bool, device=q.device).triu(1)
-    return scores.masked_fill(hidden.repeat(q.size(1) // k.size(1), 1), -math.inf)
-
-
-def plain(q, k, v, causal: bool):
-    """As flash(), written out."""
-    scores = plain_scores(q, k, causal)
-    lse = scores.logsumexp(-1, keepdim=True)
-    y = (scores - lse).exp() @ v.to(scores.dtype)
-    return y.view(q.shape).to(q.dtype), lse.view(q.shape[:3]), (causal,)
-
-
-def plain_backward(gradient, q, k, v, y, lse, rest):
-    """As flash_backward(): scores are computed again, so nothing large is kept."""
-    scores = plain_scores(q, k, *rest)
-    wide = scores.dtype
-    part, dy, y = (grouped(x.to(wide), k.size(1)) for x in (q, gradient, y))
-    p = (scores - grouped(lse, k.size(1))[..., None]).exp()
-    ds = p * (dy @ v.to(wide).mT - (dy * y).sum(-1, keepdim=True)) * q.size(-1) ** -0.5
-    dq = (ds @ k.to(wide)).view(q.shape)
-    return dq.to(q.dtype), (ds.mT @ part).to(k.dtype), (p.mT @ dy).to(v.dtype)
-
-
-KERNELS = {"flash": (flash, flash_backward), "plain": (plain, plain_backward)}
+    hidden = torch.ones(q.size(2), k.size(2), dtype=torch.bool, device=q.device).triu(1 + k.size(2) - q.size(2))
+    scores = scores.masked_fill(hidden.repeat(q.size(1) // k.size(1), 1), -math.inf)
+    return (scores.softmax(-1) @ v.to(wide)).view(q.shape).to(q.dtype)
 
 
 class ContextAttention(torch.autograd.Function):
-    """Causal attention of q (B, heads, T, head_dim) to k and v (B, kv heads, T, head_dim) and to all of a frozen
-    context before them, keys and values (B, kv heads, C, head_dim) or None, by a backend's kernels.
+    """Causal flash attention of q (B, heads, T, head_dim) to k and v (B, kv heads, T, head_dim) and to all of a frozen
+    context before them, keys and values (B, kv heads, C, head_dim)."""
 
-    Two kernels, one softmax: outputs over disjoint keys are averaged by their shares of the sum of exponentials, and
-    each kernel's backward, given the joint output and log-sum-exp, yields its part of the gradient. Towards the context
-    there is no mask, so the query heads of a key head are rows of one head: nothing is expanded to `heads` keys."""
+    # Two kernels, one softmax: outputs over disjoint keys are averaged by their shares of the sum of exponentials, and
+    # each backward, given the joint output and log-sum-exp, yields its part of the gradient. Towards the context there
+    # is no mask, so the query heads of a key head are rows of one head: nothing is expanded to `heads` keys.
 
     @staticmethod
-    def forward(ctx, q, k, v, keys, values, backend):
-        kernel, ctx.kernel_backward = KERNELS[backend]
-        y, lse, ctx.near = kernel(q, k, v, True)
-        ctx.context = keys, values  # autograd would take the next chunk's entry into the cache for a change of these
-        if keys is None:
-            ctx.save_for_backward(q, k, v, y, lse)
-            return y
-        far, far_lse, ctx.far = kernel(grouped(q, keys.size(1)), keys, values, False)
+    def forward(ctx, q, k, v, keys, values):
+        y, lse, ctx.near = flash(q, k, v, True)
+        far, far_lse, ctx.far = flash(grouped(q, k.size(1)), keys, values, False)
         far_lse = far_lse.reshape(lse.shape)
         lse = torch.logaddexp(lse, far_lse)
         y = y.lerp(far.reshape(q.shape), (far_lse - lse).exp().to(q.dtype)[..., None])
+        ctx.context = keys, values  # autograd would take the next chunk's entry into the cache for a change of these
         ctx.save_for_backward(q, k, v, y, lse)
         return y
 
     @staticmethod
     def backward(ctx, gradient):
         q, k, v, y, lse = ctx.saved_tensors
-        near, dk, dv = ctx.kernel_backward(gradient, q, k, v, y, lse, ctx.near)
-        if ctx.context[0] is None:
-            return near, dk, dv, None, None, None
+        near, dk, dv = flash_backward(gradient, q, k, v, y, lse, ctx.near)
         gradient, joint, y, lse = (grouped(x, k.size(1)) for x in (gradient, q, y, lse))
-        far, _, _ = ctx.kernel_backward(gradient, joint, *ctx.context, y, lse, ctx.far)
-        return near + far.reshape(q.shape), dk, dv, None, None, None
+        far, _, _ = flash_backward(gradient, joint, *ctx.context, y, lse, ctx.far)
+        return near + far.reshape(q.shape), dk, dv, None, None
 
 
 def attend(q, k, v, kv, backend="flash"):
     """Causal attention, after the context in kv (B, 2, kv heads, context + T, head_dim) if given, whose last T entries
     k and v become."""
+    context = []  # keys and values
     if kv is not None:
-        context = kv.size(3) - k.size(2)
-        kv[:, 0, :, context:] = k.detach()
-        kv[:, 1, :, context:] = v.detach()
+        before, own = kv.split((kv.size(3) - k.size(2), k.size(2)), dim=3)
+        own.copy_(torch.stack((k.detach(), v.detach()), 1))
+        context = before.unbind(1) if before.size(3) else []
+    if backend == "plain":
         if context:
-            return ContextAttention.apply(q, k, v, kv[:, 0, :, :context], kv[:, 1, :, :context], backend)
-    if backend == "flash":  # the operator knows its own backward
+            k, v = (torch.cat(parts, 2) for parts in zip(context, (k, v), strict=True))
+        # The backward pass computes the scores again, so that nothing large is kept.
+        return checkpoint(plain, q, k, v, use_reentrant=False, preserve_rng_state=False)
+    if not context:  # the operator knows its own backward
         return flash(q, k, v, True)[0]
-    return ContextAttention.apply(q, k, v, None, None, backend)
+    return ContextAttention.apply(q, k, v, *context)
 
 
 class Linear(nn.Linear):
-    """No bias; float32 master weight, used in the dtype of its input. Adapters, if there are any, add to its output."""
+    """No bias; float32 weight, used in the dtype of its input. Adapters add to its output."""
 
     def __init__(self, inputs: int, outputs: int):
         super().__init__(inputs, outputs, bias=False)
@@ -1128,8 +1089,6 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
-    """proj(relu(fc(x))^2)."""
-
     def __init__(self, s):
         super().__init__()
         hidden = int(s.mlp_mult * s.model_dim)
@@ -1141,7 +1100,7 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """A learned mix of x with the first layer's input x0, attention, MLP; before() and after() are compiled each."""
+    """A learned mix of x with the first layer's input x0, attention, MLP."""
 
     def __init__(self, s, attention):
         super().__init__()
@@ -1158,7 +1117,7 @@ class Block(nn.Module):
         return x, self.attn(norm(x), rope, lora)
 
     def after(self, x, y, lora: dict[str, Lora]):
-        """The mixed x and the heads' output (B, heads, T, head_dim) -> x (B, T, d)."""
+        """y: the heads' output (B, heads, T, head_dim)."""
         heads = y.transpose(1, 2).flatten(2)
         x = x + self.attn_scale.to(x.dtype) * self.attn.proj(heads, lora.get("attn.proj"))
         return x + self.mlp_scale.to(x.dtype) * self.mlp(norm(x), lora)
@@ -1178,8 +1137,8 @@ class BigramHash(nn.Module):
         self.scale = nn.Parameter(torch.tensor(0.05))
 
     def forward(self, ids, at, dtype):
-        """ids (B, T) at positions `at` (T,) -> (B, T, d). Position 0 has the last row."""
-        last_row = self.embed.num_embeddings - 1
+        """ids (B, T) at positions `at` (T,) -> (B, T, d)."""
+        last_row = self.embed.num_embeddings - 1  # position 0 has it
         ids = ids.to(torch.int32)
         hashed = (36313 * ids ^ 27191 * F.pad(ids[:, :-1], (1, 0))) % last_row
         return self.scale * self.proj(self.embed(torch.where(at > 0, hashed, last_row).long()).to(dtype))
@@ -1198,7 +1157,7 @@ class SmearGate(nn.Module):
 
 
 class GPT(nn.Module):
-    """The model, with float32 weights; its stream is of `dtype`, its attention by one of KERNELS."""
+    """The model, with float32 weights; its stream is of `dtype`, its attention `flash` or `plain`."""
 
     LEAD = 2  # tokens before a chunk that its first depends on: SmearGate's, and that one's bigram's
 
@@ -1244,11 +1203,10 @@ class GPT(nn.Module):
         return nll.view(targets.shape)
 
     def forward(self, ids, targets=None, lora: list[dict[str, Lora]] | None = None, past: Past | None = None):
-        """NLL of each target in nats, (B, T) float32, from targets (B, T) and ids (B, T), int64; without targets, the
-        logits of what comes next, (B, T, vocabulary) float32.
+        """NLL of targets (B, T) in nats, (B, T) float32, or without them the logits (B, T, vocabulary) float32.
 
-        `lora` holds each layer's adapters by its linear layers' names. After a `past`, to whose kv the chunk's own are
-        written, ids (B, LEAD + T) begin before the chunk."""
+        `lora`: each layer's adapters by LORA_TARGETS. After a `past`, whose kv takes up the chunk's own, ids (B, LEAD +
+        T) begin before the chunk; else they are (B, T)."""
         position, kv = past or (0, None)
         x, rope = self.embed(ids, self.LEAD if past else 0, position)
         x0 = x.view_as(x)  # another tensor: only x gets a gradient
@@ -1258,32 +1216,28 @@ class GPT(nn.Module):
         for i, block in enumerate(self.blocks):
             if i >= self.encoders and skips:
                 x = x + self.skip_weights[i - self.encoders].to(x.dtype) * skips.pop()
-            layer_lora = lora[i] if lora else {}
-            layer_kv = kv[:, i] if kv is not None else None
-            x = block(x, x0, rope, layer_lora, layer_kv)
+            x = block(x, x0, rope, lora[i] if lora else {}, None if kv is None else kv[:, i])
             if i < self.encoders:
                 skips.append(x)
         return self.logits(x) if targets is None else self.head(x, targets)
 
     def compile_regions(self):
-        """Compile what repeats once: test-time training has many shapes. Attention writes to its input and stays
-        outside."""
+        """Compile what repeats once: test-time training has many shapes."""
+        # Attention writes to its input, and so stays outside.
         torch._dynamo.config.recompile_limit = 64  # beyond it: eager
         torch.fx.experimental._config.use_duck_shape = False  # equal sizes need not stay equal
-        self.embed = torch.compile(self.embed, dynamic=True)
-        self.head = torch.compile(self.head, dynamic=True)
-        for block in self.blocks:
-            block.before = torch.compile(block.before, dynamic=True)
-            block.after = torch.compile(block.after, dynamic=True)
+        for module, names in ((self, ("embed", "head")), *((block, ("before", "after")) for block in self.blocks)):
+            for name in names:
+                setattr(module, name, torch.compile(getattr(module, name), dynamic=True))
 
 
 # ======== Optimiser ========
-# Muon for the matrices of the blocks, AdamW for the rest. All parameters are views into one flat buffer, all gradients
-# into another: norm, all-reduce, averaging and checkpoint are one operation each.
+# All parameters are views into one flat buffer, all gradients into another: norm, all-reduce, averaging and checkpoint
+# are one operation each.
 
 
 def recipe(name, s):
-    """The one table of optimiser settings, by a parameter's name: method, learning rate, weight decay."""
+    """Method, learning rate and weight decay of a parameter."""
     if name in ("tok_emb.weight", "bigram.embed.weight"):
         return "adam", s.tied_embed_lr if s.tie_embeddings else s.embed_lr, s.weight_decay
     if name == "lm_head.weight":
@@ -1316,8 +1270,8 @@ def adam_(p, g, m, v, step, lr, betas: tuple, eps: float, decay=0.0):
 
 
 def adam_where_(good, p, g, m, v, *recipe):
-    """adam_() where `good`, () bool; elsewhere nothing changes. Compiled, one kernel without copies."""
-    before = p.clone(), m.clone(), v.clone()
+    """adam_() where `good`, () bool; elsewhere nothing changes."""
+    before = p.clone(), m.clone(), v.clone()  # compiled, one kernel without copies
     adam_(p, g, m, v, *recipe)
     for now, old in zip((p, m, v), before, strict=True):
         now.copy_(torch.where(good, now, old))
@@ -1334,8 +1288,8 @@ class Group(NamedTuple):
 
 
 class Optimizer:
-    """Flat float32 buffers: weights, gradients, `m` first moments, `v` Adam's second, (n,) each. `skipped` (2,) int64
-    counts the steps that a gradient norm which is not finite has cost: in all, and in a row up to now."""
+    """Muon for the matrices of the blocks, AdamW for the rest. Flat float32 buffers (n,): weights, gradients, `m` first
+    moments, `v` Adam's second. `skipped` (2,) int64: steps without a finite gradient, in all and in a row."""
 
     def __init__(self, model, run):
         self.run = run
@@ -1365,11 +1319,10 @@ class Optimizer:
         self.adam_where_ = run.compiled(adam_where_)
 
     def step(self, step, multiplier):
-        """Returns the gradients' norm before clipping. If that is not finite, weights and moments stay as they are and
-        the step is counted in `skipped`: decided on the device, which the host need not wait for."""
+        """Returns the gradients' norm before clipping; unless that is finite, only `skipped` changes."""
         s = self.run.s
         gradient_norm = self.run.ranks.sum(self.grads).norm()
-        good = gradient_norm < math.inf  # nor is NaN
+        good = gradient_norm < math.inf  # nor is NaN; it stays on the device, for which the host need not wait
         self.skipped += ~good
         self.skipped[1:].mul_(~good)
         if s.grad_clip_norm:
@@ -1385,17 +1338,13 @@ class Optimizer:
         self.grads.zero_()
         return gradient_norm
 
-    def momentum(self, step):
-        """Muon's, which rises linearly."""
+    def muon_step(self, step, multiplier, good):
+        """Unless `good`, () bool, the gradients are zero, and decay and update are multiplied away."""
         s = self.run.s
         warm = min(step / s.muon_momentum_warmup_steps, 1.0) if s.muon_momentum_warmup_steps else 1.0
-        return s.muon_momentum_warmup_start + warm * (s.muon_momentum - s.muon_momentum_warmup_start)
-
-    def muon_step(self, step, multiplier, good):
-        """Each rank orthogonalises its share of each stack; a stack is gathered while the next one is computed. Unless
-        `good`, () bool, the gradients are zero, and decay and update are multiplied away."""
-        momentum = self.momentum(step)
+        momentum = s.muon_momentum_warmup_start + warm * (s.muon_momentum - s.muon_momentum_warmup_start)
         kept = torch.where(good, momentum, 1.0)
+        # Each rank orthogonalises its share of each stack; a stack is gathered while the next one is computed.
         muon = [group for group in self.groups if group.method == "muon"]
         pending = [(group, *self.begin_update(group, momentum, kept)) for group in muon]
         for group, update, gathering in pending:
@@ -1428,7 +1377,7 @@ class Optimizer:
 
 
 def lr_multiplier(step: int, elapsed: float, s):
-    """The smaller of the wall-clock and the iteration rule, in [0, 1]. `elapsed`: seconds of training before `step`."""
+    """In [0, 1], by the iterations or the seconds of training that are left, whichever are fewer."""
     if not s.warmdown_iters:
         return 1.0
     rules = [1.0, (s.iterations - step) / s.warmdown_iters]
@@ -1450,8 +1399,7 @@ def forward_backward(forward, micro_batches: list, share: float):
 @torch.no_grad()
 def calibrate(model, loader: BatchLoader, start: int, tokens: int, run):
     """H = E[x x'] of the inputs x of every linear layer, by its weight's name: (cols, cols) float64; for GPTQ alone.
-
-    Rows from position `start` of the training stream, each on one rank: any number of ranks agrees."""
+    From position `start` of the training stream on."""
     if run.s.quantizer != "gptq":
         return {}
     sums = {}
@@ -1468,7 +1416,7 @@ def calibrate(model, loader: BatchLoader, start: int, tokens: int, run):
             hooks.append(layer.register_forward_pre_hook(functools.partial(add, total)))
     width = run.s.train_seq_len
     rows = ceil_div(tokens, width)
-    for row in range(run.ranks.rank, rows, run.ranks.world):
+    for row in range(run.ranks.rank, rows, run.ranks.world):  # one at a time: any number of ranks agrees
         model(*loader.read(start + row * width, 1))
     for hook in hooks:
         hook.remove()
@@ -1500,12 +1448,11 @@ class Trainer:
             self.resume(path)
 
     def state(self):
-        """What a checkpoint holds: live tensors."""
+        """What a checkpoint holds."""
         counts = {name: getattr(self, name) for name in ("step", "averaged", "elapsed", "finished")}
         return counts | self.tensors | dict(identity=self.identity)
 
     def restore(self, state: dict):
-        """Take over what state() gave."""
         for name, value in self.state().items():
             if name in self.tensors:
                 value.copy_(state[name].view_as(value))
@@ -1513,45 +1460,34 @@ class Trainer:
                 setattr(self, name, type(value)(state[name]))
         self.optimizer.grads.zero_()
 
-    def try_to_save(self, run: Run) -> str:
-        """On the first rank. Returns what went wrong, and what to do."""
-        content = io.BytesIO()  # so that the disk's errors are the system's, not the serialiser's
-        torch.save(self.state(), content)
-        try:
-            run.write("checkpoint.pt", content.getbuffer())
-        except UserError as e:
-            return str(e)
-        return ""
-
     def save(self, run: Run):
         """Keep a checkpoint, or in `unsaved` why not."""
-        self.unsaved = run.ranks.from_first(self.try_to_save, run)
+
+        def write():
+            content = io.BytesIO()  # so that the disk's errors are the system's, not the serialiser's
+            torch.save(self.state(), content)
+            try:
+                run.write("checkpoint.pt", content.getbuffer())
+            except UserError as e:
+                return str(e)
+            return ""
+
+        self.unsaved = run.ranks.from_first(write)
 
     def resume(self, path: Path):
-        """The first rank reads, all take over. Raises UserError if it is damaged or another training's."""
-        run = self.run
-        kept = run.ranks.from_first(self.read_checkpoint, path)
-        for tensor in self.tensors.values():
-            run.ranks.sum(tensor if run.ranks.rank == 0 else tensor.zero_())
-        for name, value in kept.items():
-            setattr(self, name, value)
-
-    def read_checkpoint(self, path: Path) -> dict:
-        """Take over a file's state; returns the part of it that is no tensor. Raises UserError."""
+        """From the first rank's file. Raises UserError if it is damaged or another training's."""
+        content = self.run.ranks.from_first(path.read_bytes)
         try:
-            state = torch.load(path, map_location="cpu", weights_only=True)
+            state = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
             theirs = {name: state["identity"].get(name) for name in self.identity}
             if theirs == self.identity:
                 self.restore(state)
-        except OSError as e:
-            raise UserError(system_says(e, path)) from e
         except Exception as e:  # damage makes torch.load raise many kinds
             raise UserError(f"checkpoint {path} is damaged ({type(e).__name__}) — delete it to start afresh") from e
         for name, value in self.identity.items():
             if theirs[name] != value:
                 both = f"another {name.upper()}: {theirs[name]}, now {value}"
                 raise UserError(f"checkpoint {path} has {both} — restore it, or start afresh in another OUTPUT_DIR")
-        return {name: value for name, value in self.state().items() if name not in self.tensors and name != "identity"}
 
     def state_dict(self):
         """The model's, copied to the CPU."""
@@ -1560,15 +1496,8 @@ class Trainer:
     def account(self):
         """For log and result.json."""
         peak = torch.cuda.max_memory_allocated() if self.run.cuda else None
-        seconds = dict(seconds=self.elapsed, calibration=self.calibration)
-        return dict(
-            steps=self.step,
-            **seconds,
-            averaged=self.averaged,
-            resumed=self.resumed,
-            peak_memory=peak,
-            skipped=self.reported,
-        )
+        account = dict(steps=self.step, seconds=self.elapsed, calibration=self.calibration, averaged=self.averaged)
+        return account | dict(resumed=self.resumed, peak_memory=peak, skipped=self.reported)
 
     def warm_up(self):
         """WARMUP_STEPS steps, at least one, undone: everything is compiled."""
@@ -1580,7 +1509,6 @@ class Trainer:
         self.run.log(f"warmup_step:{steps}/{steps}")
 
     def timed_calibration(self, start, tokens):
-        """Hessians, and the seconds that they took."""
         self.run.wait()
         began = time.perf_counter()
         hessians = calibrate(self.model, self.loader, start, tokens, self.run)
@@ -1588,7 +1516,7 @@ class Trainer:
         return hessians, time.perf_counter() - began
 
     def reserve(self):
-        """Keep free what calibration will take, by trying it. Raises UserError if no time is left. Returns Hessians."""
+        """Keep free what calibration will take, by trying it. Returns Hessians. Raises UserError if no time is left."""
         s = self.run.s
         hessians, _ = self.timed_calibration(0, s.train_seq_len * self.run.ranks.world)  # may load kernels
         if s.max_wallclock_seconds and not self.finished:
@@ -1602,16 +1530,16 @@ class Trainer:
         return hessians
 
     def over(self):
-        """Whether another step of mean length would pass a limit; on a GPU the clock is a step behind."""
+        """Whether another step of mean length would pass a limit."""
         limit = self.schedule.max_wallclock_seconds or math.inf
-        ahead = (1 + self.run.cuda) / max(self.step, 1)
+        ahead = (1 + self.run.cuda) / max(self.step, 1)  # on a GPU the clock is a step behind
         return self.step >= self.run.s.iterations or self.elapsed * (1 + ahead) >= limit
 
     def train(self, stream):
         """Returns the Hessians. Raises Interrupted once a checkpoint is written, UserError on NaN."""
         run, s = self.run, self.run.s
         rows = f"rows per rank:{self.loader.rows} rows per micro-step:{self.loader.micro_rows}"
-        run.log(f"training tokens:{self.loader.ends[-1]} {rows}")
+        run.log(f"training tokens:{self.loader.tokens} {rows}")
         run.wait()
         if run.cuda:
             torch.cuda.reset_peak_memory_stats()
@@ -1621,7 +1549,6 @@ class Trainer:
             if self.over() or (s.val_loss_every and self.step % s.val_loss_every == 0):
                 run.wait()
                 paused = time.perf_counter()
-                self.check_skipped()
                 self.report(evaluate_standard(self.forward, stream, run))
                 began += time.perf_counter() - paused
             if self.over():
@@ -1631,7 +1558,6 @@ class Trainer:
             self.elapsed, signalled = run.ranks.max([elapsed, float(run.ranks.signal)]).tolist()
             run.tick()
             if self.step <= 10 or self.step % s.train_log_every == 0 or self.over():
-                self.check_skipped()
                 self.report(f"train_loss:{run.ranks.sum(loss).item():.8f}")
             if signalled or (s.checkpoint_every and self.step % s.checkpoint_every == 0):
                 self.save(run)
@@ -1649,7 +1575,15 @@ class Trainer:
         return self.finish()
 
     def report(self, what):
-        """Log a loss with the time."""
+        """Log a loss with the time, and steps that changed nothing. Raises UserError after ten of those in a row."""
+        skipped, in_a_row = self.optimizer.skipped.tolist()
+        if skipped > self.reported:
+            last = f"batch from token {(self.step - 1) * self.run.s.train_batch_tokens}"
+            self.run.log(f"note: {skipped} steps by {self.step} ({last}) had no finite gradient and changed nothing")
+            self.reported = skipped
+        if in_a_row >= 10:
+            what = f"{in_a_row} steps in a row, up to {self.step}, had no finite gradient"
+            raise UserError(f"{what} — lower the learning rates, or RESUME=1 from the last checkpoint")
         timing = f"train_time:{1000 * self.elapsed:.0f}ms step_avg:{1000 * self.elapsed / max(self.step, 1):.2f}ms"
         self.run.log(f"step:{self.step}/{self.run.s.iterations} {what} {timing}")
 
@@ -1666,17 +1600,6 @@ class Trainer:
             self.averaged += 1
         self.run.wait_one_behind()
         return loss
-
-    def check_skipped(self):
-        """Report steps that changed nothing. Raises UserError after ten in a row."""
-        skipped, in_a_row = self.optimizer.skipped.tolist()
-        if skipped > self.reported:
-            last = f"batch from token {(self.step - 1) * self.run.s.train_batch_tokens}"
-            self.run.log(f"note: {skipped} steps by {self.step} ({last}) had no finite gradient and changed nothing")
-            self.reported = skipped
-        if in_a_row >= 10:
-            what = f"{in_a_row} steps in a row, up to {self.step}, had no finite gradient"
-            raise UserError(f"{what} — lower the learning rates, or RESUME=1 from the last checkpoint")
 
     def finish(self):
         """Average the samples and calibrate; a checkpoint that is finished needs only the latter."""
@@ -1697,15 +1620,15 @@ class Trainer:
 
 
 # ======== Export ========
-# Prune, quantise, pack, as coarsely as the cap asks for. The artifact holds the model's configuration and its numbers,
-# sorted by kind; names, shapes and kinds follow from the configuration, so the reader knows every length beforehand.
+# The artifact holds the model's configuration and its numbers, sorted by kind; names, shapes and kinds follow from the
+# configuration, so the reader knows every length beforehand.
 
 CONTROL = ("attn_scale", "mlp_scale", "resid_mix", "q_gain", "skip_weights", "smear", "bigram.scale")
 LIMITS = {"int5": 15, "int6": 31, "int8": 127}  # largest code
 STREAMS = {"int5": "<i1", "int6": "<i1", "int8": "<i1", "scale": "<f2", "fp16": "<f2", "fp32": "<f4"}  # in file order
 MAGIC = b"PGOLFGPT"
 FORMAT = 2
-HEADER = "<8sIQQ32s"
+HEADER = "<8sIQQ32s"  # magic, format, lengths of the frame and of what it expands to, SHA-256 of the frame
 HEADER_BYTES = struct.calcsize(HEADER)
 DAMAGE = zstandard.ZstdError, struct.error, ValueError, AttributeError, TypeError, RecursionError, OverflowError
 MOST_EXPANDED = 1 << 29  # bytes
@@ -1750,15 +1673,12 @@ def kind_of(name: str, size: int, fp16_patterns: str):
 
 
 def row_steps(weight: Tensor, kind: str, s, stretch: float = 1.0):
-    """The quantisation step of each row of a float32 matrix, (rows, 1) float32, of int5 and int6 as fp16 has it.
-
-    int8: rows are clipped at their 99.99984% magnitude (the challenge's baseline). int5/int6: max|row| / 15 or 31
-    (thwu1's record) or, by QUANT_SIGMAS, k * rms(row) / 15 or 31, which follows the row's bulk; times `stretch`."""
+    """The quantisation step of each row of a float32 matrix, (rows, 1) float32, of int5 and int6 as fp16 has it."""
     limit = LIMITS[kind]
-    if kind == "int8":
+    if kind == "int8":  # rows are clipped at their 99.99984% magnitude (the challenge's baseline)
         return torch.quantile(weight.abs(), 0.9999984, dim=1, keepdim=True).div(limit).clamp_min(1 / limit)
-    sizes = weight.abs().amax(dim=1, keepdim=True)
-    if s.quant_sigmas != "0":
+    sizes = weight.abs().amax(dim=1, keepdim=True)  # thwu1's record
+    if s.quant_sigmas != "0":  # follows the row's bulk
         k = float(s.quant_sigmas.split(",")[kind == "int6"])
         sizes = k * weight.square().mean(dim=1, keepdim=True).sqrt()
     return (sizes / limit * stretch).half().clamp_min(torch.finfo(torch.float16).tiny).float()
@@ -1772,11 +1692,11 @@ def nearest(weight: Tensor, step: Tensor, limit: int):
 
 def gptq(weight: Tensor, step: Tensor, hessian: Tensor, limit: int):
     """Codes of n matrices (n, rows, cols) under steps (n, rows, 1), that keep W x rather than W (Frantar et al. 2022).
-
-    Rounding a column changes the layer's output by its error times an input. The columns still to come can undo most of
-    that, as far as their inputs are correlated: row j of the Cholesky factor U of H^-1 = U'U says how the best
-    correction is spread over columns j, j + 1, … once all before j are fixed. Columns of the largest inputs come first,
-    while most others can still make up for them. `hessian` (n, cols, cols)."""
+    `hessian` (n, cols, cols)."""
+    # Rounding a column changes the layer's output by its error times an input. The columns still to come can undo most
+    # of that, as far as their inputs are correlated: row j of the Cholesky factor U of H^-1 = U'U says how the best
+    # correction is spread over columns j, j + 1, … once all before j are fixed. Columns of the largest inputs come
+    # first, while most others can still make up for them.
     h = hessian.float()
     order = h.diagonal(dim1=1, dim2=2).argsort(descending=True, stable=True)  # (n, cols)
     h = h.gather(1, order[:, :, None].expand_as(h)).gather(2, order[:, None].expand_as(h))
@@ -1802,10 +1722,9 @@ def gptq(weight: Tensor, step: Tensor, hessian: Tensor, limit: int):
 
 
 def quantize_model(state: dict[str, Tensor], s, hessians: dict[str, Tensor] | None = None, stretch=1.0):
-    """Prune and quantise every tensor of a float32 state dict, in its order; those with a Hessian by GPTQ, matrices of
-    one shape as one batch on their Hessians' device."""
+    """Prune and quantise every tensor of a float32 state dict, in its order; those with a Hessian by GPTQ."""
     tensors = {}
-    batches = {}
+    batches = {}  # matrices of one kind and shape
     for name, weight in state.items():
         kind = kind_of(name, weight.numel(), s.fp16_keep_name_patterns)
         weight = prune(weight, s.prune_fraction)
@@ -1817,10 +1736,8 @@ def quantize_model(state: dict[str, Tensor], s, hessians: dict[str, Tensor] | No
         if name in (hessians or {}):
             batches.setdefault((kind, weight.shape), []).append((name, weight, step, hessians[name]))
     for (kind, _), batch in batches.items():
-        names, weights, steps, batch_hessians = zip(*batch, strict=True)
-        hessian = torch.stack(batch_hessians)
-        weight = torch.stack(weights).to(hessian.device)
-        step = torch.stack(steps).to(hessian.device)
+        names, *columns = zip(*batch, strict=True)
+        weight, step, hessian = (torch.stack(column).to(columns[2][0].device) for column in columns)
         codes = gptq(weight, step, hessian, LIMITS[kind]).to("cpu", torch.int8)
         for name, values in zip(names, codes, strict=True):
             tensors[name] = tensors[name]._replace(values=values)
@@ -1841,7 +1758,7 @@ def entropy(codes: np.ndarray):
 
 
 def artifact_config(s):
-    """What an artifact says of its model: with it a reader knows every name, shape and kind."""
+    """With this a reader knows every name, shape and kind."""
     return s.of(ModelSettings) | dict(fp16_keep_name_patterns=s.fp16_keep_name_patterns)
 
 
@@ -1851,17 +1768,10 @@ def layout(s):
         return quantize_model(GPT(s).state_dict(), replace(s, prune_fraction=0.0))
 
 
-def artifact_header(frame: bytes, expanded: int):
-    """Magic, format, lengths of the frame and of what it expands to, SHA-256 of the frame."""
-    return struct.pack(HEADER, MAGIC, FORMAT, len(frame), expanded, hashlib.sha256(frame).digest())
-
-
 def pack(tensors: dict[str, Stored], s):
-    """Quantised tensors -> artifact, and what became of each stream; the same input gives the same bytes.
-
-    After the header one zstd-22 frame: the length of the configuration (4 bytes), the configuration as JSON, the
-    streams as byte planes: all first bytes of a stream's numbers, then all second ones, each compressed with statistics
-    of its own."""
+    """Quantised tensors -> artifact, and what became of each stream; the same input gives the same bytes."""
+    # One zstd frame: the length of the configuration (4 bytes), the configuration as JSON, the streams as byte planes:
+    # all first bytes of a stream's numbers, then all second ones, each compressed with statistics of its own.
     config = json.dumps(artifact_config(s)).encode()
     planes = {"config": np.frombuffer(len(config).to_bytes(4, "little") + config, np.uint8)[None]}
     for kind, pieces in streams_of({name: tensors[name] for name in layout(s)}).items():
@@ -1885,7 +1795,7 @@ def pack(tensors: dict[str, Stored], s):
             kinds[kind]["entropy"] = entropy(rows)
     frame += compressor.flush()
     del kinds["config"]
-    return artifact_header(frame, expanded) + frame, kinds
+    return struct.pack(HEADER, MAGIC, FORMAT, len(frame), expanded, hashlib.sha256(frame).digest()) + frame, kinds
 
 
 def unpack(blob: bytes, origin: str = "artifact"):
@@ -1918,7 +1828,7 @@ def unpack(blob: bytes, origin: str = "artifact"):
 
 
 def restored(raw: bytes, s):
-    """The float32 state dict. Raises ValueError if the streams are not as long as the model's."""
+    """The float32 state dict of the streams. Raises ValueError if they are not as long as the model's."""
     tensors = layout(s)
     read = {}
     for kind, pieces in streams_of(tensors).items():
@@ -1931,63 +1841,49 @@ def restored(raw: bytes, s):
         raise ValueError(f"{len(raw)} bytes too many")
     state = {}
     for name, (kind, values, scale) in tensors.items():
-        if scale is not None:
-            scale = next(read["scale"])
+        scale = None if scale is None else next(read["scale"])
         state[name] = Stored(kind, next(read[kind]).view(values.shape), scale).restored()
     return state
 
 
 def fit(state: dict[str, Tensor], hessians: dict[str, Tensor], run):
     """The least stretch of the steps whose artifact fits the cap, or the largest; with what pack() returns for it.
-
-    Packing judges. Until something fits, the entropy of codes rounded to nearest predicts what may, in no time."""
+    Raises UserError."""
     cap = run.s.artifact_max_bytes
     state = {name: prune(weight, run.s.prune_fraction) for name, weight in state.items()}
     s = replace(run.s, prune_fraction=0.0)
-
-    @functools.cache
-    def predicted(stretch):
-        streams = streams_of(quantize_model(state, s, None, stretch))
-        codes = [torch.cat([x.flatten() for x in streams[kind]]).numpy() for kind in LIMITS if streams[kind]]
-        return sum(entropy(x) * x.size / 8 for x in codes)
-
-    def packed(stretch):
+    codes = 0
+    for name, stored in quantize_model(state, s).items():
+        if not stored.restored().isfinite().all():
+            what = "beyond fp16's range" if state[name].isfinite().all() else "that are not finite"
+            raise UserError(f"{name} has weights {what} — lower the learning rates, or raise WEIGHT_DECAY")
+        codes += stored.values.numel() * (stored.kind in ("int5", "int6"))
+    stretch = low = 1.0  # does not fit, once it is tried
+    high = LARGEST_STRETCH
+    best = None
+    for _ in range(8):
         blob, kinds = pack(quantize_model(state, s, hessians, stretch), s)
         free = cap - len(SOURCE_BYTES) - len(blob)
         run.log(f"export: steps stretched by {stretch:.4f}: {free} bytes free of ARTIFACT_MAX_BYTES={cap}")
-        return free, (stretch, blob, kinds)
-
-    def stretch_for(size, low, high):
-        """The least one whose predicted size is at most `size`."""
-        while high - low > 1e-3:
-            middle = (low + high) / 2
-            if predicted(middle) <= size:
-                high = middle
-            else:
-                low = middle
-        return high
-
-    free, found = packed(1.0)
-    low, high, best = 1.0, LARGEST_STRETCH, None  # `low` does not fit, `best` does
-    if free >= 0:
-        return found
-    for _ in range(7):
-        stretch = found[0]
-        half_slack = SLACK / 2 * cap
-        middle = (low + high) / 2
-        stretch = middle if best else stretch_for(predicted(stretch) + free - half_slack, low, high)
-        free, found = packed(stretch)
-        if free < 0:
-            low = stretch
+        if free >= 0:
+            high = stretch
+            best = stretch, blob, kinds
         else:
-            high, best = stretch, found
-        if low == LARGEST_STRETCH or 0 <= free <= SLACK * cap:
+            low = stretch
+        if low in (high, LARGEST_STRETCH) or 0 <= free <= SLACK * cap:
             break
-    return best or found
+        # Twice the step is a bit less per code, or not quite where steps are coarse; bisection helps where that misses.
+        bits = 8 * (SLACK / 2 * cap - free) / max(codes, 1)
+        stretch *= 2 ** min(bits, 3)
+        if stretch >= high and not best:
+            stretch = high
+        elif not low < stretch < high:
+            stretch = (low + high) / 2
+    return best or (stretch, blob, kinds)
 
 
 def export(state: dict[str, Tensor], hessians: dict[str, Tensor], run):
-    """Write the artifact and final_model.pt; on the first rank. Returns the account."""
+    """Write the artifact and final_model.pt; on the first rank. Returns the account. Raises UserError."""
     began = time.perf_counter()
     stretch, blob, kinds = fit(state, hessians, run)
     run.write("final_model.ptz", blob)  # what is small and matters comes before what is large
@@ -1995,10 +1891,10 @@ def export(state: dict[str, Tensor], hessians: dict[str, Tensor], run):
     torch.save(state, floats)
     run.write("final_model.pt", floats.getbuffer())
     code = len(SOURCE_BYTES)
+    total = len(blob) + code
     cap = run.s.artifact_max_bytes
-    account = dict(model_bytes=len(blob), code_bytes=code, total_bytes=len(blob) + code, max_bytes=cap)
-    account |= dict(fits=len(blob) + code <= cap, stretch=stretch, seconds=time.perf_counter() - began)
-    account |= dict(sha256=hashlib.sha256(blob).hexdigest())
+    account = dict(model_bytes=len(blob), code_bytes=code, total_bytes=total, max_bytes=cap, fits=total <= cap)
+    account |= dict(stretch=stretch, seconds=time.perf_counter() - began, sha256=hashlib.sha256(blob).hexdigest())
     for kind, row in kinds.items():
         run.log(f"export kind:{kind} {pairs(row)}")
     run.log(f"export {pairs(account)}")
@@ -2017,13 +1913,11 @@ class Score(NamedTuple):
     bytes: int
 
     @property
-    def loss(self):
-        """Nats per target."""
+    def loss(self):  # nats per target
         return self.nll / self.targets
 
     @property
-    def bpb(self):
-        """Bits per byte."""
+    def bpb(self):  # bits per byte
         return self.nll / math.log(2) / self.bytes
 
     def __str__(self):
@@ -2037,7 +1931,7 @@ class Score(NamedTuple):
         return self
 
     def figure(self, protocol, context, seconds, **more) -> dict:
-        """For result.json; `seconds` of all epochs together. What is not finite is null."""
+        """For result.json; what is not finite is null."""
         figure = dict(protocol=protocol, context=context, backward_looking=True)
         figure |= dict(val_loss=finite(self.loss), val_bpb=finite(self.bpb), targets=self.targets, bytes=self.bytes)
         return figure | dict(seconds=seconds, lacking=0) | more
@@ -2049,10 +1943,8 @@ def finite(number: float) -> float | None:
 
 
 def score_windows(forward, stream, windows: tuple, width: int, lora=None, past: Past | None = None):
-    """Score targets [skip, length) of B windows, each (B,) int64 with its start; padded on the right to `width`.
-
-    Returns the NLL (B, width) float32, 0 where not scored, and detached sums (B, 3) float64 of NLL, targets and
-    bytes."""
+    """Score targets [skip, length) of B windows, each (B,) int64 with its start; padded on the right to `width`: NLL
+    (B, width) float32, 0 where not scored, and detached sums (B, 3) float64 of NLL, targets and bytes."""
     start, length, skip = windows
     column = torch.arange(-GPT.LEAD if past else 0, width, device=start.device)
     at = (start[:, None] + column).clamp(0, stream.target_count - 1)
@@ -2072,8 +1964,8 @@ def overlapping(stream, size, stride):
 
 
 @torch.no_grad()
-def evaluate_windows(forward, stream, run, stride=None):
-    """Score windows of TRAIN_SEQ_LEN targets side by side, or every `stride`."""
+def evaluate_standard(forward, stream, run, stride=None):
+    """The Score by rows of TRAIN_SEQ_LEN targets side by side or, in the sliding evaluation, every `stride`."""
     s = run.s
     size = s.train_seq_len
     windows = overlapping(stream, size, stride or size)
@@ -2092,18 +1984,13 @@ def evaluate_windows(forward, stream, run, stride=None):
     return Score(nll, int(targets), int(bytes_)).checked(stream)
 
 
-def evaluate_standard(forward, stream, run):
-    """The Score by rows that do not overlap, the last one shorter."""
-    return evaluate_windows(forward, stream, run)
-
-
 def evaluate_sliding(forward, stream, run):
     """The Score by windows every EVAL_STRIDE, each scoring what no earlier one reached."""
-    return evaluate_windows(forward, stream, run, run.s.eval_stride)
+    return evaluate_standard(forward, stream, run, run.s.eval_stride)
 
 
 def time_spent(began: float, run: Run) -> dict:
-    """The first rank's seconds since `began`; at least that many if a process was killed: nobody saw its last ones."""
+    """The first rank's seconds since `began`; at least that many if a process was killed."""
     seconds = time.perf_counter() - began
     killed = any(row["stage"] == "evaluation" and row["ended"] == "killed" for row in run.sessions[:-1])
     within = not run.s.eval_max_seconds or seconds <= run.s.eval_max_seconds
@@ -2116,8 +2003,8 @@ def time_spent(began: float, run: Run) -> dict:
 #
 # A batch advances in steps: a chunk of its first n documents is scored, trained on, kept as context, or several of
 # these. On a GPU a step of a shape that has come before is one launch: a recorded graph of some hundred kernels. What a
-# graph has frozen is what ChunkStep names, and every address; position, learning rate and figure therefore lie in
-# tensors on the device, which the host fills before it launches.
+# graph has frozen is what ChunkStep names, and every address; position and learning rate therefore lie in tensors on
+# the device, which the host fills before it launches.
 
 TTT_BATCH = {"cpu": 4, "cuda": 128}  # documents side by side, where TTT_BATCH_SIZE=0
 STEP_FLOOR = {"cpu": 0, "cuda": 2048}  # tokens; smaller steps cost no less
@@ -2177,8 +2064,7 @@ class Adapters:
 
     def layers(self, n: int) -> tuple[Tensor, list[dict[str, Lora]]]:
         """The first n documents' rows as a leaf, and for every layer its views by target."""
-        leaf = self.flat[:n].detach().requires_grad_()
-        flat = leaf
+        flat = leaf = self.flat[:n].detach().requires_grad_()
         if self.scale != 1:
             flat = torch.cat((self.scale * leaf[:, : self.a_size], leaf[:, self.a_size :]), dim=1)
         pieces = flat.split(self.sizes, dim=1)  # its backward is one concatenation
@@ -2201,7 +2087,7 @@ class ChunkStep(NamedTuple):
     documents: int  # the first of the batch
     width: int  # tokens of a window
     context: int | None  # cached tokens before the chunk; None: a window of its own
-    score: bool = False  # count it
+    score: bool = False  # note its NLL
     train: bool = False  # take an Adam step on each document's mean NLL
     keep: bool = False  # append it to the context
 
@@ -2209,31 +2095,26 @@ class ChunkStep(NamedTuple):
 class DocumentBatch:
     """Documents that advance together, longest first: those that still have chunk c are the first active[c].
 
-    `sums` (1 + figures, B, 3) float64 are NLL, targets and bytes: figure 0 without adaptation, then one per epoch of
-    replay, or one for single_pass. `targets` (2, B, longest) float32 are NLL of targets, rows PLAIN and ADAPTED.
-
-    `kv` (B, layers, 2, kv heads, window + chunk, head_dim) are rotated keys, and values. The chunk in progress owns the
-    last slots; before them token t of the last `window` has slot window - 1 - t % window. With window 4 and chunk 2:
-
-        chunk of tokens 4, 5:   [ 3  2  1  0 | 4  5 ]
-        chunk of tokens 6, 7:   [ 3  2  5  4 | 6  7 ]    (4 and 5 took the places of 0 and 1)
-
-    So the context borders on the chunk while it is shorter than the window, which it fills from the right, and a new
-    token replaces the oldest. Softmax does not ask for their order, and keys are cached rotated."""
+    `nll` (B, targets) float32 is what the present reading of the documents has scored, UNSCORED elsewhere; `epochs` are
+    the documents' sums, (B,) float64, of each reading that adapt() has begun."""
 
     def __init__(self, model, stream, capacity: int, run: Run):
         self.model, self.stream, self.run = model, stream, run
         s = run.s
-        self.deadline = math.inf
-        self.capacity = capacity
         integers = functools.partial(torch.zeros, dtype=torch.int64, device=run.device)
         self.start, self.end = integers(capacity), integers(capacity)
-        self.sums = torch.zeros(1 + s.ttt_figures, capacity, 3, dtype=torch.float64, device=run.device)
         self.adapters = Adapters(capacity, run)
+        room = ceil_div(int(stream.lengths.max()), s.ttt_chunk_size) * s.ttt_chunk_size
+        self.nll = torch.zeros(capacity, room, device=run.device)
+        # Keys, rotated, and values. The chunk in progress owns the last slots; before them token t of the last `window`
+        # has slot window - 1 - t % window. With a window of 4 and chunks of 2:
+        #     chunk of tokens 4, 5:   [ 3  2  1  0 | 4  5 ]
+        #     chunk of tokens 6, 7:   [ 3  2  5  4 | 6  7 ]    4 and 5 took the places of 0 and 1
+        # So a context shorter than the window borders on the chunk, and a new token replaces the oldest. Softmax does
+        # not ask for their order.
         self.window = s.ttt_eval_seq_len - s.ttt_chunk_size
         shape = capacity, s.num_layers, 2, s.num_kv_heads, s.ttt_eval_seq_len, s.model_dim // s.num_heads
         self.kv = torch.zeros(shape, dtype=model.dtype, device=run.device)
-        self.figure = integers(1)  # that scores count for
         self.position = integers(())  # of the chunk's first target
         self.lr = torch.zeros((), device=run.device)
         self.graphs = {}  # by ChunkStep; None once it has run eagerly
@@ -2250,15 +2131,12 @@ class DocumentBatch:
         self.active = [int((chunks > chunk).sum()) for chunk in range(chunks[0] + 1)]
         self.start[: len(documents)] = torch.from_numpy(self.stream.starts[documents])
         self.end[: len(documents)] = torch.from_numpy(self.lengths)
-        self.sums.zero_()
-        room = int(chunks[0]) * self.run.s.ttt_chunk_size
-        self.targets = torch.full((2, len(documents), room), UNSCORED, device=self.run.device)
 
     def score(self):
-        """Without adaptation, whatever the time. Adapters of zeros: compiled code is shared."""
+        """Read without adaptation, whatever the time. Adapters of zeros: compiled code is shared."""
         self.deadline = math.inf
         self.adapters.begin(None)
-        self._read_through(0, cached=True, train=False)
+        self._read_through(cached=True, train=False)
 
     def adapt(self, epochs: int, deadline: float = math.inf, a: np.ndarray | None = None):
         """Adapt to every document under TTT_PROTOCOL, until the deadline, from its drawn A or those given.
@@ -2274,38 +2152,36 @@ class DocumentBatch:
         turns = [math.pi * epoch / s.ttt_n_epochs for epoch in range(s.ttt_n_epochs)]
         rates = [s.ttt_lora_lr * 0.5 * (1 + math.cos(turn)) for turn in turns]
         cached = s.ttt_context == "cached"
-        if s.ttt_protocol == "replay":
-            self._replay(rates[:epochs], cached)
-        else:
+        self.epochs = []
+        if s.ttt_protocol == "single_pass":
             self._single_pass(rates, cached)
+            return
+        for rate in rates[:epochs]:
+            self.lr.fill_(rate)
+            self._read_through(cached, train=True)
+            self.epochs.append(self._document_sums())
 
-    def target_nll(self, row: int) -> list[np.ndarray]:
-        """Row PLAIN or ADAPTED, (targets,) float32 for each document, UNSCORED where cut off; for NaN +inf."""
-        rows = self.targets[row].cpu().numpy()
-        rows = np.where(np.isnan(rows), np.inf, rows)
+    def target_nll(self) -> list[np.ndarray]:
+        """Of the last reading, (targets,) float32 for each document, UNSCORED where cut off; for NaN +inf."""
+        rows = self.nll[: len(self.lengths)].nan_to_num(math.inf, math.inf, UNSCORED).cpu().numpy()
         return [nll[:length] for nll, length in zip(rows, self.lengths, strict=True)]
 
-    def figure_nll(self) -> np.ndarray:
-        """NLL (1 + figures, B) float64, UNSCORED where not all targets are counted; NaN is +inf. Raises RuntimeError if
-        a figure counts a target twice, or other bytes than the document's."""
-        nll, targets, bytes_ = self.sums[:, : len(self.lengths)].cpu().numpy().transpose(2, 0, 1)
-        whole = targets == self.lengths
-        if (targets > self.lengths).any() or (bytes_ != self.stream.document_bytes[self.documents])[whole].any():
-            raise RuntimeError("a figure does not count each of a document's targets once")
-        return np.where(whole, np.where(np.isnan(nll), np.inf, nll), UNSCORED)
+    def epoch_nll(self) -> np.ndarray:
+        """Sums of each epoch, (epochs, B) float64, UNSCORED where cut off; for NaN +inf."""
+        return torch.stack(self.epochs).nan_to_num(math.inf, math.inf, UNSCORED).cpu().numpy()
 
-    def _replay(self, rates: list[float], cached: bool):
-        for epoch, rate in enumerate(rates, 1):
-            self.lr.fill_(rate)
-            self._read_through(epoch, cached, train=True)
+    def _document_sums(self) -> Tensor:
+        nll = self.nll[: len(self.lengths)]
+        beyond = torch.arange(nll.size(1), device=nll.device) >= self.end[: len(nll), None]
+        return nll.masked_fill(beyond, 0.0).sum(1, dtype=torch.float64)
 
     def _single_pass(self, rates: list[float], cached: bool):
-        self.figure.fill_(1)
+        self.nll.fill_(UNSCORED)
         for chunk, n in enumerate(self.active[:-1]):
             longer = self.active[chunk + 1]  # documents that go on after this chunk
             if self._expired():
                 return
-            self._run_step(chunk, n, cached, ADAPTED, score=True)
+            self._run_step(chunk, n, cached, score=True)
             for rate in rates if longer else ():
                 if self._expired():
                     return
@@ -2314,21 +2190,20 @@ class DocumentBatch:
             if longer and cached:  # under the final adapters
                 self._run_step(chunk, longer, cached, keep=True)
 
-    def _expired(self) -> bool:
-        return time.perf_counter() >= self.deadline
-
-    def _read_through(self, figure: int, cached: bool, train: bool):
-        """Score every chunk for a figure, and train on it or not."""
-        self.figure.fill_(figure)
+    def _read_through(self, cached: bool, train: bool):
+        """Score every chunk, and train on it or not."""
+        self.nll.fill_(UNSCORED)
         for chunk, n in enumerate(self.active[:-1]):
             if self._expired():
                 return
             keep = cached and self.active[chunk + 1] > 0
-            row = figure if figure in (PLAIN, ADAPTED) else None
-            self._run_step(chunk, n, cached, row, score=True, train=train, keep=keep)
+            self._run_step(chunk, n, cached, score=True, train=train, keep=keep)
 
-    def _run_step(self, chunk: int, n: int, cached: bool, row: int | None = None, **asked):
-        """A step on a chunk of the first n documents, whose NLL go into a row of `targets`."""
+    def _expired(self) -> bool:
+        return time.perf_counter() >= self.deadline
+
+    def _run_step(self, chunk: int, n: int, cached: bool, **asked):
+        """A step on a chunk of the first n documents."""
         size = self.run.s.ttt_chunk_size
         first = chunk * size
         width = size if self.run.compile else min(size, int(self.lengths[0]) - first)  # compiled: one width for all
@@ -2337,28 +2212,23 @@ class DocumentBatch:
             width = min(first + width, self.run.s.ttt_eval_seq_len)
             context = None
         self.position.fill_(first)
-        nll = self._launch(ChunkStep(n, width, context, **asked))
-        if row is not None:
-            self.targets[row, :n, first : first + nll.size(1)] = nll
+        self._launch(ChunkStep(n, width, context, **asked))
         self.run.wait_one_behind()
         self.run.tick()
 
-    def _launch(self, step: ChunkStep) -> Tensor:
+    def _launch(self, step: ChunkStep):
         """_step(), by a CUDA graph from the second of a shape on: one launch instead of hundreds."""
         if not self.run.graphs or step not in self.graphs:
             self.graphs[step] = None
-            return self._step(step)
+            self._step(step)
+            return
         if not self.graphs[step]:
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, self.pool, self.recorder, "thread_local"):
-                nll = self._step(step)
-            self.graphs[step] = graph, nll
-        graph, nll = self.graphs[step]
-        graph.replay()
-        return nll  # of the graph: the next replay writes there
+            self.graphs[step] = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self.graphs[step], self.pool, self.recorder, "thread_local"):
+                self._step(step)
+        self.graphs[step].replay()
 
-    def _step(self, step: ChunkStep) -> Tensor:
-        """Returns the NLL of the chunk's targets (n, at most TTT_CHUNK_SIZE), of a shorter one padded by others."""
+    def _step(self, step: ChunkStep):
         n, width, context, score, train, keep = step
         size = self.run.s.ttt_chunk_size
         leaf, loras = self.adapters.layers(n)
@@ -2371,17 +2241,15 @@ class DocumentBatch:
         windows = self.start[:n] + begin, end - begin, self.position - begin
         nll, sums = score_windows(self.model, self.stream, windows, width, loras, past)
         if score:
-            self.sums[:, :n].index_add_(0, self.figure, sums[None])
+            # Each window's chunk begins at another column; beyond a document's end there is nothing to read.
+            column = torch.arange(min(size, width), device=nll.device)
+            chunk = nll.detach().gather(1, (windows[2][:, None] + column).clamp_max(width - 1))
+            self.nll[:n].index_copy_(1, self.position + column, chunk)
         if train:
             loss = (nll.sum(1) / sums[:, 1].float()).sum()  # each gets its own gradient
             self.adapters.step(torch.autograd.grad(loss, leaf)[0], self.lr)
         if keep:
             self._push(n, width)
-        nll = nll.detach()
-        if context is None:  # each window's chunk is at another column
-            column = torch.arange(min(size, width), device=nll.device)
-            nll = nll.gather(1, (windows[2][:, None] + column).clamp_max(width - 1))
-        return nll
 
     def _push(self, n: int, width: int):
         """The chunk's last tokens become context."""
@@ -2524,13 +2392,13 @@ def score_batch(label: str, batch: DocumentBatch, scores: Scores, deadline: floa
     """One pass over a loaded batch, whose NLL go into the table."""
     if label == "no_adaptation":
         batch.score()
-        scores.add(PLAIN, batch.documents, batch.target_nll(PLAIN))
+        scores.add(PLAIN, batch.documents, batch.target_nll())
     elif label == "score":
         batch.adapt(1, deadline)
-        scores.add(ADAPTED, batch.documents, batch.target_nll(ADAPTED))
+        scores.add(ADAPTED, batch.documents, batch.target_nll())
     else:
         batch.adapt(batch.run.s.ttt_n_epochs, deadline)
-        for epoch, nll in enumerate(batch.figure_nll()[1:], 1):
+        for epoch, nll in enumerate(batch.epoch_nll(), 1):
             scores.add(1 + epoch, batch.documents, list(nll[:, None]))
 
 
@@ -2830,7 +2698,7 @@ def rehearse_adaptation(model: GPT, run: Run) -> bool:
             batch.load(np.arange(size))
             batch.score()
             batch.adapt(run.s.ttt_n_epochs, a=a)
-            scores.append(batch.figure_nll())
+            scores.append(batch.epoch_nll() if batch.epochs else np.concatenate(batch.target_nll()))
             end = batch.adapters.flat.clone()
             batch.adapters.begin(a)
             moved.append(end - batch.adapters.flat)
