@@ -2024,15 +2024,10 @@ def lora_shapes(s) -> dict[str, tuple[int, int]]:
 
 
 def draw_lora_a(s, document: int) -> np.ndarray:
-    """A document's initial A of every layer and target, (rank, inputs) each, one behind the other, flat float32:
-    uniform in +-1/sqrt(inputs)."""
+    """A document's A of every layer and target, (rank, inputs) each, flat float32: uniform in +-1/sqrt(inputs)."""
     rng = np.random.default_rng([s.seed, document])
-    parts = []
-    for _ in range(s.num_layers):
-        for inputs, _ in lora_shapes(s).values():
-            unit = rng.random((s.ttt_lora_rank, inputs), np.float32)
-            parts.append(((2 * unit - 1) * inputs**-0.5).ravel())
-    return np.concatenate(parts)
+    widths = [inputs for inputs, _ in lora_shapes(s).values()] * s.num_layers
+    return np.concatenate([(2 * rng.random(s.ttt_lora_rank * n, np.float32) - 1) * n**-0.5 for n in widths])
 
 
 class Adapters:
@@ -2042,13 +2037,12 @@ class Adapters:
     def __init__(self, batch: int, run: Run):
         s = run.s
         rank = s.ttt_lora_rank
-        shapes = lora_shapes(s)
-        self.names = list(shapes)
-        a_shapes = [(rank, inputs) for inputs, _ in shapes.values()] * s.num_layers
-        b_shapes = [(outputs, rank) for _, outputs in shapes.values()] * s.num_layers
-        self.shapes = a_shapes + b_shapes
+        targets = lora_shapes(s)
+        self.names = list(targets)
+        a_shapes = [(rank, inputs) for inputs, _ in targets.values()] * s.num_layers
+        self.shapes = a_shapes + [(outputs, rank) for _, outputs in targets.values()] * s.num_layers
         self.sizes = [math.prod(shape) for shape in self.shapes]
-        self.a_size = sum(map(math.prod, a_shapes))
+        self.a_size = sum(self.sizes[: len(a_shapes)])
         self.scale = (s.ttt_lora_alpha or rank) / rank
         self.flat, self.m, self.v = (torch.zeros(batch, sum(self.sizes), device=run.device) for _ in range(3))
         self.steps = torch.zeros(batch, dtype=torch.int64, device=run.device)
@@ -2139,18 +2133,16 @@ class DocumentBatch:
         self._read_through(cached=True, train=False)
 
     def adapt(self, epochs: int, deadline: float = math.inf, a: np.ndarray | None = None):
-        """Adapt to every document under TTT_PROTOCOL, until the deadline, from its drawn A or those given.
-
-        replay: each of the first `epochs` epochs scores every chunk, then trains on it; only the first is
-        backward-looking (PR #467). single_pass: each chunk is scored once, then trained on TTT_N_EPOCHS times;
-        backward-looking throughout."""
+        """Adapt to every document until the deadline, from its drawn A or those given. replay: each of the first
+        `epochs` epochs scores every chunk, then trains on it (PR #467). single_pass: each chunk is scored once, then
+        trained on TTT_N_EPOCHS times."""
         s = self.run.s
         self.deadline = deadline
         if a is None:
             a = np.stack([draw_lora_a(s, int(document)) for document in self.documents])
         self.adapters.begin(a)
-        turns = [math.pi * epoch / s.ttt_n_epochs for epoch in range(s.ttt_n_epochs)]
-        rates = [s.ttt_lora_lr * 0.5 * (1 + math.cos(turn)) for turn in turns]
+        waves = [math.cos(math.pi * epoch / s.ttt_n_epochs) for epoch in range(s.ttt_n_epochs)]
+        rates = [s.ttt_lora_lr * 0.5 * (1 + wave) for wave in waves]
         cached = s.ttt_context == "cached"
         self.epochs = []
         if s.ttt_protocol == "single_pass":
@@ -2283,11 +2275,11 @@ def batch_cost(lengths: np.ndarray, s, floor: int) -> float:
 
 class Scores:
     """NLL in nats, UNSCORED where none is known: of every target, `targets` (2, N-1) float32, rows PLAIN and ADAPTED;
-    and of every document for replay's epochs, `epochs` (E, documents) float64 (E = 0 where one epoch is all).
+    of every document for replay's epochs, `epochs` (E, documents) float64 (E = 0 where one epoch is all).
 
     Each rank appends what it has scored to a file of its own: pairs of arrays, rows of (figure, document, count) and
-    their numbers; figure 1 + e is epoch e. A process may end at any moment: a last pair that is cut off costs only what
-    it held. Of two numbers for one thing the worse counts, so what ranks and sessions know merges in any order."""
+    their numbers; figure 1 + e is epoch e. Of two numbers for one thing the worse counts, so what ranks and sessions
+    know merges in any order."""
 
     def __init__(self, tag: str, stream, run: Run):
         self.run, self.stream = run, stream
@@ -2295,18 +2287,14 @@ class Scores:
         self.targets = np.full((2, stream.target_count), UNSCORED, np.float32)
         self.epochs = np.full((epochs, len(stream.lengths)), UNSCORED)
         self.pattern = f"scores_{tag}_*.bin"
-        found = sorted(run.folder.glob(self.pattern)) if run.s.resume else []
-        whole = {path: self._read(path) for path in found}
+        whole = {path: self._read(path) for path in run.folder.glob(self.pattern) if run.s.resume}
         self.merge()
         self.path = run.folder / f"scores_{tag}_{run.ranks.rank}.bin"
-        try:
-            self.file = open(self.path, "ab")  # noqa: SIM115 - open to the end
-            self.file.truncate(whole.get(self.path, 0))  # else what comes next would be taken for the rest of a pair
-        except OSError as e:
-            raise UserError(system_says(e)) from e
+        self.file = open(self.path, "ab")  # noqa: SIM115 - open to the end
+        self.file.truncate(whole.get(self.path, 0))  # else what comes next would be taken for the rest of a pair
 
     def _read(self, path: Path) -> int:
-        """Returns the bytes up to where a file is cut off or damaged."""
+        """Returns the bytes up to where a file is cut off, by a process that ended, or damaged."""
         whole = 0
         with contextlib.suppress(ValueError, EOFError, OSError, IndexError, TypeError), open(path, "rb") as f:
             while f.peek(1):
@@ -2319,18 +2307,17 @@ class Scores:
         return whole
 
     def _note(self, figure: int, document: int, nll: np.ndarray):
+        known = self.epochs[figure - 2, document : document + 1]
         if figure in (PLAIN, ADAPTED):
             start = self.stream.starts[document]
             known = self.targets[figure, start : start + len(nll)]
-        else:
-            known = self.epochs[figure - 2, document : document + 1]
         np.maximum(known, nll, out=known)
 
     def add(self, figure: int, documents: np.ndarray, nll: list[np.ndarray]):
         """Keep one array of NLL for each document. Raises UserError if the disk takes no more."""
+        rows = [(figure, document, len(numbers)) for document, numbers in zip(documents, nll, strict=True)]
         for document, numbers in zip(documents, nll, strict=True):
             self._note(figure, document, numbers)
-        rows = [(figure, document, len(numbers)) for document, numbers in zip(documents, nll, strict=True)]
         try:
             np.save(self.file, np.array(rows))
             np.save(self.file, np.concatenate(nll))
@@ -2338,14 +2325,10 @@ class Scores:
         except OSError as e:
             raise UserError(system_says(e, self.path)) from e
 
-    def missing(self, row: int) -> np.ndarray:
-        """Which documents lack a target in a row of `targets`, (documents,) bool."""
-        return np.logical_or.reduceat(self.targets[row] == UNSCORED, self.stream.starts)
-
     def of_documents(self, nll: np.ndarray) -> np.ndarray:
         """Sums of targets' NLL (N-1,) by document, (documents,) float64; UNSCORED where one is missing."""
-        sums = np.add.reduceat(nll, self.stream.starts, dtype=np.float64)
-        return np.where(np.logical_or.reduceat(nll == UNSCORED, self.stream.starts), UNSCORED, sums)
+        missing = np.logical_or.reduceat(nll == UNSCORED, self.stream.starts)
+        return np.where(missing, UNSCORED, np.add.reduceat(nll, self.stream.starts, dtype=np.float64))
 
     def merge(self):
         """Give every rank what any rank has."""
@@ -2367,7 +2350,8 @@ def score_documents(model, stream, scores: Scores, deadline: float, run: Run) ->
     again. A rank takes the costliest batch that is left. Returns this rank's seconds of each pass."""
     batches = batch_documents(stream.lengths, run)
     batch = DocumentBatch(model, stream, max(map(len, batches)), run)
-    missing = dict(no_adaptation=scores.missing(PLAIN), score=scores.missing(ADAPTED))
+    known = [scores.of_documents(row) for row in scores.targets]
+    missing = dict(no_adaptation=known[PLAIN] == UNSCORED, score=known[ADAPTED] == UNSCORED)
     if len(scores.epochs):
         missing["replay"] = (scores.epochs == UNSCORED).any(0)
     seconds = {}
@@ -2402,9 +2386,17 @@ def score_batch(label: str, batch: DocumentBatch, scores: Scores, deadline: floa
             scores.add(1 + epoch, batch.documents, list(nll[:, None]))
 
 
-def mixture(
-    plain: np.ndarray, adapted: np.ndarray, starts: np.ndarray, lengths: np.ndarray, share: float
-) -> np.ndarray:
+def mix(plain: np.ndarray, adapted: np.ndarray, weight: np.ndarray, share: float) -> tuple[np.ndarray, np.ndarray]:
+    """NLL float64 of a mixture of two predictions with their NLL, `weight` of the first, and its next weight."""
+    p0, p1 = plain.astype(np.float64), adapted.astype(np.float64)
+    least = np.minimum(p0, p1)  # taken out, for what float64 cannot hold
+    p0, p1 = np.exp(least - p0), np.exp(least - p1)
+    weighted = weight * p0
+    p = weighted + (1 - weight) * p1
+    return least - np.log(p), (1 - share) * weighted / p + share / 2
+
+
+def mixture(plain: np.ndarray, adapted: np.ndarray, starts, lengths, share: float) -> np.ndarray:
     """NLL (N,) float64 of a fixed-share mixture of two predictions, from the NLL (N,) that each gives to the targets of
     documents that start at `starts` and have `lengths` targets (Herbster & Warmuth, Machine Learning 1998).
 
@@ -2417,13 +2409,7 @@ def mixture(
     mixed = np.empty(len(plain))
     for t, n in enumerate(longer):
         at = starts[:n] + t
-        p0, p1 = plain[at].astype(np.float64), adapted[at].astype(np.float64)
-        least = np.minimum(p0, p1)  # taken out, for what float64 cannot hold
-        p0, p1 = np.exp(least - p0), np.exp(least - p1)
-        weighted = weight[:n] * p0
-        p = weighted + (1 - weight[:n]) * p1
-        mixed[at] = least - np.log(p)
-        weight[:n] = (1 - share) * weighted / p + share / 2
+        mixed[at], weight[:n] = mix(plain[at], adapted[at], weight[:n], share)
     return mixed
 
 
@@ -2467,42 +2453,42 @@ def report_documents(scores: Scores, seconds: dict[str, float], began: float, ru
         account["epoch_1_again"] = float(np.abs(scores.epochs[0] - nll[1])[again].max(initial=0.0))
     run.write("ttt_documents.npz", npz(arrays))
     run.write("ttt_positions.npz", npz(by_position(targets, stream)))
-    return label_figures(nll, lacking, arrays.get("nll_mixture"), account, stream, run)
+    return label_figures(nll, lacking.sum(1).tolist(), arrays.get("nll_mixture"), account, stream, run)
 
 
-def label_figures(nll, lacking, mixed, account: dict, stream, run: Run) -> tuple[dict, Score]:
-    """Log every figure, labelled for what it is; result.json's account of them, and the Score. `nll` and `lacking` are
-    (1 + figures, documents), `mixed` (documents,) or None."""
+def label_figures(nll, lacking: list[int], mixed, account: dict, stream, run: Run) -> tuple[dict, Score]:
+    """Log every figure, labelled for what it is; result.json's account of them, and the Score. `nll` is (1 + figures,
+    documents), `lacking` counts those that a figure lacks, `mixed` (documents,) or None."""
     s = run.s
-    counts = stream.target_count, stream.byte_count
-    plain, *scores = (Score(float(row.sum()), *counts) for row in nll)
-    first, last = scores[0], scores[-1]
-    passes = account["passes"]
+    seconds = account["passes"]
+    plain, *scores = (Score(float(row.sum()), stream.target_count, stream.byte_count) for row in nll)
+    figures = account | dict(curve=[], score="backward_looking")
+    figures["no_adaptation"] = plain.figure("no_adaptation", "cached", seconds["no_adaptation"])
     run.log(f"no_adaptation {plain}")
-    curve = []
     for epoch, score in enumerate(scores, 1):
-        reading = dict(backward_looking=epoch == 1, lacking=int(lacking[epoch].sum()), epoch=epoch)
+        reading = dict(backward_looking=epoch == 1, epoch=epoch, lacking=lacking[epoch])
         reading["not_finite"] = int((~np.isfinite(nll[epoch])).sum())
-        seconds = passes["score" if epoch == 1 else "replay"]
-        curve.append(score.figure(f"ttt_{s.ttt_protocol}", s.ttt_context, seconds, **reading))
+        took = seconds["score" if epoch == 1 else "replay"]
+        figures["curve"].append(score.figure(f"ttt_{s.ttt_protocol}", s.ttt_context, took, **reading))
         if s.ttt_protocol == "replay":
             told = epoch in (1, len(scores)) or epoch % 10 == 0
             run.log(f"ttt_epoch:{epoch}/{s.ttt_n_epochs} {score}", console=told)
+    first, last = scores[0], scores[-1]
+    figures |= dict(backward_looking=figures["curve"][0], last_epoch=figures["curve"][-1])
     if epoch > 1:
         run.log(f"note: only epoch 1 is backward-looking, a valid score; {epoch} has seen its text {epoch - 1} times")
-    figures = account | dict(no_adaptation=plain.figure("no_adaptation", "cached", passes["no_adaptation"]))
-    figures |= dict(backward_looking=curve[0], last_epoch=curve[-1], curve=curve, score="backward_looking")
     score = first
     if mixed is not None:
-        score = Score(float(mixed.sum()), *counts)
-        run.log(f"mixture {score} no_adaptation:{plain.bpb:.8f} {s.ttt_protocol}:{first.bpb:.8f}")
-        reading = dict(lacking=curve[0]["lacking"], share=s.ttt_mixture_share)
-        figures["mixture"] = score.figure("mixture", s.ttt_context, curve[0]["seconds"], **reading)
+        score = Score(float(mixed.sum()), stream.target_count, stream.byte_count)
+        reading = dict(lacking=lacking[1], share=s.ttt_mixture_share)
+        figures["mixture"] = score.figure("mixture", s.ttt_context, seconds["score"], **reading)
         figures["score"] = "mixture"
-    lacks = curve[0]["lacking"], curve[-1]["lacking"]
-    run.log(f"ttt {pairs(account)} first_lacks:{lacks[0]} last_lacks:{lacks[1]}")
-    if any(lacks):
-        what = f"{lacks[0]} documents lack the score and {lacks[1]} the last epoch, and count without adaptation there"
+        run.log(f"mixture {score} no_adaptation:{plain.bpb:.8f} {s.ttt_protocol}:{first.bpb:.8f}")
+    run.log(f"ttt {pairs(account)} first_lacks:{lacking[1]} last_lacks:{lacking[-1]}")
+    if lacking[-1]:
+        what = (
+            f"{lacking[1]} documents lack the score, {lacking[-1]} the last epoch, and count without adaptation there"
+        )
         run.log(f"note: EVAL_MAX_SECONDS={s.eval_max_seconds:g} ran out: {what}; raise it, or 0 for no limit")
     bpb = f"backward_looking_val_bpb:{first.bpb:.8f} last_epoch_val_bpb:{last.bpb:.8f}"
     run.log(f"final_ttt_exact protocol:{s.ttt_protocol} context:{s.ttt_context} {bpb}")
