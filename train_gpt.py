@@ -2307,10 +2307,11 @@ class Scores:
         return whole
 
     def _note(self, figure: int, document: int, nll: np.ndarray):
-        known = self.epochs[figure - 2, document : document + 1]
+        start = self.stream.starts[document]
         if figure in (PLAIN, ADAPTED):
-            start = self.stream.starts[document]
             known = self.targets[figure, start : start + len(nll)]
+        else:
+            known = self.epochs[figure - 2, document : document + 1]
         np.maximum(known, nll, out=known)
 
     def add(self, figure: int, documents: np.ndarray, nll: list[np.ndarray]):
