@@ -438,7 +438,8 @@ class Ranks:
             _thread.interrupt_main(signal.SIGTERM)  # it leaves no file half written
             time.sleep(GRACE)
         if not self.leaving:
-            os._exit(self.end(*found))  # it is stuck
+            self.store = store  # it is stuck, maybe in the other one
+            os._exit(self.end(*found))
 
     def on_signal(self, number: int, frame):
         """Raises Interrupted; but a training step is finished first. A second signal, over 2 s later, does not wait.
@@ -463,6 +464,8 @@ class Ranks:
             line += f" — go on with: {self.how_to_go_on}" if self.how_to_go_on else " — nothing had begun"
         first = mine = json.dumps(dict(rank=self.rank, node=self.node, code=code, line=line))
         with contextlib.suppress(RuntimeError):  # the store is gone
+            if self.world > 1 and self.gathered:  # its machine may hang, and the rest waits for an answer for ever
+                self.store.wait([f"value 1 {self.rank}"], timedelta(seconds=GRACE))
             first = self.store.compare_set("end", "", mine).decode()
             heard = self.store.add("heard", 1)
             until = time.monotonic() + 5

@@ -3,6 +3,7 @@
 The golden and FineWeb cases need the folder with golden/, fineweb/ and corpus/; GOLF_SHARED names it, and they are
 skipped without it."""
 
+import math
 import os
 import sys
 from dataclasses import asdict
@@ -75,6 +76,51 @@ def stream_of(s: train_gpt.Settings, lengths: list[int], seed: int = 0) -> train
     tokens[np.cumsum([0, *lengths[:-1]])] = train_gpt.BOS
     bytes_ = np.random.default_rng(seed + 1).integers(0, 9, len(tokens) - 1)
     return train_gpt.Stream(tokens, bytes_, torch.device("cpu"))
+
+
+class Traced(train_gpt.DocumentBatch):
+    """A batch that keeps every reading: `rows`, for each figure the NLL of each document's targets."""
+
+    def _document_sums(self):
+        self.rows.append(self.target_nll())
+        return super()._document_sums()
+
+    def read(self, deadline: float = math.inf, a: np.ndarray | None = None) -> "Traced":
+        """Itself, after both its passes."""
+        self.score()
+        self.rows = [self.target_nll()]
+        self.adapt(self.run.s.ttt_n_epochs, deadline, a)
+        if self.run.s.ttt_protocol == "single_pass":
+            self.rows.append(self.target_nll())
+        else:
+            np.testing.assert_allclose(self.epoch_nll(), self.totals()[1:], rtol=1e-12)
+        assert len(self.rows) == 1 + self.run.s.ttt_figures
+        assert all(len(nll) == n for row in self.rows for nll, n in zip(row, self.lengths, strict=True))
+        return self
+
+    def totals(self) -> np.ndarray:
+        """NLL of every figure and document, (1 + figures, B) float64, UNSCORED where a target is."""
+        return np.array([[nll.sum(dtype=np.float64) for nll in row] for row in self.rows])
+
+    @property
+    def figures(self) -> torch.Tensor:
+        """NLL of every figure, document and target, (1 + figures, B, longest) float64, NaN beyond a document's end."""
+        found = np.full((len(self.rows), len(self.lengths), int(self.lengths.max())), math.nan)
+        for table, row in zip(found, self.rows, strict=True):
+            for line, nll in zip(table, row, strict=True):
+                line[: len(nll)] = nll
+        return torch.from_numpy(found)
+
+
+def loaded(model, stream, documents, run) -> Traced:
+    batch = Traced(model, stream, len(documents), run)
+    batch.load(np.array(documents))
+    return batch
+
+
+def batch_of(model, stream, documents, run, **options) -> Traced:
+    """The batch after both its passes."""
+    return loaded(model, stream, documents, run).read(**options)
 
 
 @pytest.fixture(scope="session")

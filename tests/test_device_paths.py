@@ -16,7 +16,7 @@ from torch._inductor.utils import fresh_cache
 from torch.fx.experimental import _config as shape_config
 
 import train_gpt
-from conftest import random_model, run_of, small, stream_of
+from conftest import batch_of, random_model, run_of, small, stream_of
 from strict import strict, strictly
 
 CHUNK, WINDOW = 16, 64  # of the small settings: a context is full after three chunks
@@ -74,13 +74,10 @@ class Evaluation:
 
     def score(self, documents: list[int]) -> Tensor:
         """NLL of every figure and document, plain first, from one batch. The adapters stay float32."""
-        batch = train_gpt.DocumentBatch(self.model, stream_of(self.s, LENGTHS), len(documents), self.run)
-        batch.load(np.array(documents))
-        batch.score()
-        batch.adapt(self.s.ttt_n_epochs)
+        batch = batch_of(self.model, stream_of(self.s, LENGTHS), documents, self.run)
         adapters = batch.adapters
         assert {x.dtype for x in (adapters.flat, adapters.m, adapters.v)} == {torch.float32}
-        return torch.from_numpy(batch.figure_nll())
+        return torch.from_numpy(batch.totals())
 
 
 def compiling(run, s, compiled: bool, folder=None):

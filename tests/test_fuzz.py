@@ -17,6 +17,7 @@ import torch
 import zstandard
 
 import runs
+from conftest import batch_of
 from runs import train_gpt
 
 UserError = train_gpt.UserError
@@ -407,14 +408,9 @@ def test_streams_with_odd_documents_are_scored_once_per_target(tmp_path, lengths
     torch.manual_seed(0)
     model = train_gpt.GPT(run.s)
     longest_first = np.array(sorted(range(len(stream.lengths)), key=lambda i: -stream.lengths[i]))
-    batch = train_gpt.DocumentBatch(model, stream, len(longest_first), run)
-    batch.load(longest_first)
-    batch.score()
-    assert batch.sums[0, :, 1].sum() == len(tokens) - 1 and batch.sums.isfinite().all()
-    nll = batch.figure_nll()
-    assert np.isfinite(nll[0]).all() and (nll[1:] == train_gpt.UNSCORED).all()
-    batch.adapt(2)
-    assert (batch.sums[:, :, 1].sum(1) == len(tokens) - 1).all() and np.isfinite(batch.figure_nll()).all()
+    batch = batch_of(model, stream, longest_first, run)
+    for row in batch.rows:
+        assert sum(map(len, row)) == len(tokens) - 1 and all(np.isfinite(nll).all() for nll in row)
 
 
 def test_a_validation_stream_of_one_token_has_no_target_and_is_refused(tmp_path):

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import train_gpt
-from conftest import run_of, small
+from conftest import loaded, run_of, small
 
 STORED = {"passthrough": "fp16", "passthrough_fp16": "fp16"}  # the figures' words for a kind, and ours
 
@@ -70,16 +70,11 @@ class Golden:
         assert stream.lengths.tolist() == [d["targets"] for d in expected]
         assert stream.document_bytes.tolist() == [d["bytes"] for d in expected]
         run = run_of(self.run, replace(self.s, **changes))
-        batch = train_gpt.DocumentBatch(self.model, stream, len(documents), run)
-        batch.load(np.array(documents))
+        batch = loaded(self.model, stream, documents, run)
         of_layer = [
             [[self.inputs.lora_a(7, i, target, d, 8, 128) for target in "qv"] for i in range(10)] for d in documents
         ]
-        if plain:
-            batch.score()
-        else:
-            batch.adapt(run.s.ttt_n_epochs, a=np.array(of_layer, np.float32).reshape(len(documents), -1))
-        nll = batch.figure_nll()
+        nll = batch.read(a=np.array(of_layer, np.float32).reshape(len(documents), -1)).totals()
         return (nll[:1] if plain else nll[1:]).T / stream.lengths[documents][:, None]
 
 

@@ -4,9 +4,9 @@ import pytest
 import torch
 
 import train_gpt
-from conftest import random_model, run_of, small, stream_of
+from conftest import batch_of, random_model, run_of, small, stream_of
 from test_device_paths import compiler, graphs  # noqa: F401 - fixtures
-from test_ttt import Alone, batch_of, moved_like, shapes_of
+from test_ttt import Alone, moved_like, shapes_of
 
 SIX = ("c_q", "c_k", "c_v", "attn.proj", "mlp.fc", "mlp.proj")
 ALL = ",".join(SIX)
@@ -26,7 +26,7 @@ def compare(run, s, model, stream):
     getattr(alone, s.ttt_protocol)()
     batch = batch_of(model, stream, [1], run)
     expected = torch.tensor(alone.figures, dtype=torch.float64)
-    torch.testing.assert_close(batch.nll[:, 0].double(), expected, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(batch.figures[:, 0], expected, rtol=1e-3, atol=1e-3)
     assert moved_like(alone, batch.adapters) > 0.1
     assert (expected[1] - expected[0]).abs().max() > 0.05  # it can tell
     return expected
@@ -64,7 +64,7 @@ def test_other_targets_or_another_alpha_are_other_figures(run):
     found = []
     for targets, alpha in CASES:
         s = settings_of(targets, alpha, "cached")
-        found.append(batch_of(random_model(s), stream_of(s, [5, 41]), [1], run_of(run, s)).figure_nll()[-1, 0])
+        found.append(batch_of(random_model(s), stream_of(s, [5, 41]), [1], run_of(run, s)).totals()[-1, 0])
     assert len({round(nll, 2) for nll in found}) == len(CASES)
 
 

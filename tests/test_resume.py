@@ -414,7 +414,7 @@ def nan_in_epoch(epoch: int) -> None:
         adapt(batch, epochs, *arguments, **options)
         row = np.flatnonzero(batch.documents == 3)
         if batch.stream.target_count == TARGETS and epochs >= epoch and len(row):
-            batch.sums[epoch, row[0], 0] = math.nan
+            batch.epochs[epoch - 1][row[0]] = math.nan
 
     train_gpt.DocumentBatch.adapt = planted
 

@@ -160,13 +160,14 @@ def test_nan_is_the_worst_of_numbers_and_never_taken_for_nothing_scored(run):
     s = small()
     batch = train_gpt.DocumentBatch(random_model(s), stream_of(s, [20, 9]), 2, run_of(run, s))
     batch.load(np.array([0, 1]))
-    batch.score()
-    batch.sums[0, 1, 0] = math.nan
-    batch.targets[PLAIN, 1, 4] = math.nan
-    assert batch.figure_nll()[0, 1] == math.inf and batch.figure_nll()[0, 0] < math.inf
-    nll = batch.target_nll(PLAIN)[1]
+    batch.adapt(2)
+    batch.epochs[1][1] = math.nan
+    assert batch.epoch_nll()[1, 1] == math.inf and np.isfinite(batch.epoch_nll()[0]).all()
+    batch.nll[1, 4] = math.nan
+    nll = batch.target_nll()[1]
     assert nll[4] == math.inf and np.isfinite(np.delete(nll, 4)).all()
-    assert (batch.figure_nll()[1:] == UNSCORED).all() and (batch.target_nll(ADAPTED)[0] == UNSCORED).all()
+    batch.adapt(2, deadline=0.0)
+    assert (batch.epoch_nll() == UNSCORED).all() and (batch.target_nll()[0] == UNSCORED).all()
 
 
 # ---- A mixture of two predictions

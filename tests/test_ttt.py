@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import train_gpt
-from conftest import random_model, run_of, small, stream_of
+from conftest import Traced, batch_of, loaded, random_model, run_of, small, stream_of
 from recorded import Graphs
 from test_model import reference
 
@@ -22,42 +22,9 @@ MODES = [(protocol, context) for protocol in ("replay", "single_pass") for conte
 every_mode = pytest.mark.parametrize("protocol, context", MODES, ids=["-".join(mode) for mode in MODES])
 
 
-class Traced(train_gpt.DocumentBatch):
-    """A batch that keeps the NLL of every target for every figure: `nll` (1 + figures, B, longest), NaN where there is
-    none."""
-
-    def load(self, documents):
-        super().load(documents)
-        self.nll = torch.full((len(self.sums), len(self.lengths), int(self.lengths.max())), math.nan)
-
-    def _step(self, step):
-        figure, begin = int(self.figure), int(self.position)
-        nll = super()._step(step)
-        assert not nll.requires_grad and len(nll) == step.documents
-        for row in range(step.documents if step.score else 0):
-            end = min(begin + self.run.s.ttt_chunk_size, int(self.lengths[row]))
-            assert self.nll[figure, row, begin:end].isnan().all(), "scored twice"
-            self.nll[figure, row, begin:end] = nll[row, : end - begin]
-        return nll
-
-
-def loaded(model, stream, documents, run, kind=Traced):
-    batch = kind(model, stream, len(documents), run)
-    batch.load(np.array(documents))
-    return batch
-
-
-def batch_of(model, stream, documents, run, kind=Traced, deadline=math.inf):
-    """The batch after both its passes."""
-    batch = loaded(model, stream, documents, run, kind)
-    batch.score()
-    batch.adapt(run.s.ttt_n_epochs, deadline)
-    return batch
-
-
 def nll_of(batch):
     """NLL of every figure and document, (1 + figures, B) float64; each must be complete."""
-    nll = torch.from_numpy(batch.figure_nll())
+    nll = torch.from_numpy(batch.totals())
     assert nll.isfinite().all()
     return nll
 
@@ -181,9 +148,9 @@ def test_adaptation_equals_a_loop_with_torchs_adam(run, protocol, context, size,
     alone = Alone(model, s, stream.tokens[5:].tolist(), 1)
     getattr(alone, protocol)()
     batch = batch_of(model, stream, [1], run_of(run, s))
-    assert batch.nll.shape == (4 if protocol == "replay" else 2, 1, targets)
+    assert batch.figures.shape == (4 if protocol == "replay" else 2, 1, targets)
     expected = torch.tensor(alone.figures, dtype=torch.float64)
-    torch.testing.assert_close(batch.nll[:, 0].double(), expected, rtol=5e-4, atol=5e-4)
+    torch.testing.assert_close(batch.figures[:, 0], expected, rtol=5e-4, atol=5e-4)
     assert (moved_like(alone, batch.adapters) > 0.1) == (protocol == "replay" or targets > size)
 
 
@@ -203,27 +170,21 @@ def test_gradients_as_small_as_1e_10_still_move_the_adapters_as_adams_epsilon_le
 
 @every_mode
 def test_each_figure_scores_each_target_once(run, protocol, context):
+    """A target that is scored twice counts once, by what is scored last; one that is not scored is UNSCORED."""
     s, lengths = small(ttt_protocol=protocol, ttt_context=context), [1, 16, 17, 100, 48, 2, 33]
-    stream, order = stream_of(s, lengths), longest_first(lengths)
-    batch = batch_of(random_model(s), stream, order, run_of(run, s))
-    assert len(batch.sums) == 1 + s.ttt_figures == (3 if protocol == "replay" else 2)
-    nll = nll_of(batch)
-    for figure in range(len(batch.sums)):
-        assert batch.sums[figure, :, 1].tolist() == [lengths[d] for d in order]
-        assert batch.sums[figure, :, 2].tolist() == [stream.document_bytes[d] for d in order]
-        for row, d in enumerate(order):
-            each = batch.nll[figure, row]
-            assert each[: lengths[d]].isfinite().all() and each[lengths[d] :].isnan().all()
-            assert each[: lengths[d]].double().sum().item() == pytest.approx(nll[figure, row].item(), rel=1e-5)
-
-
-def test_a_target_or_a_byte_too_many_is_no_figure(run):
-    s = small()
-    for column in (1, 2):
-        batch = batch_of(random_model(s), stream_of(s, [20, 9]), [0, 1], run_of(run, s))
-        batch.sums[1, 1, column] += 1
-        with pytest.raises(RuntimeError, match="once"):
-            batch.figure_nll()
+    stream, order, asked = stream_of(s, lengths), longest_first(lengths), []
+    batch = loaded(random_model(s), stream, order, run_of(run, s))
+    launch = batch._launch
+    batch._launch = lambda step: asked.append((step, int(batch.position))) or launch(step)
+    batch.read()
+    assert len(batch.rows) == 1 + s.ttt_figures == (3 if protocol == "replay" else 2)
+    assert all(np.isfinite(nll).all() for row in batch.rows for nll in row)
+    scored = np.zeros(len(lengths), int)
+    for step, begin in asked:
+        if step.score:
+            for row in range(step.documents):
+                scored[row] += min(begin + 16, lengths[order[row]]) - begin
+    assert scored.tolist() == [len(batch.rows) * lengths[d] for d in order]
 
 
 @settings(deadline=None, max_examples=20)
@@ -234,10 +195,12 @@ def test_the_ring_holds_exactly_the_last_tokens_of_the_window(run, size, window,
     model, stream = random_model(s, seed), stream_of(s, [targets, max(1, targets // 2)], seed)
     batch = loaded(model, stream, [0, 1], run_of(run, s))
     batch.score()
+    found = batch.target_nll()
     for d, count in enumerate(stream.lengths):
+        nll = torch.from_numpy(found[d])
         tokens = stream.tokens[stream.starts[d] : stream.starts[d] + count + 1].tolist()
         expected, _ = reference(model.state_dict(), s, tokens[:-1], tokens[1:], visible=within(s))
-        torch.testing.assert_close(batch.nll[0, d, :count].double(), expected, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(nll.double(), expected, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("protocol", ("replay", "single_pass"))
@@ -381,13 +344,9 @@ def test_adapters_are_drawn_by_seed_and_document_alone():
 
 
 def both_passes(batch, documents):
-    """Figures of these documents, and the NLL of their targets: all that a batch says."""
+    """The NLL of every target of these documents, by figure."""
     batch.load(np.array(documents))
-    assert not batch.sums.any()
-    batch.score()
-    batch.adapt(batch.run.s.ttt_n_epochs)
-    rows = [batch.target_nll(row) for row in (train_gpt.PLAIN, train_gpt.ADAPTED)]
-    return np.concatenate([batch.figure_nll().ravel(), *rows[0], *rows[1]])
+    return batch.read().figures.numpy()
 
 
 @every_mode
@@ -395,18 +354,18 @@ def test_a_batch_that_takes_up_other_documents_scores_them_as_a_fresh_one_does(r
     """Bit by bit; also fewer than before, and after documents that were longer, shorter or cut off in the middle."""
     s = small(num_layers=2, ttt_protocol=protocol, ttt_context=context, ttt_eval_seq_len=32)
     model, stream, run = random_model(s), stream_of(s, LENGTHS), run_of(run, s)
-    batch = train_gpt.DocumentBatch(model, stream, 3, run)
+    batch = Traced(model, stream, 3, run)
 
     def scored_as_afresh(documents):
-        fresh = train_gpt.DocumentBatch(model, stream, len(documents), run)
-        return (both_passes(batch, documents) == both_passes(fresh, documents)).all()
+        fresh = Traced(model, stream, len(documents), run)
+        return np.array_equal(both_passes(batch, documents), both_passes(fresh, documents), equal_nan=True)
 
     for documents in ([7, 0, 5], [6, 2, 3], [7, 0], [2]):
         assert scored_as_afresh(documents)
     clock = Clock(monkeypatch)
     batch.load(np.array([1, 4]))
     batch.adapt(2, clock.now + 2.5)  # is cut off
-    assert (batch.figure_nll() == train_gpt.UNSCORED).any()
+    assert (batch.target_nll()[1] == train_gpt.UNSCORED).any()
     assert scored_as_afresh([5, 2])
     with pytest.raises(ValueError, match="longest first"):
         batch.load(np.array([5, 1]))
@@ -421,10 +380,10 @@ def test_steps_that_a_graph_replays_give_the_figures_of_steps_launched_one_by_on
     graphed.cuda = graphed.graphs = graphed.compile = True  # compiled code has one width for all chunks
     graphed.event, graphed.compiled = torch.cuda.Event(), lambda function, **_: function
     batches = [np.array(documents) for documents in ([7, 0], [5, 6], [0], [7, 0])]
-    batch, steps = train_gpt.DocumentBatch(model, stream, 2, graphed), []
+    batch, steps = Traced(model, stream, 2, graphed), []
     monkeypatch.setattr(batch, "_step", lambda step, inner=batch._step: steps.append(step) or inner(step))
     for documents in batches:
-        expected = both_passes(train_gpt.DocumentBatch(model, stream, 2, plain), documents)
+        expected = both_passes(Traced(model, stream, 2, plain), documents)
         np.testing.assert_allclose(both_passes(batch, documents), expected, rtol=2e-5)
     assert max(steps.count(step) for step in steps) == 2  # launched once, recorded once, and replayed ever after
     assert graphs.captured == len(steps) - len(set(steps)) and graphs.replayed > 1.5 * graphs.captured
@@ -450,8 +409,7 @@ def changes_before(model, lengths, run):
         train_gpt.Stream(each, np.zeros(len(each) - 1, np.int16), torch.device("cpu"), (starts, one.lengths))
         for each in (tokens, changed)
     )
-    before, after = (batch_of(model, each, np.arange(len(lengths)), run).nll for each in streams)
-    assert len(before) == 1 + run.s.ttt_figures
+    before, after = (batch_of(model, each, np.arange(len(lengths)), run).figures for each in streams)
     return torch.stack([(after - before)[:, row, :t].abs().amax(1) for row, t in enumerate(at)], 1)
 
 
@@ -508,17 +466,14 @@ def test_a_document_cut_off_keeps_the_figures_that_it_has_finished(run, monkeypa
         sums = dict.fromkeys(cuts, 0)
     for count, (done, cut) in cuts.items():
         batch = batch_of(model, stream, order, run_of(run, s), deadline=clock.now + count - 0.5)
-        nll, full = batch.figure_nll(), whole.figure_nll()
+        nll, full = batch.totals(), whole.totals()
         at = 1 + sums[count]
         assert (nll[:at] == full[:at]).all() and (nll[at, done] == full[at, done]).all(), count  # bit by bit
         assert (nll[at, cut] == train_gpt.UNSCORED).all() and (nll[at + 1 :] == train_gpt.UNSCORED).all(), count
-        known, chunks = [], min(count, 7) if protocol == "replay" else -(-count // 3)  # scored for the first figure
-        for target, all_of_it in zip(
-            batch.target_nll(train_gpt.ADAPTED), whole.target_nll(train_gpt.ADAPTED), strict=True
-        ):
-            known.append(int((target != train_gpt.UNSCORED).sum()))
-            assert (target[: known[-1]] == all_of_it[: known[-1]]).all()
-        assert known == [min(length, 16 * chunks) for length in lengths], count
+        chunks = min(count, 7) if protocol == "replay" else -(-count // 3)  # scored for the first figure
+        for known, all_of_it in zip(batch.rows[1], whole.rows[1], strict=True):
+            end = min(len(known), 16 * chunks)
+            assert (known[:end] == all_of_it[:end]).all() and (known[end:] == train_gpt.UNSCORED).all(), count
 
 
 @pytest.mark.parametrize("budget, margin", [(5, 0.5), (10, 1), (20, 2), (40, 2)])
