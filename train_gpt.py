@@ -301,8 +301,8 @@ def system_says(e: OSError, path: object = None) -> str:
 
 
 class Ranks:
-    """This process among those of the run; alone until join(). All ranks call sum, max, from_first, queue, gather and
-    agree, in the same order; each ends for itself."""
+    """This process among those of the run; alone until join(). All call sum, max, from_first, queue, gather and agree
+    in the same order; each ends for itself."""
 
     def __init__(self):
         self.rank = self.local = self.node = self.restarts = 0  # local: on its machine, which is number `node`
@@ -317,8 +317,7 @@ class Ranks:
         self.how_to_go_on = ""  # a command, once there is a folder
 
     def join(self, env: dict[str, str]):
-        """Find the others, as torchrun's environment says. Blocks where no handler runs: signals still end the process,
-        whose handlers are installed later. Raises UserError."""
+        """Find the others, as torchrun's environment says. Raises UserError."""
         if "RANK" not in env and "WORLD_SIZE" not in env:
             return
         names = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
@@ -405,8 +404,8 @@ class Ranks:
                     raise UserError(f"{what} — start all ranks with the same")
 
     def watch(self, store: dist.Store):
-        """A thread: show that this rank lives; end it once another one has ended, or is silent, or once a signal has
-        found the main thread stuck in a collective. The first rank listens to all others, they to the first."""
+        """A thread: show that this rank lives; end it once another has ended or is silent, or a signal finds the main
+        thread stuck. The first rank listens to all others, they to the first."""
         heard = dict.fromkeys(range(1, self.world) if self.rank == 0 else [0], (0, 0))
         found = None
         knocks = []
@@ -442,8 +441,8 @@ class Ranks:
             os._exit(self.end(*found))
 
     def on_signal(self, number: int, frame):
-        """Raises Interrupted; but a training step is finished first. A second signal, over 2 s later, does not wait.
-        (Within 2 s it is the first one, passed on by a launcher.)"""
+        """Raises Interrupted, but a training step is finished first. A second signal does not wait, unless it comes
+        within 2 s: then it is the first one, passed on by a launcher."""
         now = time.monotonic()
         again = self.signal and now > self.signal_time + 2
         waits = bool(self.signal) or self.waits_for_step
@@ -457,8 +456,7 @@ class Ranks:
         raise Interrupted(*(self.ending or (128 + number, f"stopped by {signal.Signals(number).name}")))
 
     def end(self, code: int, line: str) -> int:
-        """Announce why this rank ends, unless another one was first, and say it: once on each machine. Returns the code
-        that all end with."""
+        """Announce why this rank ends, unless another was first; say it once on each machine. Returns all ranks' code."""
         self.unwinding = self.leaving = True  # no signal, no watch thread comes in between
         if line and code != 2:
             line += f" — go on with: {self.how_to_go_on}" if self.how_to_go_on else " — nothing had begun"
@@ -607,8 +605,10 @@ class Run:
     @contextlib.contextmanager
     def session(self, stage: str):
         """Account for a stage that RESUME=1 can continue: sessions.json says how long each process worked at it, on
-        what, and how that ended: `killed` until it has ended otherwise."""
-        row = dict(stage=stage, world_size=self.ranks.world, devices=self.devices, seconds=0.0, ended="killed")
+        what, and how it ended."""
+        row = dict(
+            stage=stage, world_size=self.ranks.world, devices=self.devices, seconds=0.0, ended="killed"
+        )  # until it ends otherwise
         self.sessions.append(row)
         self.session_began = time.perf_counter()
         self.tick(0.0)
@@ -689,8 +689,8 @@ def claim_folder(run: Run):
 
 
 def open_folder(run: Run) -> Run:
-    """The run with its folder. The first rank's has log, lock and results; others, elsewhere, keep only their scores in
-    one of that name. Raises UserError, OSError."""
+    """The run with its folder: the first rank's has log, lock and results; on other machines one of that name has only
+    scores. Raises UserError, OSError."""
     folder = run.ranks.from_first(choose_folder, run)
     resume = run.s.resume or run.ranks.restarts > 0
     run = run.using(run_id=run.s.run_id or Path(folder).resolve().name, output_dir=folder, resume=resume)
@@ -2351,7 +2351,7 @@ class Scores:
 
 def score_documents(model, stream, scores: Scores, deadline: float, run: Run) -> dict[str, float]:
     """Every document without adaptation, whatever the time; then what is the score; then replay's epochs, the first one
-    again. A rank takes the costliest batch that is left. Returns this rank's seconds of each pass."""
+    again. Returns this rank's seconds of each pass."""
     batches = batch_documents(stream.lengths, run)
     batch = DocumentBatch(model, stream, max(map(len, batches)), run)
     known = [scores.of_documents(row) for row in scores.targets]
@@ -2435,7 +2435,7 @@ def by_position(nll: dict[str, np.ndarray], stream) -> dict[str, np.ndarray]:
 
 
 def report_documents(scores: Scores, seconds: dict[str, float], began: float, run: Run) -> tuple[dict, Score]:
-    """Figures and the Score from the merged table: logged, and kept by document and by position. On the first rank."""
+    """Figures and the Score from the merged table; keeps NLL by document and by position. On the first rank."""
     s, stream = run.s, scores.stream
     plain, adapted = scores.targets
     nll = np.stack([scores.of_documents(plain), scores.of_documents(adapted), *scores.epochs[1:]])
@@ -2461,8 +2461,8 @@ def report_documents(scores: Scores, seconds: dict[str, float], began: float, ru
 
 
 def label_figures(nll, lacking: list[int], mixed, account: dict, stream, run: Run) -> tuple[dict, Score]:
-    """Log every figure, labelled for what it is; result.json's account of them, and the Score. `nll` is (1 + figures,
-    documents), `lacking` counts those that a figure lacks, `mixed` (documents,) or None."""
+    """Log every figure for what it is; result.json's account, and the Score. `nll` (1 + figures, documents), `mixed`
+    (documents,) or None; `lacking` counts the documents that a figure lacks."""
     s = run.s
     seconds = account["passes"]
     plain, *scores = (Score(float(row.sum()), stream.target_count, stream.byte_count) for row in nll)
@@ -2500,8 +2500,8 @@ def label_figures(nll, lacking: list[int], mixed, account: dict, stream, run: Ru
 
 
 def evaluate_documents(model, stream, run: Run, tag: str, began: float) -> tuple[dict, Score, Scores]:
-    """Figures, the score, and the table behind them. What a document lacks EVAL_MAX_SECONDS after `began`, the
-    artifact's load, is its NLL without adaptation."""
+    """Figures, the score, and the table behind them. What a document lacks EVAL_MAX_SECONDS after `began` is its NLL
+    without adaptation."""
     scores = Scores(tag, stream, run)
     limit = run.s.eval_max_seconds
     margin = min(2.0 + 3e-7 * stream.target_count, 0.1 * limit)  # for merging, the mixture and the report
@@ -2516,7 +2516,7 @@ def evaluate_documents(model, stream, run: Run, tag: str, began: float) -> tuple
 
 
 class Weights(NamedTuple):
-    """What a file says: settings (an artifact's header fixes the model), float32 state dict, the file's SHA-256."""
+    """Settings (an artifact's header fixes the model), float32 state dict, and the file's SHA-256."""
 
     settings: Settings
     state: dict[str, Tensor]
@@ -2535,8 +2535,7 @@ def read_weights(path: Path, run: Run) -> Weights:
             if not all(tensor.isfinite().all() for tensor in state.values()):
                 raise ValueError("not finite")
         except Exception as e:  # damage makes it raise many kinds
-            what = f"EVAL_ONLY={path} is no state dict of finite weights ({type(e).__name__})"
-            raise UserError(f"{what} — name a run's .ptz or .pt") from e
+            raise UserError(f"{path} is no state dict of finite weights — name a run's .ptz or .pt") from e
         return Weights(s, state, digest)
     theirs, state = unpack(blob, str(path))
     for name, value in theirs.of(ModelSettings).items():
@@ -2572,8 +2571,7 @@ def load_weights(model: GPT, state: dict[str, Tensor], origin: str, run: Run):
 
 
 def make_artifact(trainer: Trainer, hessians: dict[str, Tensor], stream, run: Run) -> dict:
-    """Export, and what quantisation costs: the standard bpb of the float weights and of the artifact's, which the
-    trainer's model keeps. Returns the account."""
+    """Export, and what quantisation costs: the standard bpb of both weights. The trainer keeps the artifact's."""
     account = run.ranks.from_first(export, trainer.state_dict(), hessians, run)
     if trainer.unsaved:  # now that what is small and matters is safe
         raise UserError(trainer.unsaved)
@@ -2595,8 +2593,8 @@ def evaluation_tag(weights: str, stream, run: Run) -> str:
 
 
 def score_file(model: GPT, stream, run: Run, **known) -> Score:
-    """Load the artifact, or EVAL_ONLY's weights, from the file; evaluate and report. What is `known` of the run before
-    goes into result.json. Raises UserError, once it is written, for a score that is not finite."""
+    """Load the file, evaluate it and report; result.json takes what else is `known`. Raises UserError, once that is
+    written, for a score that is not finite."""
     s = run.s
     # Killed sessions took a little longer than they could say.
     earlier = [row["seconds"] for row in run.sessions if row["stage"] == "evaluation"]
@@ -2625,16 +2623,15 @@ def score_file(model: GPT, stream, run: Run, **known) -> Score:
     run.ranks.from_first(run.write, "result.json", json.dumps(result, indent=1).encode())
     if scores:
         scores.remove()
-    if math.isfinite(score.nll):
-        run.ranks.from_first(summarise, result, run)
-    else:
-        raise UserError(f"the score is {score.nll} — lower the learning rates, raise ADAM_EPS, or score other weights")
+    if not math.isfinite(score.nll):
+        raise UserError(f"the score is {score.nll} — lower the learning rates, or score other weights")
+    run.ranks.from_first(summarise, result, run)
     return score
 
 
 def preflight(trainer: Trainer | None, model: GPT, run: Run) -> dict[str, float]:
-    """Every stage to come once, untrained and short, before it counts and outside both budgets: a run in a temporary
-    folder, without a log. Returns the seconds of each stage."""
+    """Every stage to come once, untrained and short, outside both budgets: a run in a temporary folder, without a log.
+    Returns the seconds of each."""
     s = run.s
     seconds = {}
     began = time.perf_counter()
@@ -2718,22 +2715,12 @@ def describe(trainer: Trainer | None, stream, run: Run):
 
 
 def settings_beside(weights: str) -> dict:
-    """What the run whose weights EVAL_ONLY names had for data, tokenizer and evaluation, as variables: the values where
-    the environment is silent. Empty where its result.json is not beside them."""
+    """Data, tokenizer and evaluation settings, as variables, of the run whose weights EVAL_ONLY names, for where the
+    environment is silent; nothing where its result.json is not beside them."""
     with contextlib.suppress(OSError, ValueError, KeyError, AttributeError):
         result = json.loads(Path(weights).with_name("result.json").read_bytes())
-        prefixes = (
-            "data_path",
-            "tokenizer_path",
-            "train_seq_len",
-            "eval_s",
-            "eval_b",
-            "eval_m",
-            "val_d",
-            "val_b",
-            "ttt_",
-        )
-        kept = {name: value for name, value in result["settings"].items() if name.startswith(prefixes)}
+        kinds = tuple("data_path tokenizer_path train_seq_len eval_s eval_b eval_m val_ ttt_".split())
+        kept = {name: value for name, value in result["settings"].items() if name.startswith(kinds)}
         values = {name.upper(): str(int(v) if isinstance(v, bool) else v) for name, v in kept.items()}
         return dict(settings=values, tokenizer=result["data"]["tokenizer"])
     return {}
@@ -2742,30 +2729,29 @@ def settings_beside(weights: str) -> dict:
 def summarise(result: dict, run: Run):
     """The outcome, in a few lines of plain words."""
     figures = result["evaluation"]
-    score = figures.get(figures.get("score", "sliding"))
+    score = figures[figures.get("score", "sliding")]
     kind = "artifact" if result["quantised"] else "unquantised weights"
-    lines = [f"score of the {kind}: {score['val_bpb']:.4f} bits per byte ({score['protocol']}, backward-looking)"]
+    run.log(f"score of the {kind}: {score['val_bpb']:.4f} bits per byte ({score['protocol']}, backward-looking)")
     if "curve" in figures:
         plain, last = figures["no_adaptation"]["val_bpb"], figures["last_epoch"]
-        lines.append(f"without adaptation {plain:.4f}: adaptation gains {plain - score['val_bpb']:.4f}")
+        run.log(f"without adaptation {plain:.4f}: adaptation gains {plain - score['val_bpb']:.4f}")
         if last["val_bpb"] and not last["backward_looking"]:
-            lines.append(f"epoch {last['epoch']}: {last['val_bpb']:.4f}, no score: it has trained on what it predicts")
+            run.log(f"epoch {last['epoch']}: {last['val_bpb']:.4f}, no score: it has trained on what it predicts")
     if result.get("artifact"):
-        lines.append("artifact and code: {total_bytes:,} of {max_bytes:,} bytes".format(**result["artifact"]))
-    training = result.get("training") and f"training {result['training']['seconds']:.0f}s, "
-    lines.append(f"seconds: {training or ''}evaluation {figures['seconds']:.0f}s; all figures are in {run.folder}")
-    lines.append(f"next: python data/audit.py {run.folder}; python data/plot.py {run.folder}")
-    for line in (*lines, *misspelt(os.environ)):
+        run.log("artifact and code: {total_bytes:,} of {max_bytes:,} bytes".format(**result["artifact"]))
+        run.log(f"training took {result['training']['seconds']:.0f}s of MAX_WALLCLOCK_SECONDS")
+    run.log(f"evaluation took {figures['seconds']:.0f}s; all figures are in {run.folder}")
+    run.log(f"next: python data/audit.py {run.folder}; python data/plot.py {run.folder}")
+    for line in misspelt(os.environ):
         run.log(line)
 
 
 def agree_on_start(run: Run):
-    """Raises UserError unless all ranks have one source, one set of settings but paths, versions and kind of device."""
+    """Raises UserError unless all ranks have one source, settings (but paths), versions and kind of device."""
     own = {"data_path", "tokenizer_path", "output_dir", "eval_only", "run_id"}  # of each rank's machine
     settings = {name.upper(): value for name, value in asdict(run.s).items() if name not in own}
     shared = {name: value for name, value in environment(run).items() if name not in ("device", "threads")}
-    kind = dict(EVAL_ONLY="a file" if run.s.eval_only else "none")
-    run.ranks.agree(dict(source=SOURCE_SHA256) | shared | kind | settings)
+    run.ranks.agree(dict(source=SOURCE_SHA256, EVAL_ONLY=bool(run.s.eval_only)) | shared | settings)
     run.devices = run.ranks.gather(environment(run)["device"])
 
 
@@ -2793,9 +2779,9 @@ def main(ranks: Ranks) -> int:
         run = run.using(**weights.settings.of(ModelSettings))
     stream = load_validation(run)
     shards = [] if run.s.eval_only else open_shards("train", run)
-    data = dict(
-        validation=stream.fingerprint, tokenizer=stream.tokenizer, train=fingerprint(shards) if shards else None
-    )
+    data = dict(validation=stream.fingerprint, tokenizer=stream.tokenizer, train=None)
+    if shards:
+        data["train"] = fingerprint(shards)
     ranks.agree({f"data of {name}": value for name, value in data.items()})
     if kept.get("tokenizer", stream.tokenizer) != stream.tokenizer:
         what = f"TOKENIZER_PATH={run.s.tokenizer_path} is not the tokenizer of the training of {run.s.eval_only}"
