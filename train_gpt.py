@@ -456,7 +456,7 @@ class Ranks:
         raise Interrupted(*(self.ending or (128 + number, f"stopped by {signal.Signals(number).name}")))
 
     def end(self, code: int, line: str) -> int:
-        """Announce why this rank ends, unless another was first; say it once on each machine. Returns all ranks' code."""
+        """Announce why this rank ends, unless another was first; say it once a machine. Returns the code of all."""
         self.unwinding = self.leaving = True  # no signal, no watch thread comes in between
         if line and code != 2:
             line += f" — go on with: {self.how_to_go_on}" if self.how_to_go_on else " — nothing had begun"
@@ -2719,7 +2719,7 @@ def settings_beside(weights: str) -> dict:
     environment is silent; nothing where its result.json is not beside them."""
     with contextlib.suppress(OSError, ValueError, KeyError, AttributeError):
         result = json.loads(Path(weights).with_name("result.json").read_bytes())
-        kinds = tuple("data_path tokenizer_path train_seq_len eval_s eval_b eval_m val_ ttt_".split())
+        kinds = ("data_path", "tokenizer_path", "train_seq_len", "eval_s", "eval_b", "eval_m", "val_", "ttt_")
         kept = {name: value for name, value in result["settings"].items() if name.startswith(kinds)}
         values = {name.upper(): str(int(v) if isinstance(v, bool) else v) for name, v in kept.items()}
         return dict(settings=values, tokenizer=result["data"]["tokenizer"])
