@@ -17,6 +17,11 @@ README.md has a map. A section calls only what stands above it. Everywhere `s` i
 Stream.
 """
 
+import os
+
+# Before torch: a thread that waits for another must not hold a core, which on a busy machine that one needs.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
 import _thread
 import contextlib
 import copy
@@ -28,7 +33,6 @@ import io
 import itertools
 import json
 import math
-import os
 import platform
 import re
 import select
