@@ -2407,6 +2407,16 @@ def score_batch(label: str, batch: DocumentBatch, scores: Scores, deadline: floa
             scores.add(1 + epoch, batch.documents, list(nll[:, None]))
 
 
+def mix(plain: np.ndarray, adapted: np.ndarray, weight: np.ndarray, share: float) -> tuple[np.ndarray, np.ndarray]:
+    """NLL float64 of a mixture of two predictions with their NLL, `weight` of the first, and its next weight."""
+    p0, p1 = plain.astype(np.float64), adapted.astype(np.float64)
+    least = np.minimum(p0, p1)  # taken out, for what float64 cannot hold
+    p0, p1 = np.exp(least - p0), np.exp(least - p1)
+    weighted = weight * p0
+    p = weighted + (1 - weight) * p1
+    return least - np.log(p), (1 - share) * weighted / p + share / 2
+
+
 def mixture(
     plain: np.ndarray, adapted: np.ndarray, starts: np.ndarray, lengths: np.ndarray, share: float
 ) -> np.ndarray:
@@ -2422,13 +2432,7 @@ def mixture(
     mixed = np.empty(len(plain))
     for t, n in enumerate(longer):
         at = starts[:n] + t
-        p0, p1 = plain[at].astype(np.float64), adapted[at].astype(np.float64)
-        least = np.minimum(p0, p1)  # taken out, for what float64 cannot hold
-        p0, p1 = np.exp(least - p0), np.exp(least - p1)
-        weighted = weight[:n] * p0
-        p = weighted + (1 - weight[:n]) * p1
-        mixed[at] = least - np.log(p)
-        weight[:n] = (1 - share) * weighted / p + share / 2
+        mixed[at], weight[:n] = mix(plain[at], adapted[at], weight[:n], share)
     return mixed
 
 
