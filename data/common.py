@@ -228,9 +228,20 @@ def read_documents(run: Run) -> dict[str, np.ndarray]:
     if "sliding" in run.figures:
         raise UserError(f"{run.path} is of a sliding window — give runs with test-time training")
     path = run.beside("ttt_documents")
-    arrays = read_arrays(path, {"bytes": 1, "nll_no_adaptation": 1, "nll_per_epoch": 2})
+    mixture = {"nll_mixture": 1} if "mixture" in run.figures else {}
+    axes = {"bytes": 1, "nll_no_adaptation": 1, "nll_per_epoch": 2, "figures_finished": 1}
+    arrays = read_arrays(path, axes | mixture)
     found = arrays["nll_no_adaptation"].sum(), *arrays["nll_per_epoch"][:1].sum(1)
     for nats, figure in zip(found, run.figures.values(), strict=False):
         if not figure["lacking"] and not math.isclose(nats, figure["val_loss"] * figure["targets"], rel_tol=1e-6):
             raise UserError(f"{path} has other figures than {run.path} — {UNTOUCHED}")
     return arrays
+
+
+def read_scores(run: Run) -> dict[str, np.ndarray]:
+    """NLL (D,) in nats of each document by the names of an evaluation's figures; NaN where a deadline cut one off."""
+    arrays = read_documents(run)
+    finished = arrays["figures_finished"] > 0
+    scores = {"backward_looking": arrays["nll_per_epoch"][0], "mixture": arrays.get("nll_mixture")}
+    found = {name: np.where(finished, nll, np.nan) for name, nll in scores.items() if nll is not None}
+    return found | {"no_adaptation": arrays["nll_no_adaptation"]}

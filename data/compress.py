@@ -285,7 +285,7 @@ def compress(left: common.Run, options: argparse.Namespace) -> None:
     inserted = b"".join(bytes_ for _, _, bytes_ in done)
     machine = f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}"
     head = codec.identity | dict(figure=codec.figure, delimiter=delimiter, machine=machine)
-    head |= dict(source=train_gpt.SOURCE_SHA256, sha256=hashlib.sha256(data).hexdigest())
+    head |= dict(source=train_gpt.SOURCE_SHA256[:12], sha256=hashlib.sha256(data).hexdigest()[:16])
     head |= dict(lengths=[x.length for x in documents], patches=[patches for _, patches, _ in done])
     blob = pack(head, inserted, words)
     common.write_atomic(options.output, blob)
@@ -311,10 +311,10 @@ def expand(left: common.Run, options: argparse.Namespace) -> None:
                 parts.append(restored(tokens.tolist(), patches, inserted[taken : taken + size], codec.tokenizer))
                 taken += size
         except UserError as error:
-            there = f"{head['machine']}, train_gpt.py {head['source'][:12]}"
+            there = f"{head['machine']}, train_gpt.py {head['source']}"
             raise UserError(f"{options.input}: {error}: {there}") from error
     data = head["delimiter"].encode().join(parts)
-    if hashlib.sha256(data).hexdigest() != head["sha256"]:
+    if hashlib.sha256(data).hexdigest()[:16] != head["sha256"]:
         raise UserError(f"{options.input}: what came out is not what went in — expand it where it was made")
     common.write_atomic(options.output, data)
     rate = sum(head["lengths"]) / (time.monotonic() - began)
@@ -324,21 +324,12 @@ def expand(left: common.Run, options: argparse.Namespace) -> None:
 # ---- The score's documents
 
 
-def recorded(left: common.Run, figure: str) -> np.ndarray:
-    """NLL in nats of each document that the run scored, NaN where a deadline cut the figure off."""
-    arrays = common.read_documents(left)
-    nll = {NO_ADAPTATION: arrays["nll_no_adaptation"], ADAPTED: arrays["nll_per_epoch"][0]}
-    nll[MIXTURE] = arrays.get("nll_mixture")
-    finished = arrays["figures_finished"] > 0
-    return np.where(finished | (figure == NO_ADAPTATION), nll[figure], np.nan)
-
-
 def check_documents(left: common.Run, figure: str | None, count: int) -> list[dict[str, Any]]:
     """Compresses and expands documents that the run scored, drawn by its seed. A row each: its number, targets and
     bytes of text, `score` and `size` in bytes, whether the size is as the score says, and the text what it was."""
     codec = Codec.open(left, figure)
     stream = sequential.open_stream(left, codec.run)
-    nll = recorded(left, codec.figure)
+    nll = common.read_scores(left)[codec.figure]
     rng = np.random.default_rng([codec.run.s.seed, 0xC0DE])
     drawn = rng.permutation(np.flatnonzero(np.isfinite(nll)))[:count]
     text = stream.tokens.numpy()

@@ -68,6 +68,10 @@ def open_tokenizer(run: train_gpt.Run) -> tuple:
     return tokenizer, hashlib.sha256(Path(run.s.tokenizer_path).read_bytes()).hexdigest()
 
 
+class Enough(Exception):
+    """No further token is to be chosen."""
+
+
 class Sequential(train_gpt.DocumentBatch):
     """A document of `length` targets of which at first only the token before them, `lead`, is known.
 
@@ -88,16 +92,19 @@ class Sequential(train_gpt.DocumentBatch):
             self.unadapted.stream = self.stream  # one text, read by both
 
     def read(self, document: int) -> np.ndarray:
-        """Chooses all tokens, under the adapters of the document of that number, and returns them, `lead` included."""
-        if self.kind == NO_ADAPTATION:
-            self.score()
-        else:
-            self.adapt(1, a=train_gpt.draw_lora_a(self.run.s, document)[None])
+        """Chooses all tokens, under the adapters of the document of that number, and returns them, `lead` included. It
+        ends early if `choose` raises Enough."""
+        with contextlib.suppress(Enough):
+            if self.kind == NO_ADAPTATION:
+                self.score()
+            else:
+                self.adapt(1, a=train_gpt.draw_lora_a(self.run.s, document)[None])
         return self.stream.tokens.cpu().numpy()
 
     def read_on(self) -> None:
-        """Chooses all tokens under the adapters as they are."""
-        self._read_through(train_gpt.PLAIN, cached=True, train=False)
+        """Chooses all tokens under the adapters as they are, or until `choose` raises Enough."""
+        with contextlib.suppress(Enough):
+            self._read_through(train_gpt.PLAIN, cached=True, train=False)
 
     def _run_step(self, chunk: int, n: int, cached: bool, row: int | None = None, **asked) -> None:
         if row is not None:  # about to score the chunk: it is yet to be chosen
