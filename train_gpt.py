@@ -301,8 +301,8 @@ def system_says(e: OSError, path: object = None) -> str:
 
 
 class Ranks:
-    """This process among those of the run; alone until join(). All ranks call sum, max, from_first, queue, gather and
-    agree, in the same order; each ends for itself."""
+    """This process among those of the run; alone until join(). All call sum, max, from_first, queue, gather and agree
+    in the same order; each ends for itself."""
 
     def __init__(self):
         self.rank = self.local = self.node = self.restarts = 0  # local: on its machine, which is number `node`
@@ -317,8 +317,7 @@ class Ranks:
         self.how_to_go_on = ""  # a command, once there is a folder
 
     def join(self, env: dict[str, str]):
-        """Find the others, as torchrun's environment says. Blocks where no handler runs: signals still end the process,
-        whose handlers are installed later. Raises UserError."""
+        """Find the others, as torchrun's environment says. Raises UserError."""
         if "RANK" not in env and "WORLD_SIZE" not in env:
             return
         names = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
@@ -405,8 +404,8 @@ class Ranks:
                     raise UserError(f"{what} — start all ranks with the same")
 
     def watch(self, store: dist.Store):
-        """A thread: show that this rank lives; end it once another one has ended, or is silent, or once a signal has
-        found the main thread stuck in a collective. The first rank listens to all others, they to the first."""
+        """A thread: show that this rank lives; end it once another has ended or is silent, or a signal finds the main
+        thread stuck. The first rank listens to all others, they to the first."""
         heard = dict.fromkeys(range(1, self.world) if self.rank == 0 else [0], (0, 0))
         found = None
         knocks = []
@@ -442,8 +441,8 @@ class Ranks:
             os._exit(self.end(*found))
 
     def on_signal(self, number: int, frame):
-        """Raises Interrupted; but a training step is finished first. A second signal, over 2 s later, does not wait.
-        (Within 2 s it is the first one, passed on by a launcher.)"""
+        """Raises Interrupted, but a training step is finished first. A second signal does not wait, unless it comes
+        within 2 s: then it is the first one, passed on by a launcher."""
         now = time.monotonic()
         again = self.signal and now > self.signal_time + 2
         waits = bool(self.signal) or self.waits_for_step
@@ -457,8 +456,7 @@ class Ranks:
         raise Interrupted(*(self.ending or (128 + number, f"stopped by {signal.Signals(number).name}")))
 
     def end(self, code: int, line: str) -> int:
-        """Announce why this rank ends, unless another one was first, and say it: once on each machine. Returns the code
-        that all end with."""
+        """Announce why this rank ends, unless another was first; say it once a machine. Returns the code of all."""
         self.unwinding = self.leaving = True  # no signal, no watch thread comes in between
         if line and code != 2:
             line += f" — go on with: {self.how_to_go_on}" if self.how_to_go_on else " — nothing had begun"
@@ -607,8 +605,10 @@ class Run:
     @contextlib.contextmanager
     def session(self, stage: str):
         """Account for a stage that RESUME=1 can continue: sessions.json says how long each process worked at it, on
-        what, and how that ended: `killed` until it has ended otherwise."""
-        row = dict(stage=stage, world_size=self.ranks.world, devices=self.devices, seconds=0.0, ended="killed")
+        what, and how it ended."""
+        row = dict(
+            stage=stage, world_size=self.ranks.world, devices=self.devices, seconds=0.0, ended="killed"
+        )  # until it ends otherwise
         self.sessions.append(row)
         self.session_began = time.perf_counter()
         self.tick(0.0)
@@ -689,8 +689,8 @@ def claim_folder(run: Run):
 
 
 def open_folder(run: Run) -> Run:
-    """The run with its folder. The first rank's has log, lock and results; others, elsewhere, keep only their scores in
-    one of that name. Raises UserError, OSError."""
+    """The run with its folder: the first rank's has log, lock and results; on other machines one of that name has only
+    scores. Raises UserError, OSError."""
     folder = run.ranks.from_first(choose_folder, run)
     resume = run.s.resume or run.ranks.restarts > 0
     run = run.using(run_id=run.s.run_id or Path(folder).resolve().name, output_dir=folder, resume=resume)
@@ -2027,15 +2027,10 @@ def lora_shapes(s) -> dict[str, tuple[int, int]]:
 
 
 def draw_lora_a(s, document: int) -> np.ndarray:
-    """A document's initial A of every layer and target, (rank, inputs) each, one behind the other, flat float32:
-    uniform in +-1/sqrt(inputs)."""
+    """A document's A of every layer and target, (rank, inputs) each, flat float32: uniform in +-1/sqrt(inputs)."""
     rng = np.random.default_rng([s.seed, document])
-    parts = []
-    for _ in range(s.num_layers):
-        for inputs, _ in lora_shapes(s).values():
-            unit = rng.random((s.ttt_lora_rank, inputs), np.float32)
-            parts.append(((2 * unit - 1) * inputs**-0.5).ravel())
-    return np.concatenate(parts)
+    widths = [inputs for inputs, _ in lora_shapes(s).values()] * s.num_layers
+    return np.concatenate([(2 * rng.random(s.ttt_lora_rank * n, np.float32) - 1) * n**-0.5 for n in widths])
 
 
 class Adapters:
@@ -2045,13 +2040,12 @@ class Adapters:
     def __init__(self, batch: int, run: Run):
         s = run.s
         rank = s.ttt_lora_rank
-        shapes = lora_shapes(s)
-        self.names = list(shapes)
-        a_shapes = [(rank, inputs) for inputs, _ in shapes.values()] * s.num_layers
-        b_shapes = [(outputs, rank) for _, outputs in shapes.values()] * s.num_layers
-        self.shapes = a_shapes + b_shapes
+        targets = lora_shapes(s)
+        self.names = list(targets)
+        a_shapes = [(rank, inputs) for inputs, _ in targets.values()] * s.num_layers
+        self.shapes = a_shapes + [(outputs, rank) for _, outputs in targets.values()] * s.num_layers
         self.sizes = [math.prod(shape) for shape in self.shapes]
-        self.a_size = sum(map(math.prod, a_shapes))
+        self.a_size = sum(self.sizes[: len(a_shapes)])
         self.scale = (s.ttt_lora_alpha or rank) / rank
         self.flat, self.m, self.v = (torch.zeros(batch, sum(self.sizes), device=run.device) for _ in range(3))
         self.steps = torch.zeros(batch, dtype=torch.int64, device=run.device)
@@ -2142,18 +2136,16 @@ class DocumentBatch:
         self._read_through(cached=True, train=False)
 
     def adapt(self, epochs: int, deadline: float = math.inf, a: np.ndarray | None = None):
-        """Adapt to every document under TTT_PROTOCOL, until the deadline, from its drawn A or those given.
-
-        replay: each of the first `epochs` epochs scores every chunk, then trains on it; only the first is
-        backward-looking (PR #467). single_pass: each chunk is scored once, then trained on TTT_N_EPOCHS times;
-        backward-looking throughout."""
+        """Adapt to every document until the deadline, from its drawn A or those given. replay: each of the first
+        `epochs` epochs scores every chunk, then trains on it (PR #467). single_pass: each chunk is scored once, then
+        trained on TTT_N_EPOCHS times."""
         s = self.run.s
         self.deadline = deadline
         if a is None:
             a = np.stack([draw_lora_a(s, int(document)) for document in self.documents])
         self.adapters.begin(a)
-        turns = [math.pi * epoch / s.ttt_n_epochs for epoch in range(s.ttt_n_epochs)]
-        rates = [s.ttt_lora_lr * 0.5 * (1 + math.cos(turn)) for turn in turns]
+        waves = [math.cos(math.pi * epoch / s.ttt_n_epochs) for epoch in range(s.ttt_n_epochs)]
+        rates = [s.ttt_lora_lr * 0.5 * (1 + wave) for wave in waves]
         cached = s.ttt_context == "cached"
         self.epochs = []
         if s.ttt_protocol == "single_pass":
@@ -2286,11 +2278,11 @@ def batch_cost(lengths: np.ndarray, s, floor: int) -> float:
 
 class Scores:
     """NLL in nats, UNSCORED where none is known: of every target, `targets` (2, N-1) float32, rows PLAIN and ADAPTED;
-    and of every document for replay's epochs, `epochs` (E, documents) float64 (E = 0 where one epoch is all).
+    of every document for replay's epochs, `epochs` (E, documents) float64 (E = 0 where one epoch is all).
 
     Each rank appends what it has scored to a file of its own: pairs of arrays, rows of (figure, document, count) and
-    their numbers; figure 1 + e is epoch e. A process may end at any moment: a last pair that is cut off costs only what
-    it held. Of two numbers for one thing the worse counts, so what ranks and sessions know merges in any order."""
+    their numbers; figure 1 + e is epoch e. Of two numbers for one thing the worse counts, so what ranks and sessions
+    know merges in any order."""
 
     def __init__(self, tag: str, stream, run: Run):
         self.run, self.stream = run, stream
@@ -2298,18 +2290,14 @@ class Scores:
         self.targets = np.full((2, stream.target_count), UNSCORED, np.float32)
         self.epochs = np.full((epochs, len(stream.lengths)), UNSCORED)
         self.pattern = f"scores_{tag}_*.bin"
-        found = sorted(run.folder.glob(self.pattern)) if run.s.resume else []
-        whole = {path: self._read(path) for path in found}
+        whole = {path: self._read(path) for path in run.folder.glob(self.pattern) if run.s.resume}
         self.merge()
         self.path = run.folder / f"scores_{tag}_{run.ranks.rank}.bin"
-        try:
-            self.file = open(self.path, "ab")  # noqa: SIM115 - open to the end
-            self.file.truncate(whole.get(self.path, 0))  # else what comes next would be taken for the rest of a pair
-        except OSError as e:
-            raise UserError(system_says(e)) from e
+        self.file = open(self.path, "ab")  # noqa: SIM115 - open to the end
+        self.file.truncate(whole.get(self.path, 0))  # else what comes next would be taken for the rest of a pair
 
     def _read(self, path: Path) -> int:
-        """Returns the bytes up to where a file is cut off or damaged."""
+        """Returns the bytes up to where a file is cut off, by a process that ended, or damaged."""
         whole = 0
         with contextlib.suppress(ValueError, EOFError, OSError, IndexError, TypeError), open(path, "rb") as f:
             while f.peek(1):
@@ -2322,8 +2310,8 @@ class Scores:
         return whole
 
     def _note(self, figure: int, document: int, nll: np.ndarray):
+        start = self.stream.starts[document]
         if figure in (PLAIN, ADAPTED):
-            start = self.stream.starts[document]
             known = self.targets[figure, start : start + len(nll)]
         else:
             known = self.epochs[figure - 2, document : document + 1]
@@ -2331,9 +2319,9 @@ class Scores:
 
     def add(self, figure: int, documents: np.ndarray, nll: list[np.ndarray]):
         """Keep one array of NLL for each document. Raises UserError if the disk takes no more."""
+        rows = [(figure, document, len(numbers)) for document, numbers in zip(documents, nll, strict=True)]
         for document, numbers in zip(documents, nll, strict=True):
             self._note(figure, document, numbers)
-        rows = [(figure, document, len(numbers)) for document, numbers in zip(documents, nll, strict=True)]
         try:
             np.save(self.file, np.array(rows))
             np.save(self.file, np.concatenate(nll))
@@ -2341,14 +2329,10 @@ class Scores:
         except OSError as e:
             raise UserError(system_says(e, self.path)) from e
 
-    def missing(self, row: int) -> np.ndarray:
-        """Which documents lack a target in a row of `targets`, (documents,) bool."""
-        return np.logical_or.reduceat(self.targets[row] == UNSCORED, self.stream.starts)
-
     def of_documents(self, nll: np.ndarray) -> np.ndarray:
         """Sums of targets' NLL (N-1,) by document, (documents,) float64; UNSCORED where one is missing."""
-        sums = np.add.reduceat(nll, self.stream.starts, dtype=np.float64)
-        return np.where(np.logical_or.reduceat(nll == UNSCORED, self.stream.starts), UNSCORED, sums)
+        missing = np.logical_or.reduceat(nll == UNSCORED, self.stream.starts)
+        return np.where(missing, UNSCORED, np.add.reduceat(nll, self.stream.starts, dtype=np.float64))
 
     def merge(self):
         """Give every rank what any rank has."""
@@ -2367,10 +2351,11 @@ class Scores:
 
 def score_documents(model, stream, scores: Scores, deadline: float, run: Run) -> dict[str, float]:
     """Every document without adaptation, whatever the time; then what is the score; then replay's epochs, the first one
-    again. A rank takes the costliest batch that is left. Returns this rank's seconds of each pass."""
+    again. Returns this rank's seconds of each pass."""
     batches = batch_documents(stream.lengths, run)
     batch = DocumentBatch(model, stream, max(map(len, batches)), run)
-    missing = dict(no_adaptation=scores.missing(PLAIN), score=scores.missing(ADAPTED))
+    known = [scores.of_documents(row) for row in scores.targets]
+    missing = dict(no_adaptation=known[PLAIN] == UNSCORED, score=known[ADAPTED] == UNSCORED)
     if len(scores.epochs):
         missing["replay"] = (scores.epochs == UNSCORED).any(0)
     seconds = {}
@@ -2405,9 +2390,17 @@ def score_batch(label: str, batch: DocumentBatch, scores: Scores, deadline: floa
             scores.add(1 + epoch, batch.documents, list(nll[:, None]))
 
 
-def mixture(
-    plain: np.ndarray, adapted: np.ndarray, starts: np.ndarray, lengths: np.ndarray, share: float
-) -> np.ndarray:
+def mix(plain: np.ndarray, adapted: np.ndarray, weight: np.ndarray, share: float) -> tuple[np.ndarray, np.ndarray]:
+    """NLL float64 of a mixture of two predictions with their NLL, `weight` of the first, and its next weight."""
+    p0, p1 = plain.astype(np.float64), adapted.astype(np.float64)
+    least = np.minimum(p0, p1)  # taken out, for what float64 cannot hold
+    p0, p1 = np.exp(least - p0), np.exp(least - p1)
+    weighted = weight * p0
+    p = weighted + (1 - weight) * p1
+    return least - np.log(p), (1 - share) * weighted / p + share / 2
+
+
+def mixture(plain: np.ndarray, adapted: np.ndarray, starts, lengths, share: float) -> np.ndarray:
     """NLL (N,) float64 of a fixed-share mixture of two predictions, from the NLL (N,) that each gives to the targets of
     documents that start at `starts` and have `lengths` targets (Herbster & Warmuth, Machine Learning 1998).
 
@@ -2420,13 +2413,7 @@ def mixture(
     mixed = np.empty(len(plain))
     for t, n in enumerate(longer):
         at = starts[:n] + t
-        p0, p1 = plain[at].astype(np.float64), adapted[at].astype(np.float64)
-        least = np.minimum(p0, p1)  # taken out, for what float64 cannot hold
-        p0, p1 = np.exp(least - p0), np.exp(least - p1)
-        weighted = weight[:n] * p0
-        p = weighted + (1 - weight[:n]) * p1
-        mixed[at] = least - np.log(p)
-        weight[:n] = (1 - share) * weighted / p + share / 2
+        mixed[at], weight[:n] = mix(plain[at], adapted[at], weight[:n], share)
     return mixed
 
 
@@ -2448,7 +2435,7 @@ def by_position(nll: dict[str, np.ndarray], stream) -> dict[str, np.ndarray]:
 
 
 def report_documents(scores: Scores, seconds: dict[str, float], began: float, run: Run) -> tuple[dict, Score]:
-    """Figures and the Score from the merged table: logged, and kept by document and by position. On the first rank."""
+    """Figures and the Score from the merged table; keeps NLL by document and by position. On the first rank."""
     s, stream = run.s, scores.stream
     plain, adapted = scores.targets
     nll = np.stack([scores.of_documents(plain), scores.of_documents(adapted), *scores.epochs[1:]])
@@ -2470,42 +2457,42 @@ def report_documents(scores: Scores, seconds: dict[str, float], began: float, ru
         account["epoch_1_again"] = float(np.abs(scores.epochs[0] - nll[1])[again].max(initial=0.0))
     run.write("ttt_documents.npz", npz(arrays))
     run.write("ttt_positions.npz", npz(by_position(targets, stream)))
-    return label_figures(nll, lacking, arrays.get("nll_mixture"), account, stream, run)
+    return label_figures(nll, lacking.sum(1).tolist(), arrays.get("nll_mixture"), account, stream, run)
 
 
-def label_figures(nll, lacking, mixed, account: dict, stream, run: Run) -> tuple[dict, Score]:
-    """Log every figure, labelled for what it is; result.json's account of them, and the Score. `nll` and `lacking` are
-    (1 + figures, documents), `mixed` (documents,) or None."""
+def label_figures(nll, lacking: list[int], mixed, account: dict, stream, run: Run) -> tuple[dict, Score]:
+    """Log every figure for what it is; result.json's account, and the Score. `nll` (1 + figures, documents), `mixed`
+    (documents,) or None; `lacking` counts the documents that a figure lacks."""
     s = run.s
-    counts = stream.target_count, stream.byte_count
-    plain, *scores = (Score(float(row.sum()), *counts) for row in nll)
-    first, last = scores[0], scores[-1]
-    passes = account["passes"]
+    seconds = account["passes"]
+    plain, *scores = (Score(float(row.sum()), stream.target_count, stream.byte_count) for row in nll)
+    figures = account | dict(curve=[], score="backward_looking")
+    figures["no_adaptation"] = plain.figure("no_adaptation", "cached", seconds["no_adaptation"])
     run.log(f"no_adaptation {plain}")
-    curve = []
     for epoch, score in enumerate(scores, 1):
-        reading = dict(backward_looking=epoch == 1, lacking=int(lacking[epoch].sum()), epoch=epoch)
+        reading = dict(backward_looking=epoch == 1, epoch=epoch, lacking=lacking[epoch])
         reading["not_finite"] = int((~np.isfinite(nll[epoch])).sum())
-        seconds = passes["score" if epoch == 1 else "replay"]
-        curve.append(score.figure(f"ttt_{s.ttt_protocol}", s.ttt_context, seconds, **reading))
+        took = seconds["score" if epoch == 1 else "replay"]
+        figures["curve"].append(score.figure(f"ttt_{s.ttt_protocol}", s.ttt_context, took, **reading))
         if s.ttt_protocol == "replay":
             told = epoch in (1, len(scores)) or epoch % 10 == 0
             run.log(f"ttt_epoch:{epoch}/{s.ttt_n_epochs} {score}", console=told)
+    first, last = scores[0], scores[-1]
+    figures |= dict(backward_looking=figures["curve"][0], last_epoch=figures["curve"][-1])
     if epoch > 1:
         run.log(f"note: only epoch 1 is backward-looking, a valid score; {epoch} has seen its text {epoch - 1} times")
-    figures = account | dict(no_adaptation=plain.figure("no_adaptation", "cached", passes["no_adaptation"]))
-    figures |= dict(backward_looking=curve[0], last_epoch=curve[-1], curve=curve, score="backward_looking")
     score = first
     if mixed is not None:
-        score = Score(float(mixed.sum()), *counts)
-        run.log(f"mixture {score} no_adaptation:{plain.bpb:.8f} {s.ttt_protocol}:{first.bpb:.8f}")
-        reading = dict(lacking=curve[0]["lacking"], share=s.ttt_mixture_share)
-        figures["mixture"] = score.figure("mixture", s.ttt_context, curve[0]["seconds"], **reading)
+        score = Score(float(mixed.sum()), stream.target_count, stream.byte_count)
+        reading = dict(lacking=lacking[1], share=s.ttt_mixture_share)
+        figures["mixture"] = score.figure("mixture", s.ttt_context, seconds["score"], **reading)
         figures["score"] = "mixture"
-    lacks = curve[0]["lacking"], curve[-1]["lacking"]
-    run.log(f"ttt {pairs(account)} first_lacks:{lacks[0]} last_lacks:{lacks[1]}")
-    if any(lacks):
-        what = f"{lacks[0]} documents lack the score and {lacks[1]} the last epoch, and count without adaptation there"
+        run.log(f"mixture {score} no_adaptation:{plain.bpb:.8f} {s.ttt_protocol}:{first.bpb:.8f}")
+    run.log(f"ttt {pairs(account)} first_lacks:{lacking[1]} last_lacks:{lacking[-1]}")
+    if lacking[-1]:
+        what = (
+            f"{lacking[1]} documents lack the score, {lacking[-1]} the last epoch, and count without adaptation there"
+        )
         run.log(f"note: EVAL_MAX_SECONDS={s.eval_max_seconds:g} ran out: {what}; raise it, or 0 for no limit")
     bpb = f"backward_looking_val_bpb:{first.bpb:.8f} last_epoch_val_bpb:{last.bpb:.8f}"
     run.log(f"final_ttt_exact protocol:{s.ttt_protocol} context:{s.ttt_context} {bpb}")
@@ -2513,8 +2500,8 @@ def label_figures(nll, lacking, mixed, account: dict, stream, run: Run) -> tuple
 
 
 def evaluate_documents(model, stream, run: Run, tag: str, began: float) -> tuple[dict, Score, Scores]:
-    """Figures, the score, and the table behind them. What a document lacks EVAL_MAX_SECONDS after `began`, the
-    artifact's load, is its NLL without adaptation."""
+    """Figures, the score, and the table behind them. What a document lacks EVAL_MAX_SECONDS after `began` is its NLL
+    without adaptation."""
     scores = Scores(tag, stream, run)
     limit = run.s.eval_max_seconds
     margin = min(2.0 + 3e-7 * stream.target_count, 0.1 * limit)  # for merging, the mixture and the report
@@ -2529,7 +2516,7 @@ def evaluate_documents(model, stream, run: Run, tag: str, began: float) -> tuple
 
 
 class Weights(NamedTuple):
-    """What a file says: settings (an artifact's header fixes the model), float32 state dict, the file's SHA-256."""
+    """Settings (an artifact's header fixes the model), float32 state dict, and the file's SHA-256."""
 
     settings: Settings
     state: dict[str, Tensor]
@@ -2548,8 +2535,7 @@ def read_weights(path: Path, run: Run) -> Weights:
             if not all(tensor.isfinite().all() for tensor in state.values()):
                 raise ValueError("not finite")
         except Exception as e:  # damage makes it raise many kinds
-            what = f"EVAL_ONLY={path} is no state dict of finite weights ({type(e).__name__})"
-            raise UserError(f"{what} — name a run's .ptz or .pt") from e
+            raise UserError(f"{path} is no state dict of finite weights — name a run's .ptz or .pt") from e
         return Weights(s, state, digest)
     theirs, state = unpack(blob, str(path))
     for name, value in theirs.of(ModelSettings).items():
@@ -2585,8 +2571,7 @@ def load_weights(model: GPT, state: dict[str, Tensor], origin: str, run: Run):
 
 
 def make_artifact(trainer: Trainer, hessians: dict[str, Tensor], stream, run: Run) -> dict:
-    """Export, and what quantisation costs: the standard bpb of the float weights and of the artifact's, which the
-    trainer's model keeps. Returns the account."""
+    """Export, and what quantisation costs: the standard bpb of both weights. The trainer keeps the artifact's."""
     account = run.ranks.from_first(export, trainer.state_dict(), hessians, run)
     if trainer.unsaved:  # now that what is small and matters is safe
         raise UserError(trainer.unsaved)
@@ -2608,8 +2593,8 @@ def evaluation_tag(weights: str, stream, run: Run) -> str:
 
 
 def score_file(model: GPT, stream, run: Run, **known) -> Score:
-    """Load the artifact, or EVAL_ONLY's weights, from the file; evaluate and report. What is `known` of the run before
-    goes into result.json. Raises UserError, once it is written, for a score that is not finite."""
+    """Load the file, evaluate it and report; result.json takes what else is `known`. Raises UserError, once that is
+    written, for a score that is not finite."""
     s = run.s
     # Killed sessions took a little longer than they could say.
     earlier = [row["seconds"] for row in run.sessions if row["stage"] == "evaluation"]
@@ -2638,16 +2623,15 @@ def score_file(model: GPT, stream, run: Run, **known) -> Score:
     run.ranks.from_first(run.write, "result.json", json.dumps(result, indent=1).encode())
     if scores:
         scores.remove()
-    if math.isfinite(score.nll):
-        run.ranks.from_first(summarise, result, run)
-    else:
-        raise UserError(f"the score is {score.nll} — lower the learning rates, raise ADAM_EPS, or score other weights")
+    if not math.isfinite(score.nll):
+        raise UserError(f"the score is {score.nll} — lower the learning rates, or score other weights")
+    run.ranks.from_first(summarise, result, run)
     return score
 
 
 def preflight(trainer: Trainer | None, model: GPT, run: Run) -> dict[str, float]:
-    """Every stage to come once, untrained and short, before it counts and outside both budgets: a run in a temporary
-    folder, without a log. Returns the seconds of each stage."""
+    """Every stage to come once, untrained and short, outside both budgets: a run in a temporary folder, without a log.
+    Returns the seconds of each."""
     s = run.s
     seconds = {}
     began = time.perf_counter()
@@ -2731,22 +2715,12 @@ def describe(trainer: Trainer | None, stream, run: Run):
 
 
 def settings_beside(weights: str) -> dict:
-    """What the run whose weights EVAL_ONLY names had for data, tokenizer and evaluation, as variables: the values where
-    the environment is silent. Empty where its result.json is not beside them."""
+    """Data, tokenizer and evaluation settings, as variables, of the run whose weights EVAL_ONLY names, for where the
+    environment is silent; nothing where its result.json is not beside them."""
     with contextlib.suppress(OSError, ValueError, KeyError, AttributeError):
         result = json.loads(Path(weights).with_name("result.json").read_bytes())
-        prefixes = (
-            "data_path",
-            "tokenizer_path",
-            "train_seq_len",
-            "eval_s",
-            "eval_b",
-            "eval_m",
-            "val_d",
-            "val_b",
-            "ttt_",
-        )
-        kept = {name: value for name, value in result["settings"].items() if name.startswith(prefixes)}
+        kinds = ("data_path", "tokenizer_path", "train_seq_len", "eval_s", "eval_b", "eval_m", "val_", "ttt_")
+        kept = {name: value for name, value in result["settings"].items() if name.startswith(kinds)}
         values = {name.upper(): str(int(v) if isinstance(v, bool) else v) for name, v in kept.items()}
         return dict(settings=values, tokenizer=result["data"]["tokenizer"])
     return {}
@@ -2755,30 +2729,29 @@ def settings_beside(weights: str) -> dict:
 def summarise(result: dict, run: Run):
     """The outcome, in a few lines of plain words."""
     figures = result["evaluation"]
-    score = figures.get(figures.get("score", "sliding"))
+    score = figures[figures.get("score", "sliding")]
     kind = "artifact" if result["quantised"] else "unquantised weights"
-    lines = [f"score of the {kind}: {score['val_bpb']:.4f} bits per byte ({score['protocol']}, backward-looking)"]
+    run.log(f"score of the {kind}: {score['val_bpb']:.4f} bits per byte ({score['protocol']}, backward-looking)")
     if "curve" in figures:
         plain, last = figures["no_adaptation"]["val_bpb"], figures["last_epoch"]
-        lines.append(f"without adaptation {plain:.4f}: adaptation gains {plain - score['val_bpb']:.4f}")
+        run.log(f"without adaptation {plain:.4f}: adaptation gains {plain - score['val_bpb']:.4f}")
         if last["val_bpb"] and not last["backward_looking"]:
-            lines.append(f"epoch {last['epoch']}: {last['val_bpb']:.4f}, no score: it has trained on what it predicts")
+            run.log(f"epoch {last['epoch']}: {last['val_bpb']:.4f}, no score: it has trained on what it predicts")
     if result.get("artifact"):
-        lines.append("artifact and code: {total_bytes:,} of {max_bytes:,} bytes".format(**result["artifact"]))
-    training = result.get("training") and f"training {result['training']['seconds']:.0f}s, "
-    lines.append(f"seconds: {training or ''}evaluation {figures['seconds']:.0f}s; all figures are in {run.folder}")
-    lines.append(f"next: python data/audit.py {run.folder}; python data/plot.py {run.folder}")
-    for line in (*lines, *misspelt(os.environ)):
+        run.log("artifact and code: {total_bytes:,} of {max_bytes:,} bytes".format(**result["artifact"]))
+        run.log(f"training took {result['training']['seconds']:.0f}s of MAX_WALLCLOCK_SECONDS")
+    run.log(f"evaluation took {figures['seconds']:.0f}s; all figures are in {run.folder}")
+    run.log(f"next: python data/audit.py {run.folder}; python data/plot.py {run.folder}")
+    for line in misspelt(os.environ):
         run.log(line)
 
 
 def agree_on_start(run: Run):
-    """Raises UserError unless all ranks have one source, one set of settings but paths, versions and kind of device."""
+    """Raises UserError unless all ranks have one source, settings (but paths), versions and kind of device."""
     own = {"data_path", "tokenizer_path", "output_dir", "eval_only", "run_id"}  # of each rank's machine
     settings = {name.upper(): value for name, value in asdict(run.s).items() if name not in own}
     shared = {name: value for name, value in environment(run).items() if name not in ("device", "threads")}
-    kind = dict(EVAL_ONLY="a file" if run.s.eval_only else "none")
-    run.ranks.agree(dict(source=SOURCE_SHA256) | shared | kind | settings)
+    run.ranks.agree(dict(source=SOURCE_SHA256, EVAL_ONLY=bool(run.s.eval_only)) | shared | settings)
     run.devices = run.ranks.gather(environment(run)["device"])
 
 
@@ -2806,9 +2779,9 @@ def main(ranks: Ranks) -> int:
         run = run.using(**weights.settings.of(ModelSettings))
     stream = load_validation(run)
     shards = [] if run.s.eval_only else open_shards("train", run)
-    data = dict(
-        validation=stream.fingerprint, tokenizer=stream.tokenizer, train=fingerprint(shards) if shards else None
-    )
+    data = dict(validation=stream.fingerprint, tokenizer=stream.tokenizer, train=None)
+    if shards:
+        data["train"] = fingerprint(shards)
     ranks.agree({f"data of {name}": value for name, value in data.items()})
     if kept.get("tokenizer", stream.tokenizer) != stream.tokenizer:
         what = f"TOKENIZER_PATH={run.s.tokenizer_path} is not the tokenizer of the training of {run.s.eval_only}"
