@@ -751,6 +751,7 @@ def open_shards(split: str, run):
         if top >= s.vocab_size:
             what = f"{shard.filename} has token {top} but VOCAB_SIZE={s.vocab_size}"
             raise UserError(f"{what} — use shards of the vocabulary")
+    run.ranks.max([0])  # each has checked a part, and uses all
     return shards
 
 
@@ -1867,7 +1868,7 @@ def fit(state: dict[str, Tensor], hessians: dict[str, Tensor], run):
     for name, stored in quantize_model(state, s).items():
         if not stored.restored().isfinite().all():
             what = "beyond fp16's range" if state[name].isfinite().all() else "that are not finite"
-            raise UserError(f"{name} has weights {what} — lower the learning rates, or raise WEIGHT_DECAY")
+            raise UserError(f"{name} has weights {what} — lower the learning rates, or raise WEIGHT_DECAY or ADAM_EPS")
         codes += stored.values.numel() * (stored.kind in ("int5", "int6"))
     stretch = low = 1.0  # does not fit, once it is tried
     high = LARGEST_STRETCH
@@ -2462,7 +2463,8 @@ def report_documents(scores: Scores, seconds: dict[str, float], began: float, ru
     account = dict(documents=len(stream.lengths)) | time_spent(began, run) | dict(passes=seconds)
     if len(scores.epochs):
         again = scores.epochs[0] != UNSCORED
-        account["epoch_1_again"] = float(np.abs(scores.epochs[0] - nll[1])[again].max(initial=0.0))
+        with np.errstate(invalid="ignore"):  # both may be infinite
+            account["epoch_1_again"] = finite(float(np.abs(scores.epochs[0] - nll[1])[again].max(initial=0.0)))
     run.write("ttt_documents.npz", npz(arrays))
     run.write("ttt_positions.npz", npz(by_position(targets, stream)))
     return label_figures(nll, lacking.sum(1).tolist(), arrays.get("nll_mixture"), account, stream, run)
