@@ -316,7 +316,8 @@ class Ranks:
         self.waits_for_step = False  # in training a signal waits for the end of the step
         self.signal = 0  # the first that this process received, and when
         self.signal_time = 0.0
-        self.ending = None  # code and line, found by the watch thread
+        self.found = self.ending = None  # code and line, found by a thread; once the main one is to end by it
+        self.beats = []  # of all ranks, when last heard
         self.unwinding = self.leaving = False
         self.how_to_go_on = ""  # a command, once there is a folder
 
@@ -340,12 +341,14 @@ class Ranks:
                 # torchrun --max-restarts starts all anew beside the same store, where old values still are
                 self.store = dist.PrefixStore(f"attempt {self.restarts}", store)
                 self.gather(None)
+                self.beats = [0] * self.world
                 # What a signal writes there arrives while its handler waits for a collective to end.
                 self.knock, door = socket.socketpair()
                 door.setblocking(False)
                 signal.set_wakeup_fd(door.detach())
-                # The watch has a clone, since the main thread may wait within the other.
-                threading.Thread(target=self.watch, args=(self.store.clone(),), daemon=True).start()
+                # The pulse has a clone, since the main thread may wait within the other.
+                threading.Thread(target=self.pulse, args=(self.store.clone(),), daemon=True).start()
+                threading.Thread(target=self.watch, daemon=True).start()
         except (KeyError, ValueError, dist.DistError) as e:
             raise UserError(
                 f"no place among ranks: {shown} — launch with torchrun, or unset RANK and WORLD_SIZE"
@@ -407,42 +410,42 @@ class Ranks:
                     what = f"rank {rank} has {name} {theirs[name]}, rank 0 has {value}"
                     raise UserError(f"{what} — start all ranks with the same")
 
-    def watch(self, store: dist.Store):
-        """A thread: show that this rank lives; end it once another has ended or is silent, or a signal finds the main
-        thread stuck. The first rank listens to all others, they to the first."""
+    def pulse(self, store: dist.Store):
+        """A thread: show that this rank lives, and hear of others. A dead machine's answer it waits for for ever."""
+        try:
+            while not self.leaving:
+                store.add(f"beat {self.rank}", 1)
+                self.beats = [store.add(f"beat {rank}", 0) for rank in range(self.world)]
+                if store.check(["end"]):
+                    self.found = json.loads(store.get("end"))["code"], ""
+                time.sleep(0.5)
+        except RuntimeError:
+            self.found = 1, "error: the first rank is dead or out of reach"
+
+    def watch(self):
+        """A thread: end this rank once another has ended or is silent, or a signal finds the main thread stuck. The
+        first rank listens to all others, they to the first."""
         heard = dict.fromkeys(range(1, self.world) if self.rank == 0 else [0], (0, 0))
-        found = None
         knocks = []
-        mine = f"beat {self.rank}"
-        store.add(mine, 1)
         for turn in itertools.count():  # of half a second; clocks go on where a job stands still as a whole
-            if found or self.leaving:
+            if self.found or self.leaving:
                 break
             if select.select([self.knock], [], [], 0.5)[0]:
                 knocks.append((self.knock.recv(1)[0], turn))
             if knocks and not self.waits_for_step and turn - knocks[0][1] > 2 * GRACE:
                 number = knocks[0][0]
-                found = 128 + number, f"stopped by {signal.Signals(number).name}"
-            try:
-                store.wait([mine], timedelta(seconds=PATIENCE))  # the rest waits for an answer for ever
-                store.add(mine, 1)
-                for rank, (count, when) in heard.items():
-                    beats = store.add(f"beat {rank}", 0)
-                    if beats != count:
-                        heard[rank] = beats, turn
-                    elif turn - when > 2 * PATIENCE:
-                        found = 1, f"error: rank {rank} is dead or out of reach"
-                if store.check(["end"]):
-                    found = json.loads(store.get("end"))["code"], ""
-            except RuntimeError:
-                found = 1, "error: the first rank is dead or out of reach"
+                self.found = 128 + number, f"stopped by {signal.Signals(number).name}"
+            for rank, (count, when) in heard.items():
+                if self.beats[rank] != count:
+                    heard[rank] = self.beats[rank], turn
+                elif turn - when > 2 * PATIENCE:
+                    self.found = 1, f"error: rank {rank} is dead or out of reach"
         if not self.leaving:
-            self.ending = found
+            self.ending = self.found
             _thread.interrupt_main(signal.SIGTERM)  # it leaves no file half written
             time.sleep(GRACE)
         if not self.leaving:
-            self.store = store  # it is stuck, maybe in the other one
-            os._exit(self.end(*found))
+            os._exit(self.end(*self.found))  # it is stuck
 
     def on_signal(self, number: int, frame):
         """Raises Interrupted, but a training step is finished first. A second signal does not wait, unless it comes
@@ -464,18 +467,23 @@ class Ranks:
         self.unwinding = self.leaving = True  # no signal, no watch thread comes in between
         if line and code != 2:
             line += f" — go on with: {self.how_to_go_on}" if self.how_to_go_on else " — nothing had begun"
-        first = mine = json.dumps(dict(rank=self.rank, node=self.node, code=code, line=line))
-        with contextlib.suppress(RuntimeError):  # the store is gone
-            if self.world > 1 and self.gathered:  # its machine may hang, and the rest waits for an answer for ever
-                self.store.wait([f"value 1 {self.rank}"], timedelta(seconds=GRACE))
-            first = self.store.compare_set("end", "", mine).decode()
-            heard = self.store.add("heard", 1)
-            until = time.monotonic() + 5
-            while self.rank == 0 and heard < self.world and time.monotonic() < until:
-                time.sleep(0.05)  # the store may end with this process
-                heard = self.store.add("heard", 0)
-        said = json.loads(first)
-        if said["line"] and (first == mine or (self.local == 0 and said["node"] != self.node)):
+        mine = json.dumps(dict(rank=self.rank, node=self.node, code=code, line=line))
+        first = [mine]
+
+        def announce():
+            with contextlib.suppress(RuntimeError):  # the store is gone
+                first[0] = self.store.compare_set("end", "", mine).decode()
+                heard = self.store.add("heard", 1)
+                until = time.monotonic() + 5
+                while self.rank == 0 and heard < self.world and time.monotonic() < until:
+                    time.sleep(0.05)  # the store may end with this process
+                    heard = self.store.add("heard", 0)
+
+        announcing = threading.Thread(target=announce, daemon=True)
+        announcing.start()
+        announcing.join(GRACE)  # the store's machine may be dead
+        said = json.loads(first[0])
+        if said["line"] and (first[0] == mine or (self.local == 0 and said["node"] != self.node)):
             say(said["line"], "stderr")
         return said["code"]
 
@@ -747,6 +755,7 @@ def open_shards(split: str, run):
         if top >= s.vocab_size:
             what = f"{shard.filename} has token {top} but VOCAB_SIZE={s.vocab_size}"
             raise UserError(f"{what} — use shards of the vocabulary")
+    run.ranks.max([0])  # each has checked a part, and uses all
     return shards
 
 
@@ -1863,7 +1872,7 @@ def fit(state: dict[str, Tensor], hessians: dict[str, Tensor], run):
     for name, stored in quantize_model(state, s).items():
         if not stored.restored().isfinite().all():
             what = "beyond fp16's range" if state[name].isfinite().all() else "that are not finite"
-            raise UserError(f"{name} has weights {what} — lower the learning rates, or raise WEIGHT_DECAY")
+            raise UserError(f"{name} has weights {what} — lower the learning rates, or raise WEIGHT_DECAY or ADAM_EPS")
         codes += stored.values.numel() * (stored.kind in ("int5", "int6"))
     stretch = low = 1.0  # does not fit, once it is tried
     high = LARGEST_STRETCH
@@ -2458,7 +2467,8 @@ def report_documents(scores: Scores, seconds: dict[str, float], began: float, ru
     account = dict(documents=len(stream.lengths)) | time_spent(began, run) | dict(passes=seconds)
     if len(scores.epochs):
         again = scores.epochs[0] != UNSCORED
-        account["epoch_1_again"] = float(np.abs(scores.epochs[0] - nll[1])[again].max(initial=0.0))
+        with np.errstate(invalid="ignore"):  # both may be infinite
+            account["epoch_1_again"] = finite(float(np.abs(scores.epochs[0] - nll[1])[again].max(initial=0.0)))
     run.write("ttt_documents.npz", npz(arrays))
     run.write("ttt_positions.npz", npz(by_position(targets, stream)))
     return label_figures(nll, lacking.sum(1).tolist(), arrays.get("nll_mixture"), account, stream, run)
