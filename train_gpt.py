@@ -13,17 +13,8 @@ For OpenAI's Parameter Golf, after thwu1's 1.1428-bpb record and PR #467 of open
 - evaluation: standard, sliding window, or 50 cosine epochs of rank-8 LoRA on Q and V per document. A figure is
   labelled *backward-looking* only if each token was scored before any update had seen it.
 
-Map. A section calls only what stands above it. Everywhere `s` is Settings, `run` a Run, `stream` a Stream.
-    Configuration: Settings.from_env, the environment with each value checked [tests/test_command_line.py]
-    Run: settings, rank, device, log and files, what the ranks agree on [test_faults, test_resume]
-    Data: open_shards -> BatchLoader for training; load_validation -> Stream [test_faults, test_fuzz, test_evaluation]
-    Model: GPT.forward(ids, targets, lora, past) -> NLL of every target [test_model, test_golden]
-    Optimiser: Optimizer.step clips, then Muon (newton_schulz) and AdamW (adam_) [test_optimiser]
-    Training: Trainer.train = BatchLoader -> GPT -> Optimizer, SWA; calibrate -> Hessians [test_training, test_faults]
-    Export: quantize_model (gptq, nearest) -> pack -> artifact -> unpack [test_container, test_gptq, test_golden]
-    Evaluation: score_windows, under evaluate_standard and evaluate_sliding [test_evaluation, test_golden]
-    Test-time training: DocumentBatch = score_windows with Adapters, keys and values kept [test_ttt, test_golden]
-    Main: preflight, which does all of it in small; then the run itself [test_preflight, test_device_paths]
+README.md has a map. A section calls only what stands above it. Everywhere `s` is Settings, `run` a Run, `stream` a
+Stream.
 """
 
 import _thread
@@ -40,8 +31,10 @@ import math
 import os
 import platform
 import re
+import select
 import shlex
 import signal
+import socket
 import struct
 import subprocess
 import sys
@@ -63,6 +56,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 import zstandard
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 SOURCE = Path(__file__).resolve()
 SOURCE_BYTES = SOURCE.read_bytes()  # read once: the file may change
@@ -78,8 +72,8 @@ def ceil_div(a, b):
 # Every setting is an environment variable: the field's name in capitals. Three classes say what a value determines: the
 # model (the artifact's header), the trained weights (what a checkpoint must match), or this session alone.
 
-
 LORA_TARGETS = ("c_q", "c_k", "c_v", "attn.proj", "mlp.fc", "mlp.proj")  # of every layer, in drawing order
+ANY_TARGET = f"({'|'.join(LORA_TARGETS)})"
 
 
 class UserError(Exception):
@@ -87,7 +81,7 @@ class UserError(Exception):
 
 
 def setting(default, doc: str, low=-math.inf, high=math.inf, choices=None, form=".*", tiny=None):
-    """A field, documented: range, choices or form (a pattern), and its value under PRESET=tiny."""
+    """A field: its documentation, range, choices or pattern, and value under PRESET=tiny."""
     return field(default=default, metadata=dict(doc=doc, low=low, high=high, choices=choices, form=form, tiny=tiny))
 
 
@@ -180,7 +174,7 @@ class Settings(TrainSettings):
     ttt_lora_targets: str = setting(
         "c_q,c_v",
         "layers with adapters: any of " + ",".join(LORA_TARGETS),
-        form=rf"({'|'.join(LORA_TARGETS)})(,({'|'.join(LORA_TARGETS)}))*",
+        form=f"{ANY_TARGET}(,{ANY_TARGET})*",
     )
     ttt_lora_rank: int = setting(8, "rank of the adapters", 1, 4096)
     ttt_lora_alpha: float = setting(0.0, "their output's factor times the rank; 0: the rank", 0.0)
@@ -195,7 +189,7 @@ class Settings(TrainSettings):
 
     @classmethod
     def from_env(cls, env: dict[str, str]):
-        """Raises UserError naming the variable, its value and what is allowed, or two values that clash."""
+        """Raises UserError naming a variable, its value and what is allowed."""
         values = {}
         for f in fields(cls):
             if f.name.upper() in env:
@@ -205,7 +199,7 @@ class Settings(TrainSettings):
         return cls(**values).checked()
 
     def checked(self):
-        """Itself. Raises UserError for two allowed values that cannot work together."""
+        """Itself. Raises UserError for two values that cannot work together."""
         for one, rule, other in (
             ("model_dim", "an even multiple of", "num_heads"),  # RoPE turns pairs
             ("num_heads", "a multiple of", "num_kv_heads"),
@@ -225,7 +219,7 @@ class Settings(TrainSettings):
 
     @property
     def ttt_figures(self):
-        """Scores that adaptation gives each document: one per epoch of replay, one for single_pass."""
+        """Scores that adaptation gives a document."""
         return self.ttt_n_epochs if self.ttt_protocol == "replay" else 1
 
 
@@ -233,11 +227,12 @@ def parse_setting(f: Field, raw):
     """A field's value from the environment or a header. Raises UserError."""
     kind, rule = type(f.default), f.metadata
     choices = (0, 1) if kind is bool else rule["choices"]
-    allowed = f"{kind.__name__} from {rule['low']} to {rule['high']}"
     if choices:
         allowed = f"one of {', '.join(map(str, choices))}"
     elif kind is str:
         allowed = "printable text of the form documented"
+    else:
+        allowed = f"{kind.__name__} from {rule['low']} to {rule['high']}"
     try:
         value = int(raw) if kind is bool else kind(raw)
         if choices:
@@ -306,8 +301,8 @@ def system_says(e: OSError, path: object = None) -> str:
 
 
 class Ranks:
-    """This process among those of the run; alone until join(). All ranks call sum, max, from_first, queue, gather and
-    agree, in the same order; each ends for itself."""
+    """This process among those of the run; alone until join(). All call sum, max, from_first, queue, gather and agree
+    in the same order; each ends for itself."""
 
     def __init__(self):
         self.rank = self.local = self.node = self.restarts = 0  # local: on its machine, which is number `node`
@@ -322,8 +317,7 @@ class Ranks:
         self.how_to_go_on = ""  # a command, once there is a folder
 
     def join(self, env: dict[str, str]):
-        """Find the others, as torchrun's environment says. Blocks where no handler runs: signals still end the process,
-        whose handlers are installed later. Raises UserError."""
+        """Find the others, as torchrun's environment says. Raises UserError."""
         if "RANK" not in env and "WORLD_SIZE" not in env:
             return
         names = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
@@ -342,6 +336,12 @@ class Ranks:
                 # torchrun --max-restarts starts all anew beside the same store, where old values still are
                 self.store = dist.PrefixStore(f"attempt {self.restarts}", store)
                 self.gather(None)
+                # What a signal writes there arrives while its handler waits for a collective to end.
+                self.knock, door = socket.socketpair()
+                door.setblocking(False)
+                signal.set_wakeup_fd(door.detach())
+                # The watch has a clone, since the main thread may wait within the other.
+                threading.Thread(target=self.watch, args=(self.store.clone(),), daemon=True).start()
         except (KeyError, ValueError, dist.DistError) as e:
             raise UserError(
                 f"no place among ranks: {shown} — launch with torchrun, or unset RANK and WORLD_SIZE"
@@ -350,7 +350,7 @@ class Ranks:
             waiting.cancel()
 
     def connect(self, device: torch.device):
-        """Connect the collectives, and begin to watch."""
+        """Connect the collectives."""
         if self.world == 1:
             return
         cuda = device.type == "cuda"
@@ -358,8 +358,6 @@ class Ranks:
         place["timeout"] = timedelta(days=1)  # for another's last documents; the watch ends what is dead
         place["device_id"] = device if cuda else None  # connects at once: what fails does so here
         dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", **place)
-        # A clone of the store, since the main thread may wait within the other.
-        threading.Thread(target=self.watch, args=(self.store.clone(),), daemon=True).start()
 
     def sum(self, tensor: Tensor) -> Tensor:
         """Over the ranks, in place."""
@@ -406,23 +404,29 @@ class Ranks:
                     raise UserError(f"{what} — start all ranks with the same")
 
     def watch(self, store: dist.Store):
-        """A thread: show that this rank lives; end it once another one has ended, or is silent, or once a signal has
-        found the main thread stuck in a collective. The first rank listens to all others, they to the first."""
-        now = time.monotonic()
-        heard = dict.fromkeys(range(1, self.world) if self.rank == 0 else [0], (0, now))
+        """A thread: show that this rank lives; end it once another has ended or is silent, or a signal finds the main
+        thread stuck. The first rank listens to all others, they to the first."""
+        heard = dict.fromkeys(range(1, self.world) if self.rank == 0 else [0], (0, 0))
         found = None
-        while not found and not self.leaving:
-            time.sleep(0.5)
-            now = time.monotonic()
-            if self.signal and not self.waits_for_step and now - self.signal_time > GRACE:
-                found = 128 + self.signal, ""
+        knocks = []
+        mine = f"beat {self.rank}"
+        store.add(mine, 1)
+        for turn in itertools.count():  # of half a second; clocks go on where a job stands still as a whole
+            if found or self.leaving:
+                break
+            if select.select([self.knock], [], [], 0.5)[0]:
+                knocks.append((self.knock.recv(1)[0], turn))
+            if knocks and not self.waits_for_step and turn - knocks[0][1] > 2 * GRACE:
+                number = knocks[0][0]
+                found = 128 + number, f"stopped by {signal.Signals(number).name}"
             try:
-                store.add(f"beat {self.rank}", 1)
+                store.wait([mine], timedelta(seconds=PATIENCE))  # the rest waits for an answer for ever
+                store.add(mine, 1)
                 for rank, (count, when) in heard.items():
                     beats = store.add(f"beat {rank}", 0)
                     if beats != count:
-                        heard[rank] = beats, now
-                    elif now - when > PATIENCE:
+                        heard[rank] = beats, turn
+                    elif turn - when > 2 * PATIENCE:
                         found = 1, f"error: rank {rank} is dead or out of reach"
                 if store.check(["end"]):
                     found = json.loads(store.get("end"))["code"], ""
@@ -433,11 +437,12 @@ class Ranks:
             _thread.interrupt_main(signal.SIGTERM)  # it leaves no file half written
             time.sleep(GRACE)
         if not self.leaving:
-            os._exit(self.end(*found))  # it is stuck
+            self.store = store  # it is stuck, maybe in the other one
+            os._exit(self.end(*found))
 
     def on_signal(self, number: int, frame):
-        """Raises Interrupted; but a training step is finished first. A second signal, over 2 s later, does not wait.
-        (Within 2 s it is the first one, passed on by a launcher.)"""
+        """Raises Interrupted, but a training step is finished first. A second signal does not wait, unless it comes
+        within 2 s: then it is the first one, passed on by a launcher."""
         now = time.monotonic()
         again = self.signal and now > self.signal_time + 2
         waits = bool(self.signal) or self.waits_for_step
@@ -451,17 +456,20 @@ class Ranks:
         raise Interrupted(*(self.ending or (128 + number, f"stopped by {signal.Signals(number).name}")))
 
     def end(self, code: int, line: str) -> int:
-        """Announce why this rank ends, unless another one was first, and say it: once on each machine. Returns the code
-        that all end with."""
+        """Announce why this rank ends, unless another was first; say it once a machine. Returns the code of all."""
+        self.unwinding = self.leaving = True  # no signal, no watch thread comes in between
+        if line and code != 2:
+            line += f" — go on with: {self.how_to_go_on}" if self.how_to_go_on else " — nothing had begun"
         first = mine = json.dumps(dict(rank=self.rank, node=self.node, code=code, line=line))
         with contextlib.suppress(RuntimeError):  # the store is gone
+            if self.world > 1 and self.gathered:  # its machine may hang, and the rest waits for an answer for ever
+                self.store.wait([f"value 1 {self.rank}"], timedelta(seconds=GRACE))
             first = self.store.compare_set("end", "", mine).decode()
             heard = self.store.add("heard", 1)
             until = time.monotonic() + 5
             while self.rank == 0 and heard < self.world and time.monotonic() < until:
                 time.sleep(0.05)  # the store may end with this process
                 heard = self.store.add("heard", 0)
-        self.leaving = True
         said = json.loads(first)
         if said["line"] and (first == mine or (self.local == 0 and said["node"] != self.node)):
             say(said["line"], "stderr")
@@ -530,10 +538,8 @@ class Run:
         self.ranks = ranks or Ranks()
         self.device, self.no_gpu = choose_device(s.device, self.ranks.local)
         self.cuda = self.device.type == "cuda"
-        capability = torch.cuda.get_device_capability(self.device) if self.cuda else None
-        self.dtype = compute_dtype(capability)
-        built = torch.backends.cuda.is_flash_attention_available() and not torch.version.hip
-        self.attention = attention_backend(capability, s.model_dim // s.num_heads, self.dtype, built)
+        self.capability = torch.cuda.get_device_capability(self.device) if self.cuda else None
+        self.dtype = compute_dtype(self.capability)
         self.compile = self.cuda if s.compile < 0 else bool(s.compile)
         self.graphs = False  # CUDA graphs, once they have computed the same
         self.rehearsed = {}  # how nearly
@@ -543,9 +549,16 @@ class Run:
         self.devices = [environment(self)["device"]]  # of all ranks, once they are asked
         self.sessions = []  # of this run in its folder, by this and earlier processes
         self.session_kept = 0.0  # when they were last written
+        self.unaccounted = False  # once they could not be
         if self.cuda:
             torch.cuda.set_device(self.device)
             self.event = torch.cuda.Event()  # of the last step
+
+    @property
+    def attention(self) -> str:
+        """The backend, which depends on the model's width, too."""
+        built = torch.backends.cuda.is_flash_attention_available() and not torch.version.hip
+        return attention_backend(self.capability, self.s.model_dim // self.s.num_heads, self.dtype, built)
 
     def using(self, **changes) -> "Run":
         """A copy with other settings."""
@@ -598,8 +611,10 @@ class Run:
     @contextlib.contextmanager
     def session(self, stage: str):
         """Account for a stage that RESUME=1 can continue: sessions.json says how long each process worked at it, on
-        what, and how that ended: `killed` until it has ended otherwise."""
-        row = dict(stage=stage, world_size=self.ranks.world, devices=self.devices, seconds=0.0, ended="killed")
+        what, and how it ended."""
+        row = dict(
+            stage=stage, world_size=self.ranks.world, devices=self.devices, seconds=0.0, ended="killed"
+        )  # until it ends otherwise
         self.sessions.append(row)
         self.session_began = time.perf_counter()
         self.tick(0.0)
@@ -618,7 +633,12 @@ class Run:
         if self.ranks.rank == 0 and self.sessions and now - self.session_kept >= every:
             self.session_kept = now
             self.sessions[-1]["seconds"] = now - self.session_began
-            self.write("sessions.json", json.dumps(self.sessions).encode())
+            try:
+                self.write("sessions.json", json.dumps(self.sessions).encode())
+            except UserError as e:  # an account is not worth a run
+                if not self.unaccounted:
+                    self.log(f"note: {e}; the run goes on")
+                self.unaccounted = True
 
 
 def environment(run: Run) -> dict:
@@ -675,8 +695,8 @@ def claim_folder(run: Run):
 
 
 def open_folder(run: Run) -> Run:
-    """The run with its folder. The first rank's has log, lock and results; others, elsewhere, keep only their scores in
-    one of that name. Raises UserError, OSError."""
+    """The run with its folder: the first rank's has log, lock and results; on other machines one of that name has only
+    scores. Raises UserError, OSError."""
     folder = run.ranks.from_first(choose_folder, run)
     resume = run.s.resume or run.ranks.restarts > 0
     run = run.using(run_id=run.s.run_id or Path(folder).resolve().name, output_dir=folder, resume=resume)
@@ -685,15 +705,18 @@ def open_folder(run: Run) -> Run:
     run.folder.mkdir(parents=True, exist_ok=True)
     given = {f.name.upper() for f in fields(Settings)} & {*os.environ} - {"RESUME", "OUTPUT_DIR"}
     values = [f"{name}={shlex.quote(os.environ[name])}" for name in sorted(given)]
-    launcher = f"torchrun --standalone --nproc_per_node={run.ranks.world}" if run.ranks.world > 1 else "python"
+    launcher = "python"
+    if run.ranks.world > 1:
+        alone = os.environ.get("LOCAL_WORLD_SIZE") == str(run.ranks.world)
+        launcher = f"torchrun --standalone --nproc_per_node={run.ranks.world}" if alone else "torchrun ... (as before)"
     again = ["RESUME=1", f"OUTPUT_DIR={shlex.quote(folder)}", *values, launcher, sys.argv[0]]
     run.ranks.how_to_go_on = " ".join(again)
     return run
 
 
 # ======== Data ========
-# Shards are memory-mapped token streams. Training reads the endless concatenation of its shards; validation is one
-# stream of N tokens and N - 1 targets, each with the bytes that it adds to the text, cut into documents at BOS.
+# Training reads the endless concatenation of its memory-mapped shards. Validation is one stream of N tokens and N - 1
+# targets, each with the bytes that it adds to the text, cut into documents at BOS.
 
 BOS = 1
 SHARD_MAGIC = 20240520
@@ -716,14 +739,15 @@ def open_shard(path: Path):
 
 def open_shards(split: str, run):
     """The shards of a split, whose tokens are all in the vocabulary. Raises UserError."""
-    shards = [open_shard(path) for path in sorted(Path(run.s.data_path).glob(f"fineweb_{split}_*.bin"))]
+    s = run.s
+    shards = [open_shard(path) for path in sorted(Path(s.data_path).glob(f"fineweb_{split}_*.bin"))]
     if not shards:
-        where = f"fineweb_{split}_*.bin in {run.s.data_path}"
+        where = f"fineweb_{split}_*.bin in {s.data_path}"
         raise UserError(f"no {where} — set DATA_PATH, or run data/fineweb.py or data/text.py")
     for shard in shards[run.ranks.rank :: run.ranks.world]:
         top = max(int(shard[i : i + (1 << 24)].max()) for i in range(0, len(shard), 1 << 24))
-        if top >= run.s.vocab_size:
-            what = f"{shard.filename} has token {top} but VOCAB_SIZE={run.s.vocab_size}"
+        if top >= s.vocab_size:
+            what = f"{shard.filename} has token {top} but VOCAB_SIZE={s.vocab_size}"
             raise UserError(f"{what} — use shards of the vocabulary")
     return shards
 
@@ -742,10 +766,9 @@ class BatchLoader:
     """Batch k starts at token k * TRAIN_BATCH_TOKENS of the endless stream. Raises UserError if rows do not divide."""
 
     def __init__(self, shards: list[np.ndarray], run):
-        self.run = run
+        self.run, self.shards = run, shards
+        self.tokens = sum(map(len, shards))
         s = run.s
-        self.shards = shards
-        self.ends = np.cumsum([len(shard) for shard in shards])
         rows = s.train_batch_tokens // s.train_seq_len
         if rows % run.ranks.world:
             what = f"TRAIN_BATCH_TOKENS/TRAIN_SEQ_LEN={rows} rows do not divide by WORLD_SIZE={run.ranks.world}"
@@ -756,20 +779,18 @@ class BatchLoader:
 
     def read(self, start, rows):
         """Inputs and targets, (rows, TRAIN_SEQ_LEN) int64 each, from `start` in the endless stream."""
-        position = start % int(self.ends[-1])
-        shard = int(np.searchsorted(self.ends, position, side="right"))
-        offset = position - (int(self.ends[shard]) - len(self.shards[shard]))
+        offset = start % self.tokens
         missing = rows * self.run.s.train_seq_len + 1  # the last target belongs to the next row
         pieces = []
-        while missing > 0:
-            piece = self.shards[shard][offset : offset + missing]
-            pieces.append(piece)
-            missing -= len(piece)
-            shard = (shard + 1) % len(self.shards)  # the stream is endless
-            offset = 0
+        for shard in itertools.cycle(self.shards):
+            pieces.append(shard[offset:][:missing])  # empty for a shard that ends before
+            missing -= len(pieces[-1])
+            offset = max(offset - len(shard), 0)
+            if not missing:
+                break
         block = torch.from_numpy(np.concatenate(pieces).astype(np.int32))
         if self.run.cuda:
-            block = block.pin_memory()
+            block = block.pin_memory()  # else the copy would wait
         block = block.to(self.run.device, non_blocking=True).long()
         return block[:-1].view(rows, -1), block[1:].view(rows, -1)
 
@@ -782,7 +803,7 @@ class BatchLoader:
 
 
 def load_tokenizer(path: str, vocab_size: int):
-    """The SentencePieceProcessor of a model file, whose BOS is the shards' or none. Raises UserError, OSError."""
+    """The SentencePieceProcessor of a file. Raises UserError, also for a BOS that is not the shards', and OSError."""
     model = Path(path).read_bytes()
     try:
         sp = sentencepiece.SentencePieceProcessor(model_proto=model)
@@ -797,52 +818,49 @@ def load_tokenizer(path: str, vocab_size: int):
 
 
 def target_bytes(sp, tokens: np.ndarray) -> np.ndarray:
-    """UTF-8 bytes that each target adds to the decoded text, (len(tokens) - 1,) int16. A byte piece adds 1; a control,
-    unknown or unused one 0; any other its text, in which each U+2581 is one space. The first space after a piece that
-    adds 0 is not the text's where the tokenizer puts one in front of a text, and adds 0 as well."""
+    """UTF-8 bytes that each target adds to the decoded text, (len(tokens) - 1,) int16."""
     ids = range(sp.vocab_size())
-    silent = np.array([sp.is_control(i) or sp.is_unknown(i) or sp.is_unused(i) for i in ids])
-    pieces = ["?" if sp.is_byte(i) else sp.id_to_piece(i) for i in ids]
-    length = np.array([len(piece.replace("▁", " ").encode()) for piece in pieces], np.int16) * ~silent
-    spaced = np.array([piece.startswith("▁") for piece in pieces]) & ~silent
-    # Whether the tokenizer puts a space in front of a text (its dummy prefix) is a field of the model file that
-    # sentencepiece does not show. But its decoder shows it: it then takes one space from a text's first piece. It does
-    # so, too, for tokenizers that drop extra spaces, such as the challenge's, where no text begins with one.
+    silent = np.array([sp.is_control(i) or sp.is_unknown(i) or sp.is_unused(i) for i in ids])  # add nothing
+    texts = ["?" if sp.is_byte(i) else sp.id_to_piece(i).replace("▁", " ") for i in ids]  # U+2581 is a space
+    length = np.array([len(text.encode()) for text in texts], np.int16) * ~silent
+    spaced = np.array([text.startswith(" ") for text in texts]) & ~silent
+    # Where the tokenizer puts a space in front of a text (its dummy prefix, a field that sentencepiece does not show),
+    # its decoder takes one from a text's first piece, and so from one after a silent piece. It does so, too, for
+    # tokenizers that drop extra spaces, such as the challenge's, where no text begins with one.
     probe = int(spaced.argmax())
-    dropped = spaced & (sp.decode([probe]) != pieces[probe].replace("▁", " "))
+    dropped = spaced & (sp.decode([probe]) != texts[probe])
     before, target = tokens[:-1], tokens[1:]
     return length[target] - (dropped[target] & silent[before])
 
 
 def decoded_bytes(sp, documents: list[np.ndarray]) -> list[int]:
-    """UTF-8 bytes that each document's tokens after its first add to the text, found by SentencePiece's own decoder:
-    the judge of target_bytes, with which it shares nothing."""
+    """UTF-8 bytes that each document's tokens after its first add to the text, by SentencePiece's own decoder: the
+    judge of target_bytes, with which it shares nothing."""
     ids = range(sp.vocab_size())
     control = np.array([sp.is_control(i) for i in ids])
     byte = np.array([sp.is_byte(i) for i in ids])
     letter = next((i for i in ids if byte[i] and sp.id_to_piece(i) == "<0x41>"), 0)
 
     def decode(tokens):
-        # What stands between two control tokens was encoded as a text of its own. The decoder has to be given it alone,
-        # for it takes the tokenizer's own space only from the very first piece that it is given.
+        # What stands between control tokens was a text of its own, and the decoder takes the tokenizer's own space only
+        # from the first piece that it is given.
         texts = np.split(tokens, np.flatnonzero(control[tokens]))
         return "".join(sp.decode(text.tolist()) for text in texts)
 
     def length(tokens):
         text = decode(tokens)
         if "\ufffd" in text:
-            # Bytes that form no character, such as the half of one where a document was cut, decode to U+FFFD each,
-            # whose 3 bytes nobody wrote. A letter in the place of every byte is as long as the bytes are.
+            # Bytes that form no character, as where a document was cut, decode to 3 bytes each that nobody wrote. A
+            # letter in the place of every byte is as long as the bytes are.
             text = decode(np.where(byte[tokens], letter, tokens))
-        # Where the tokenizer has no piece for a space, it spells U+2581 by three byte pieces; one space it remains.
+        # Without a piece for a space the tokenizer spells U+2581 by three byte pieces; one space it remains.
         return len(text.replace("▁", " ").encode())
 
     return [length(tokens) - length(tokens[:1]) for tokens in documents]
 
 
 def compare_bytes(sp, tokens: np.ndarray, bytes_: np.ndarray, starts: np.ndarray, lengths: np.ndarray):
-    """Raises UserError at the first document whose counted bytes are not those of its decoded text: a score in bits per
-    byte of that text would be wrong."""
+    """Raises UserError at the first document whose counted bytes are not those of its decoded text."""
     documents = [tokens[start : start + n + 1] for start, n in zip(starts, lengths, strict=True)]
     for i, decoded in enumerate(decoded_bytes(sp, documents)):
         counted = int(bytes_[starts[i] : starts[i] + lengths[i]].sum())
@@ -854,15 +872,15 @@ def compare_bytes(sp, tokens: np.ndarray, bytes_: np.ndarray, starts: np.ndarray
 
 
 def find_documents(tokens: np.ndarray, bos: int = BOS):
-    """Start of each document and its number of targets, (documents,) int64 each: from its BOS to the next one
-    inclusive, or to the end. Tokens before the first BOS are one, too, and so are all where BOS is -1, none."""
+    """Start of each document and its number of targets, (documents,) int64 each: from BOS to the next one inclusive,
+    or to the end. What comes before the first BOS is one, too."""
     starts = np.union1d([0], np.flatnonzero(tokens[:-1] == bos))
     return starts, np.diff(starts, append=len(tokens) - 1)
 
 
 class Stream:
-    """N validation tokens on a device: `tokens` (N,) int32, `bytes` per target (N-1,) int16, and their documents:
-    `starts` and `lengths` in targets, found by BOS unless given."""
+    """N validation tokens on a device: `tokens` (N,) int32, `bytes` per target (N-1,) int16; `starts` and `lengths` of
+    documents in targets, found by BOS unless given."""
 
     def __init__(self, tokens: np.ndarray, bytes_: np.ndarray, device: torch.device, documents=None):
         self.starts, self.lengths = documents or find_documents(tokens)
@@ -892,8 +910,7 @@ def load_validation(run):
     bytes_ = target_bytes(sp, tokens)
     if not bytes_.any():
         raise UserError(f"the validation set in {s.data_path} has no target with text — fetch or make it again")
-    # A document that reaches beyond what is compared is compared as far as it goes.
-    compared = tokens[:COMPARED_TOKENS]
+    compared = tokens[:COMPARED_TOKENS]  # its last document may go on, and is compared as far as it goes
     compare_bytes(sp, compared, bytes_, *(x[:COMPARED_DOCUMENTS] for x in find_documents(compared, sp.bos_id())))
     stream = Stream(tokens, bytes_, run.device, (starts, lengths))
     stream.tokenizer = hashlib.sha256(Path(s.tokenizer_path).read_bytes()).hexdigest()
@@ -916,8 +933,7 @@ def prepare_sample(run):
 
 
 # ======== Model ========
-# One forward pass serves training, scoring and adaptation. It returns the NLL of every target; what adaptation needs
-# besides (LoRA in every layer, a context of cached keys and values) are two optional arguments.
+# One forward pass serves training, scoring and adaptation; LoRA and a context of cached keys and values are optional.
 
 RMS_EPS = torch.finfo(torch.float32).eps  # F.rms_norm's default; bf16's own would swamp a fresh embedding
 
@@ -937,7 +953,6 @@ class Lora(NamedTuple):
 
 
 def norm(x):
-    """RMS norm over the last dimension."""
     return F.rms_norm(x, (x.size(-1),), eps=RMS_EPS)
 
 
@@ -955,19 +970,17 @@ def apply_rotary(x, cos, sin):
 
 
 def compute_dtype(capability: tuple | None) -> torch.dtype:
-    """What the model computes in: bf16 on a GPU that multiplies it (compute capability 8.0 and above), else float32.
-    None is a CPU. Raises UserError for a GPU that neither Triton nor PyTorch's kernels support any more."""
+    """bf16 on a GPU that multiplies it, else float32; None is a CPU. Raises UserError for a GPU out of support."""
     if capability is None:
         return torch.float32
-    if capability < (7, 0):
+    if capability < (7, 0):  # neither Triton nor PyTorch's kernels support it any more
         what = f"this GPU has compute capability {capability[0]}.{capability[1]}, below 7.0"
         raise UserError(f"{what} — use a newer one, or set DEVICE=cpu")
     return torch.bfloat16 if capability >= (8, 0) else torch.float32
 
 
 def attention_backend(capability: tuple | None, head_dim: int, dtype: torch.dtype, built=True) -> str:
-    """`flash`: PyTorch's flash kernels, where GPU (None: a CPU), head width and dtype allow and they are `built`;
-    `plain` elsewhere. cuDNN's kernels are never asked: nothing here has compared them."""
+    """`flash` where GPU (None: a CPU), head width and dtype allow it and PyTorch was built with it, else `plain`."""
     if capability is None:
         return "flash"
     fits = capability >= (8, 0) and dtype != torch.float32 and head_dim % 8 == 0 and head_dim <= 256
@@ -975,8 +988,8 @@ def attention_backend(capability: tuple | None, head_dim: int, dtype: torch.dtyp
 
 
 def flash(q, k, v, causal: bool):
-    """Output (B, heads, T, head_dim), log-sum-exp (B, heads, T) and what flash_backward() asks for besides. PyTorch's
-    own operators below F.scaled_dot_product_attention, which hides the log-sum-exp and chooses the backend itself."""
+    """Output (B, heads, T, head_dim), log-sum-exp (B, heads, T) and what flash_backward() asks for besides."""
+    # F.scaled_dot_product_attention would hide the log-sum-exp and choose the backend itself.
     if not q.is_cuda:
         return *torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, causal), (0.0, causal)
     y, lse, *rest, seed, offset, _ = torch.ops.aten._scaled_dot_product_flash_attention(q, k, v, 0.0, causal)
@@ -994,89 +1007,64 @@ def grouped(x: Tensor, kv_heads: int) -> Tensor:
     return x.reshape(x.size(0), kv_heads, -1, *x.shape[3:])
 
 
-def plain_scores(q: Tensor, k: Tensor, causal: bool) -> Tensor:
-    """Scaled products of queries (B, heads, T, head_dim) and keys (B, kv heads, S, head_dim), grouped, float32 at
-    least, -inf where a query (causal: S = T) does not see a key."""
+def plain(q, k, v):
+    """Causal attention of q (B, heads, T, head_dim) to k and v (B, kv heads, S, head_dim), whose last T entries are the
+    queries' own positions, written out in float32 at least."""
     wide = torch.promote_types(q.dtype, torch.float32)
     scores = grouped(q.to(wide) * q.size(-1) ** -0.5, k.size(1)) @ k.to(wide).mT
-    if not causal:
-        return scores
-    hidden = torch.ones(k.size(2), k.size(2), dtype=torch.bool, device=q.device).triu(1)
-    return scores.masked_fill(hidden.repeat(q.size(1) // k.size(1), 1), -math.inf)
-
-
-def plain(q, k, v, causal: bool):
-    """As flash(), written out."""
-    scores = plain_scores(q, k, causal)
-    lse = scores.logsumexp(-1, keepdim=True)
-    y = (scores - lse).exp() @ v.to(scores.dtype)
-    return y.view(q.shape).to(q.dtype), lse.view(q.shape[:3]), (causal,)
-
-
-def plain_backward(gradient, q, k, v, y, lse, rest):
-    """As flash_backward(): scores are computed again, so nothing large is kept."""
-    scores = plain_scores(q, k, *rest)
-    wide = scores.dtype
-    part, dy, y = (grouped(x.to(wide), k.size(1)) for x in (q, gradient, y))
-    p = (scores - grouped(lse, k.size(1))[..., None]).exp()
-    ds = p * (dy @ v.to(wide).mT - (dy * y).sum(-1, keepdim=True)) * q.size(-1) ** -0.5
-    dq = (ds @ k.to(wide)).view(q.shape)
-    return dq.to(q.dtype), (ds.mT @ part).to(k.dtype), (p.mT @ dy).to(v.dtype)
-
-
-KERNELS = {"flash": (flash, flash_backward), "plain": (plain, plain_backward)}
+    hidden = torch.ones(q.size(2), k.size(2), dtype=torch.bool, device=q.device).triu(1 + k.size(2) - q.size(2))
+    scores = scores.masked_fill(hidden.repeat(q.size(1) // k.size(1), 1), -math.inf)
+    return (scores.softmax(-1) @ v.to(wide)).view(q.shape).to(q.dtype)
 
 
 class ContextAttention(torch.autograd.Function):
-    """Causal attention of q (B, heads, T, head_dim) to k and v (B, kv heads, T, head_dim) and to all of a frozen
-    context before them, keys and values (B, kv heads, C, head_dim) or None, by a backend's kernels.
+    """Causal flash attention of q (B, heads, T, head_dim) to k and v (B, kv heads, T, head_dim) and to all of a frozen
+    context before them, keys and values (B, kv heads, C, head_dim)."""
 
-    Two kernels, one softmax: outputs over disjoint keys are averaged by their shares of the sum of exponentials, and
-    each kernel's backward, given the joint output and log-sum-exp, yields its part of the gradient. Towards the context
-    there is no mask, so the query heads of a key head are rows of one head: nothing is expanded to `heads` keys."""
+    # Two kernels, one softmax: outputs over disjoint keys are averaged by their shares of the sum of exponentials, and
+    # each backward, given the joint output and log-sum-exp, yields its part of the gradient. Towards the context there
+    # is no mask, so the query heads of a key head are rows of one head: nothing is expanded to `heads` keys.
 
     @staticmethod
-    def forward(ctx, q, k, v, keys, values, backend):
-        kernel, ctx.kernel_backward = KERNELS[backend]
-        y, lse, ctx.near = kernel(q, k, v, True)
-        ctx.context = keys, values  # autograd would take the next chunk's entry into the cache for a change of these
-        if keys is None:
-            ctx.save_for_backward(q, k, v, y, lse)
-            return y
-        far, far_lse, ctx.far = kernel(grouped(q, keys.size(1)), keys, values, False)
+    def forward(ctx, q, k, v, keys, values):
+        y, lse, ctx.near = flash(q, k, v, True)
+        far, far_lse, ctx.far = flash(grouped(q, k.size(1)), keys, values, False)
         far_lse = far_lse.reshape(lse.shape)
         lse = torch.logaddexp(lse, far_lse)
         y = y.lerp(far.reshape(q.shape), (far_lse - lse).exp().to(q.dtype)[..., None])
+        ctx.context = keys, values  # autograd would take the next chunk's entry into the cache for a change of these
         ctx.save_for_backward(q, k, v, y, lse)
         return y
 
     @staticmethod
     def backward(ctx, gradient):
         q, k, v, y, lse = ctx.saved_tensors
-        near, dk, dv = ctx.kernel_backward(gradient, q, k, v, y, lse, ctx.near)
-        if ctx.context[0] is None:
-            return near, dk, dv, None, None, None
+        near, dk, dv = flash_backward(gradient, q, k, v, y, lse, ctx.near)
         gradient, joint, y, lse = (grouped(x, k.size(1)) for x in (gradient, q, y, lse))
-        far, _, _ = ctx.kernel_backward(gradient, joint, *ctx.context, y, lse, ctx.far)
-        return near + far.reshape(q.shape), dk, dv, None, None, None
+        far, _, _ = flash_backward(gradient, joint, *ctx.context, y, lse, ctx.far)
+        return near + far.reshape(q.shape), dk, dv, None, None
 
 
 def attend(q, k, v, kv, backend="flash"):
     """Causal attention, after the context in kv (B, 2, kv heads, context + T, head_dim) if given, whose last T entries
     k and v become."""
+    context = []  # keys and values
     if kv is not None:
-        context = kv.size(3) - k.size(2)
-        kv[:, 0, :, context:] = k.detach()
-        kv[:, 1, :, context:] = v.detach()
+        before, own = kv.split((kv.size(3) - k.size(2), k.size(2)), dim=3)
+        own.copy_(torch.stack((k.detach(), v.detach()), 1))
+        context = before.unbind(1) if before.size(3) else []
+    if backend == "plain":
         if context:
-            return ContextAttention.apply(q, k, v, kv[:, 0, :, :context], kv[:, 1, :, :context], backend)
-    if backend == "flash":  # the operator knows its own backward
+            k, v = (torch.cat(parts, 2) for parts in zip(context, (k, v), strict=True))
+        # The backward pass computes the scores again, so that nothing large is kept.
+        return checkpoint(plain, q, k, v, use_reentrant=False, preserve_rng_state=False)
+    if not context:  # the operator knows its own backward
         return flash(q, k, v, True)[0]
-    return ContextAttention.apply(q, k, v, None, None, backend)
+    return ContextAttention.apply(q, k, v, *context)
 
 
 class Linear(nn.Linear):
-    """No bias; float32 master weight, used in the dtype of its input. Adapters, if there are any, add to its output."""
+    """No bias; float32 weight, used in the dtype of its input. Adapters add to its output."""
 
     def __init__(self, inputs: int, outputs: int):
         super().__init__(inputs, outputs, bias=False)
@@ -1110,8 +1098,6 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
-    """proj(relu(fc(x))^2)."""
-
     def __init__(self, s):
         super().__init__()
         hidden = int(s.mlp_mult * s.model_dim)
@@ -1123,7 +1109,7 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """A learned mix of x with the first layer's input x0, attention, MLP; before() and after() are compiled each."""
+    """A learned mix of x with the first layer's input x0, attention, MLP."""
 
     def __init__(self, s, attention):
         super().__init__()
@@ -1140,7 +1126,7 @@ class Block(nn.Module):
         return x, self.attn(norm(x), rope, lora)
 
     def after(self, x, y, lora: dict[str, Lora]):
-        """The mixed x and the heads' output (B, heads, T, head_dim) -> x (B, T, d)."""
+        """y: the heads' output (B, heads, T, head_dim)."""
         heads = y.transpose(1, 2).flatten(2)
         x = x + self.attn_scale.to(x.dtype) * self.attn.proj(heads, lora.get("attn.proj"))
         return x + self.mlp_scale.to(x.dtype) * self.mlp(norm(x), lora)
@@ -1160,8 +1146,8 @@ class BigramHash(nn.Module):
         self.scale = nn.Parameter(torch.tensor(0.05))
 
     def forward(self, ids, at, dtype):
-        """ids (B, T) at positions `at` (T,) -> (B, T, d). Position 0 has the last row."""
-        last_row = self.embed.num_embeddings - 1
+        """ids (B, T) at positions `at` (T,) -> (B, T, d)."""
+        last_row = self.embed.num_embeddings - 1  # position 0 has it
         ids = ids.to(torch.int32)
         hashed = (36313 * ids ^ 27191 * F.pad(ids[:, :-1], (1, 0))) % last_row
         return self.scale * self.proj(self.embed(torch.where(at > 0, hashed, last_row).long()).to(dtype))
@@ -1180,7 +1166,7 @@ class SmearGate(nn.Module):
 
 
 class GPT(nn.Module):
-    """The model, with float32 weights; its stream is of `dtype`, its attention by one of KERNELS."""
+    """The model, with float32 weights; its stream is of `dtype`, its attention `flash` or `plain`."""
 
     LEAD = 2  # tokens before a chunk that its first depends on: SmearGate's, and that one's bigram's
 
@@ -1226,11 +1212,10 @@ class GPT(nn.Module):
         return nll.view(targets.shape)
 
     def forward(self, ids, targets=None, lora: list[dict[str, Lora]] | None = None, past: Past | None = None):
-        """NLL of each target in nats, (B, T) float32, from targets (B, T) and ids (B, T), int64; without targets, the
-        logits of what comes next, (B, T, vocabulary) float32.
+        """NLL of targets (B, T) in nats, (B, T) float32, or without them the logits (B, T, vocabulary) float32.
 
-        `lora` holds each layer's adapters by its linear layers' names. After a `past`, to whose kv the chunk's own are
-        written, ids (B, LEAD + T) begin before the chunk."""
+        `lora`: each layer's adapters by LORA_TARGETS. After a `past`, whose kv takes up the chunk's own, ids (B, LEAD +
+        T) begin before the chunk; else they are (B, T)."""
         position, kv = past or (0, None)
         x, rope = self.embed(ids, self.LEAD if past else 0, position)
         x0 = x.view_as(x)  # another tensor: only x gets a gradient
@@ -1240,32 +1225,28 @@ class GPT(nn.Module):
         for i, block in enumerate(self.blocks):
             if i >= self.encoders and skips:
                 x = x + self.skip_weights[i - self.encoders].to(x.dtype) * skips.pop()
-            layer_lora = lora[i] if lora else {}
-            layer_kv = kv[:, i] if kv is not None else None
-            x = block(x, x0, rope, layer_lora, layer_kv)
+            x = block(x, x0, rope, lora[i] if lora else {}, None if kv is None else kv[:, i])
             if i < self.encoders:
                 skips.append(x)
         return self.logits(x) if targets is None else self.head(x, targets)
 
     def compile_regions(self):
-        """Compile what repeats once: test-time training has many shapes. Attention writes to its input and stays
-        outside."""
+        """Compile what repeats once: test-time training has many shapes."""
+        # Attention writes to its input, and so stays outside.
         torch._dynamo.config.recompile_limit = 64  # beyond it: eager
         torch.fx.experimental._config.use_duck_shape = False  # equal sizes need not stay equal
-        self.embed = torch.compile(self.embed, dynamic=True)
-        self.head = torch.compile(self.head, dynamic=True)
-        for block in self.blocks:
-            block.before = torch.compile(block.before, dynamic=True)
-            block.after = torch.compile(block.after, dynamic=True)
+        for module, names in ((self, ("embed", "head")), *((block, ("before", "after")) for block in self.blocks)):
+            for name in names:
+                setattr(module, name, torch.compile(getattr(module, name), dynamic=True))
 
 
 # ======== Optimiser ========
-# Muon for the matrices of the blocks, AdamW for the rest. All parameters are views into one flat buffer, all gradients
-# into another: norm, all-reduce, averaging and checkpoint are one operation each.
+# All parameters are views into one flat buffer, all gradients into another: norm, all-reduce, averaging and checkpoint
+# are one operation each.
 
 
 def recipe(name, s):
-    """The one table of optimiser settings, by a parameter's name: method, learning rate, weight decay."""
+    """Method, learning rate and weight decay of a parameter."""
     if name in ("tok_emb.weight", "bigram.embed.weight"):
         return "adam", s.tied_embed_lr if s.tie_embeddings else s.embed_lr, s.weight_decay
     if name == "lm_head.weight":
@@ -1298,8 +1279,8 @@ def adam_(p, g, m, v, step, lr, betas: tuple, eps: float, decay=0.0):
 
 
 def adam_where_(good, p, g, m, v, *recipe):
-    """adam_() where `good`, () bool; elsewhere nothing changes. Compiled, one kernel without copies."""
-    before = p.clone(), m.clone(), v.clone()
+    """adam_() where `good`, () bool; elsewhere nothing changes."""
+    before = p.clone(), m.clone(), v.clone()  # compiled, one kernel without copies
     adam_(p, g, m, v, *recipe)
     for now, old in zip((p, m, v), before, strict=True):
         now.copy_(torch.where(good, now, old))
@@ -1316,8 +1297,8 @@ class Group(NamedTuple):
 
 
 class Optimizer:
-    """Flat float32 buffers: weights, gradients, `m` first moments, `v` Adam's second, (n,) each. `skipped` (2,) int64
-    counts the steps that a gradient norm which is not finite has cost: in all, and in a row up to now."""
+    """Muon for the matrices of the blocks, AdamW for the rest. Flat float32 buffers (n,): weights, gradients, `m` first
+    moments, `v` Adam's second. `skipped` (2,) int64: steps without a finite gradient, in all and in a row."""
 
     def __init__(self, model, run):
         self.run = run
@@ -1347,11 +1328,10 @@ class Optimizer:
         self.adam_where_ = run.compiled(adam_where_)
 
     def step(self, step, multiplier):
-        """Returns the gradients' norm before clipping. If that is not finite, weights and moments stay as they are and
-        the step is counted in `skipped`: decided on the device, which the host need not wait for."""
+        """Returns the gradients' norm before clipping; unless that is finite, only `skipped` changes."""
         s = self.run.s
         gradient_norm = self.run.ranks.sum(self.grads).norm()
-        good = gradient_norm < math.inf  # nor is NaN
+        good = gradient_norm < math.inf  # nor is NaN; it stays on the device, for which the host need not wait
         self.skipped += ~good
         self.skipped[1:].mul_(~good)
         if s.grad_clip_norm:
@@ -1367,17 +1347,13 @@ class Optimizer:
         self.grads.zero_()
         return gradient_norm
 
-    def momentum(self, step):
-        """Muon's, which rises linearly."""
+    def muon_step(self, step, multiplier, good):
+        """Unless `good`, () bool, the gradients are zero, and decay and update are multiplied away."""
         s = self.run.s
         warm = min(step / s.muon_momentum_warmup_steps, 1.0) if s.muon_momentum_warmup_steps else 1.0
-        return s.muon_momentum_warmup_start + warm * (s.muon_momentum - s.muon_momentum_warmup_start)
-
-    def muon_step(self, step, multiplier, good):
-        """Each rank orthogonalises its share of each stack; a stack is gathered while the next one is computed. Unless
-        `good`, () bool, the gradients are zero, and decay and update are multiplied away."""
-        momentum = self.momentum(step)
+        momentum = s.muon_momentum_warmup_start + warm * (s.muon_momentum - s.muon_momentum_warmup_start)
         kept = torch.where(good, momentum, 1.0)
+        # Each rank orthogonalises its share of each stack; a stack is gathered while the next one is computed.
         muon = [group for group in self.groups if group.method == "muon"]
         pending = [(group, *self.begin_update(group, momentum, kept)) for group in muon]
         for group, update, gathering in pending:
@@ -1410,7 +1386,7 @@ class Optimizer:
 
 
 def lr_multiplier(step: int, elapsed: float, s):
-    """The smaller of the wall-clock and the iteration rule, in [0, 1]. `elapsed`: seconds of training before `step`."""
+    """In [0, 1], by the iterations or the seconds of training that are left, whichever are fewer."""
     if not s.warmdown_iters:
         return 1.0
     rules = [1.0, (s.iterations - step) / s.warmdown_iters]
@@ -1432,8 +1408,7 @@ def forward_backward(forward, micro_batches: list, share: float):
 @torch.no_grad()
 def calibrate(model, loader: BatchLoader, start: int, tokens: int, run):
     """H = E[x x'] of the inputs x of every linear layer, by its weight's name: (cols, cols) float64; for GPTQ alone.
-
-    Rows from position `start` of the training stream, each on one rank: any number of ranks agrees."""
+    From position `start` of the training stream on."""
     if run.s.quantizer != "gptq":
         return {}
     sums = {}
@@ -1450,7 +1425,7 @@ def calibrate(model, loader: BatchLoader, start: int, tokens: int, run):
             hooks.append(layer.register_forward_pre_hook(functools.partial(add, total)))
     width = run.s.train_seq_len
     rows = ceil_div(tokens, width)
-    for row in range(run.ranks.rank, rows, run.ranks.world):
+    for row in range(run.ranks.rank, rows, run.ranks.world):  # one at a time: any number of ranks agrees
         model(*loader.read(start + row * width, 1))
     for hook in hooks:
         hook.remove()
@@ -1482,12 +1457,11 @@ class Trainer:
             self.resume(path)
 
     def state(self):
-        """What a checkpoint holds: live tensors."""
+        """What a checkpoint holds."""
         counts = {name: getattr(self, name) for name in ("step", "averaged", "elapsed", "finished")}
         return counts | self.tensors | dict(identity=self.identity)
 
     def restore(self, state: dict):
-        """Take over what state() gave."""
         for name, value in self.state().items():
             if name in self.tensors:
                 value.copy_(state[name].view_as(value))
@@ -1495,45 +1469,34 @@ class Trainer:
                 setattr(self, name, type(value)(state[name]))
         self.optimizer.grads.zero_()
 
-    def try_to_save(self, run: Run) -> str:
-        """On the first rank. Returns what went wrong, and what to do."""
-        content = io.BytesIO()  # so that the disk's errors are the system's, not the serialiser's
-        torch.save(self.state(), content)
-        try:
-            run.write("checkpoint.pt", content.getbuffer())
-        except UserError as e:
-            return str(e)
-        return ""
-
     def save(self, run: Run):
         """Keep a checkpoint, or in `unsaved` why not."""
-        self.unsaved = run.ranks.from_first(self.try_to_save, run)
+
+        def write():
+            content = io.BytesIO()  # so that the disk's errors are the system's, not the serialiser's
+            torch.save(self.state(), content)
+            try:
+                run.write("checkpoint.pt", content.getbuffer())
+            except UserError as e:
+                return str(e)
+            return ""
+
+        self.unsaved = run.ranks.from_first(write)
 
     def resume(self, path: Path):
-        """The first rank reads, all take over. Raises UserError if it is damaged or another training's."""
-        run = self.run
-        kept = run.ranks.from_first(self.read_checkpoint, path)
-        for tensor in self.tensors.values():
-            run.ranks.sum(tensor if run.ranks.rank == 0 else tensor.zero_())
-        for name, value in kept.items():
-            setattr(self, name, value)
-
-    def read_checkpoint(self, path: Path) -> dict:
-        """Take over a file's state; returns the part of it that is no tensor. Raises UserError."""
+        """From the first rank's file. Raises UserError if it is damaged or another training's."""
+        content = self.run.ranks.from_first(path.read_bytes)
         try:
-            state = torch.load(path, map_location="cpu", weights_only=True)
+            state = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
             theirs = {name: state["identity"].get(name) for name in self.identity}
             if theirs == self.identity:
                 self.restore(state)
-        except OSError as e:
-            raise UserError(system_says(e, path)) from e
         except Exception as e:  # damage makes torch.load raise many kinds
             raise UserError(f"checkpoint {path} is damaged ({type(e).__name__}) — delete it to start afresh") from e
         for name, value in self.identity.items():
             if theirs[name] != value:
                 both = f"another {name.upper()}: {theirs[name]}, now {value}"
                 raise UserError(f"checkpoint {path} has {both} — restore it, or start afresh in another OUTPUT_DIR")
-        return {name: value for name, value in self.state().items() if name not in self.tensors and name != "identity"}
 
     def state_dict(self):
         """The model's, copied to the CPU."""
@@ -1542,15 +1505,8 @@ class Trainer:
     def account(self):
         """For log and result.json."""
         peak = torch.cuda.max_memory_allocated() if self.run.cuda else None
-        seconds = dict(seconds=self.elapsed, calibration=self.calibration)
-        return dict(
-            steps=self.step,
-            **seconds,
-            averaged=self.averaged,
-            resumed=self.resumed,
-            peak_memory=peak,
-            skipped=self.reported,
-        )
+        account = dict(steps=self.step, seconds=self.elapsed, calibration=self.calibration, averaged=self.averaged)
+        return account | dict(resumed=self.resumed, peak_memory=peak, skipped=self.reported)
 
     def warm_up(self):
         """WARMUP_STEPS steps, at least one, undone: everything is compiled."""
@@ -1562,7 +1518,6 @@ class Trainer:
         self.run.log(f"warmup_step:{steps}/{steps}")
 
     def timed_calibration(self, start, tokens):
-        """Hessians, and the seconds that they took."""
         self.run.wait()
         began = time.perf_counter()
         hessians = calibrate(self.model, self.loader, start, tokens, self.run)
@@ -1570,7 +1525,7 @@ class Trainer:
         return hessians, time.perf_counter() - began
 
     def reserve(self):
-        """Keep free what calibration will take, by trying it. Raises UserError if no time is left. Returns Hessians."""
+        """Keep free what calibration will take, by trying it. Returns Hessians. Raises UserError if no time is left."""
         s = self.run.s
         hessians, _ = self.timed_calibration(0, s.train_seq_len * self.run.ranks.world)  # may load kernels
         if s.max_wallclock_seconds and not self.finished:
@@ -1584,16 +1539,16 @@ class Trainer:
         return hessians
 
     def over(self):
-        """Whether another step of mean length would pass a limit; on a GPU the clock is a step behind."""
+        """Whether another step of mean length would pass a limit."""
         limit = self.schedule.max_wallclock_seconds or math.inf
-        ahead = (1 + self.run.cuda) / max(self.step, 1)
+        ahead = (1 + self.run.cuda) / max(self.step, 1)  # on a GPU the clock is a step behind
         return self.step >= self.run.s.iterations or self.elapsed * (1 + ahead) >= limit
 
     def train(self, stream):
         """Returns the Hessians. Raises Interrupted once a checkpoint is written, UserError on NaN."""
         run, s = self.run, self.run.s
         rows = f"rows per rank:{self.loader.rows} rows per micro-step:{self.loader.micro_rows}"
-        run.log(f"training tokens:{self.loader.ends[-1]} {rows}")
+        run.log(f"training tokens:{self.loader.tokens} {rows}")
         run.wait()
         if run.cuda:
             torch.cuda.reset_peak_memory_stats()
@@ -1603,7 +1558,6 @@ class Trainer:
             if self.over() or (s.val_loss_every and self.step % s.val_loss_every == 0):
                 run.wait()
                 paused = time.perf_counter()
-                self.check_skipped()
                 self.report(evaluate_standard(self.forward, stream, run))
                 began += time.perf_counter() - paused
             if self.over():
@@ -1613,7 +1567,6 @@ class Trainer:
             self.elapsed, signalled = run.ranks.max([elapsed, float(run.ranks.signal)]).tolist()
             run.tick()
             if self.step <= 10 or self.step % s.train_log_every == 0 or self.over():
-                self.check_skipped()
                 self.report(f"train_loss:{run.ranks.sum(loss).item():.8f}")
             if signalled or (s.checkpoint_every and self.step % s.checkpoint_every == 0):
                 self.save(run)
@@ -1624,10 +1577,22 @@ class Trainer:
                 name = signal.Signals(int(signalled)).name
                 raise Interrupted(128 + int(signalled), f"stopped by {name} after step {self.step}; {kept}")
         run.ranks.waits_for_step = False
+        (signalled,) = run.ranks.max([run.ranks.signal]).tolist()
+        if signalled:  # in the last validation
+            self.save(run)
+            raise Interrupted(128 + signalled, f"stopped by {signal.Signals(signalled).name} after the last step")
         return self.finish()
 
     def report(self, what):
-        """Log a loss with the time."""
+        """Log a loss with the time, and steps that changed nothing. Raises UserError after ten of those in a row."""
+        skipped, in_a_row = self.optimizer.skipped.tolist()
+        if skipped > self.reported:
+            last = f"batch from token {(self.step - 1) * self.run.s.train_batch_tokens}"
+            self.run.log(f"note: {skipped} steps by {self.step} ({last}) had no finite gradient and changed nothing")
+            self.reported = skipped
+        if in_a_row >= 10:
+            what = f"{in_a_row} steps in a row, up to {self.step}, had no finite gradient"
+            raise UserError(f"{what} — lower the learning rates, or RESUME=1 from the last checkpoint")
         timing = f"train_time:{1000 * self.elapsed:.0f}ms step_avg:{1000 * self.elapsed / max(self.step, 1):.2f}ms"
         self.run.log(f"step:{self.step}/{self.run.s.iterations} {what} {timing}")
 
@@ -1644,17 +1609,6 @@ class Trainer:
             self.averaged += 1
         self.run.wait_one_behind()
         return loss
-
-    def check_skipped(self):
-        """Report steps that changed nothing. Raises UserError after ten in a row."""
-        skipped, in_a_row = self.optimizer.skipped.tolist()
-        if skipped > self.reported:
-            last = f"batch from token {(self.step - 1) * self.run.s.train_batch_tokens}"
-            self.run.log(f"note: {skipped} steps by {self.step} ({last}) had no finite gradient and changed nothing")
-            self.reported = skipped
-        if in_a_row >= 10:
-            what = f"{in_a_row} steps in a row, up to {self.step}, had no finite gradient"
-            raise UserError(f"{what} — lower the learning rates, or RESUME=1 from the last checkpoint")
 
     def finish(self):
         """Average the samples and calibrate; a checkpoint that is finished needs only the latter."""
@@ -1675,15 +1629,15 @@ class Trainer:
 
 
 # ======== Export ========
-# Prune, quantise, pack, as coarsely as the cap asks for. The artifact holds the model's configuration and its numbers,
-# sorted by kind; names, shapes and kinds follow from the configuration, so the reader knows every length beforehand.
+# The artifact holds the model's configuration and its numbers, sorted by kind; names, shapes and kinds follow from the
+# configuration, so the reader knows every length beforehand.
 
 CONTROL = ("attn_scale", "mlp_scale", "resid_mix", "q_gain", "skip_weights", "smear", "bigram.scale")
 LIMITS = {"int5": 15, "int6": 31, "int8": 127}  # largest code
 STREAMS = {"int5": "<i1", "int6": "<i1", "int8": "<i1", "scale": "<f2", "fp16": "<f2", "fp32": "<f4"}  # in file order
 MAGIC = b"PGOLFGPT"
 FORMAT = 2
-HEADER = "<8sIQQ32s"
+HEADER = "<8sIQQ32s"  # magic, format, lengths of the frame and of what it expands to, SHA-256 of the frame
 HEADER_BYTES = struct.calcsize(HEADER)
 DAMAGE = zstandard.ZstdError, struct.error, ValueError, AttributeError, TypeError, RecursionError, OverflowError
 MOST_EXPANDED = 1 << 29  # bytes
@@ -1728,15 +1682,12 @@ def kind_of(name: str, size: int, fp16_patterns: str):
 
 
 def row_steps(weight: Tensor, kind: str, s, stretch: float = 1.0):
-    """The quantisation step of each row of a float32 matrix, (rows, 1) float32, of int5 and int6 as fp16 has it.
-
-    int8: rows are clipped at their 99.99984% magnitude (the challenge's baseline). int5/int6: max|row| / 15 or 31
-    (thwu1's record) or, by QUANT_SIGMAS, k * rms(row) / 15 or 31, which follows the row's bulk; times `stretch`."""
+    """The quantisation step of each row of a float32 matrix, (rows, 1) float32, of int5 and int6 as fp16 has it."""
     limit = LIMITS[kind]
-    if kind == "int8":
+    if kind == "int8":  # rows are clipped at their 99.99984% magnitude (the challenge's baseline)
         return torch.quantile(weight.abs(), 0.9999984, dim=1, keepdim=True).div(limit).clamp_min(1 / limit)
-    sizes = weight.abs().amax(dim=1, keepdim=True)
-    if s.quant_sigmas != "0":
+    sizes = weight.abs().amax(dim=1, keepdim=True)  # thwu1's record
+    if s.quant_sigmas != "0":  # follows the row's bulk
         k = float(s.quant_sigmas.split(",")[kind == "int6"])
         sizes = k * weight.square().mean(dim=1, keepdim=True).sqrt()
     return (sizes / limit * stretch).half().clamp_min(torch.finfo(torch.float16).tiny).float()
@@ -1750,11 +1701,11 @@ def nearest(weight: Tensor, step: Tensor, limit: int):
 
 def gptq(weight: Tensor, step: Tensor, hessian: Tensor, limit: int):
     """Codes of n matrices (n, rows, cols) under steps (n, rows, 1), that keep W x rather than W (Frantar et al. 2022).
-
-    Rounding a column changes the layer's output by its error times an input. The columns still to come can undo most of
-    that, as far as their inputs are correlated: row j of the Cholesky factor U of H^-1 = U'U says how the best
-    correction is spread over columns j, j + 1, … once all before j are fixed. Columns of the largest inputs come first,
-    while most others can still make up for them. `hessian` (n, cols, cols)."""
+    `hessian` (n, cols, cols)."""
+    # Rounding a column changes the layer's output by its error times an input. The columns still to come can undo most
+    # of that, as far as their inputs are correlated: row j of the Cholesky factor U of H^-1 = U'U says how the best
+    # correction is spread over columns j, j + 1, … once all before j are fixed. Columns of the largest inputs come
+    # first, while most others can still make up for them.
     h = hessian.float()
     order = h.diagonal(dim1=1, dim2=2).argsort(descending=True, stable=True)  # (n, cols)
     h = h.gather(1, order[:, :, None].expand_as(h)).gather(2, order[:, None].expand_as(h))
@@ -1780,10 +1731,9 @@ def gptq(weight: Tensor, step: Tensor, hessian: Tensor, limit: int):
 
 
 def quantize_model(state: dict[str, Tensor], s, hessians: dict[str, Tensor] | None = None, stretch=1.0):
-    """Prune and quantise every tensor of a float32 state dict, in its order; those with a Hessian by GPTQ, matrices of
-    one shape as one batch on their Hessians' device."""
+    """Prune and quantise every tensor of a float32 state dict, in its order; those with a Hessian by GPTQ."""
     tensors = {}
-    batches = {}
+    batches = {}  # matrices of one kind and shape
     for name, weight in state.items():
         kind = kind_of(name, weight.numel(), s.fp16_keep_name_patterns)
         weight = prune(weight, s.prune_fraction)
@@ -1795,10 +1745,8 @@ def quantize_model(state: dict[str, Tensor], s, hessians: dict[str, Tensor] | No
         if name in (hessians or {}):
             batches.setdefault((kind, weight.shape), []).append((name, weight, step, hessians[name]))
     for (kind, _), batch in batches.items():
-        names, weights, steps, batch_hessians = zip(*batch, strict=True)
-        hessian = torch.stack(batch_hessians)
-        weight = torch.stack(weights).to(hessian.device)
-        step = torch.stack(steps).to(hessian.device)
+        names, *columns = zip(*batch, strict=True)
+        weight, step, hessian = (torch.stack(column).to(columns[2][0].device) for column in columns)
         codes = gptq(weight, step, hessian, LIMITS[kind]).to("cpu", torch.int8)
         for name, values in zip(names, codes, strict=True):
             tensors[name] = tensors[name]._replace(values=values)
@@ -1819,7 +1767,7 @@ def entropy(codes: np.ndarray):
 
 
 def artifact_config(s):
-    """What an artifact says of its model: with it a reader knows every name, shape and kind."""
+    """With this a reader knows every name, shape and kind."""
     return s.of(ModelSettings) | dict(fp16_keep_name_patterns=s.fp16_keep_name_patterns)
 
 
@@ -1829,17 +1777,10 @@ def layout(s):
         return quantize_model(GPT(s).state_dict(), replace(s, prune_fraction=0.0))
 
 
-def artifact_header(frame: bytes, expanded: int):
-    """Magic, format, lengths of the frame and of what it expands to, SHA-256 of the frame."""
-    return struct.pack(HEADER, MAGIC, FORMAT, len(frame), expanded, hashlib.sha256(frame).digest())
-
-
 def pack(tensors: dict[str, Stored], s):
-    """Quantised tensors -> artifact, and what became of each stream; the same input gives the same bytes.
-
-    After the header one zstd-22 frame: the length of the configuration (4 bytes), the configuration as JSON, the
-    streams as byte planes: all first bytes of a stream's numbers, then all second ones, each compressed with statistics
-    of its own."""
+    """Quantised tensors -> artifact, and what became of each stream; the same input gives the same bytes."""
+    # One zstd frame: the length of the configuration (4 bytes), the configuration as JSON, the streams as byte planes:
+    # all first bytes of a stream's numbers, then all second ones, each compressed with statistics of its own.
     config = json.dumps(artifact_config(s)).encode()
     planes = {"config": np.frombuffer(len(config).to_bytes(4, "little") + config, np.uint8)[None]}
     for kind, pieces in streams_of({name: tensors[name] for name in layout(s)}).items():
@@ -1863,7 +1804,7 @@ def pack(tensors: dict[str, Stored], s):
             kinds[kind]["entropy"] = entropy(rows)
     frame += compressor.flush()
     del kinds["config"]
-    return artifact_header(frame, expanded) + frame, kinds
+    return struct.pack(HEADER, MAGIC, FORMAT, len(frame), expanded, hashlib.sha256(frame).digest()) + frame, kinds
 
 
 def unpack(blob: bytes, origin: str = "artifact"):
@@ -1896,7 +1837,7 @@ def unpack(blob: bytes, origin: str = "artifact"):
 
 
 def restored(raw: bytes, s):
-    """The float32 state dict. Raises ValueError if the streams are not as long as the model's."""
+    """The float32 state dict of the streams. Raises ValueError if they are not as long as the model's."""
     tensors = layout(s)
     read = {}
     for kind, pieces in streams_of(tensors).items():
@@ -1909,63 +1850,49 @@ def restored(raw: bytes, s):
         raise ValueError(f"{len(raw)} bytes too many")
     state = {}
     for name, (kind, values, scale) in tensors.items():
-        if scale is not None:
-            scale = next(read["scale"])
+        scale = None if scale is None else next(read["scale"])
         state[name] = Stored(kind, next(read[kind]).view(values.shape), scale).restored()
     return state
 
 
 def fit(state: dict[str, Tensor], hessians: dict[str, Tensor], run):
     """The least stretch of the steps whose artifact fits the cap, or the largest; with what pack() returns for it.
-
-    Packing judges. Until something fits, the entropy of codes rounded to nearest predicts what may, in no time."""
+    Raises UserError."""
     cap = run.s.artifact_max_bytes
     state = {name: prune(weight, run.s.prune_fraction) for name, weight in state.items()}
     s = replace(run.s, prune_fraction=0.0)
-
-    @functools.cache
-    def predicted(stretch):
-        streams = streams_of(quantize_model(state, s, None, stretch))
-        codes = [torch.cat([x.flatten() for x in streams[kind]]).numpy() for kind in LIMITS if streams[kind]]
-        return sum(entropy(x) * x.size / 8 for x in codes)
-
-    def packed(stretch):
+    codes = 0
+    for name, stored in quantize_model(state, s).items():
+        if not stored.restored().isfinite().all():
+            what = "beyond fp16's range" if state[name].isfinite().all() else "that are not finite"
+            raise UserError(f"{name} has weights {what} — lower the learning rates, or raise WEIGHT_DECAY")
+        codes += stored.values.numel() * (stored.kind in ("int5", "int6"))
+    stretch = low = 1.0  # does not fit, once it is tried
+    high = LARGEST_STRETCH
+    best = None
+    for _ in range(8):
         blob, kinds = pack(quantize_model(state, s, hessians, stretch), s)
         free = cap - len(SOURCE_BYTES) - len(blob)
         run.log(f"export: steps stretched by {stretch:.4f}: {free} bytes free of ARTIFACT_MAX_BYTES={cap}")
-        return free, (stretch, blob, kinds)
-
-    def stretch_for(size, low, high):
-        """The least one whose predicted size is at most `size`."""
-        while high - low > 1e-3:
-            middle = (low + high) / 2
-            if predicted(middle) <= size:
-                high = middle
-            else:
-                low = middle
-        return high
-
-    free, found = packed(1.0)
-    low, high, best = 1.0, LARGEST_STRETCH, None  # `low` does not fit, `best` does
-    if free >= 0:
-        return found
-    for _ in range(7):
-        stretch = found[0]
-        half_slack = SLACK / 2 * cap
-        middle = (low + high) / 2
-        stretch = middle if best else stretch_for(predicted(stretch) + free - half_slack, low, high)
-        free, found = packed(stretch)
-        if free < 0:
-            low = stretch
+        if free >= 0:
+            high = stretch
+            best = stretch, blob, kinds
         else:
-            high, best = stretch, found
-        if low == LARGEST_STRETCH or 0 <= free <= SLACK * cap:
+            low = stretch
+        if low in (high, LARGEST_STRETCH) or 0 <= free <= SLACK * cap:
             break
-    return best or found
+        # Twice the step is a bit less per code, or not quite where steps are coarse; bisection helps where that misses.
+        bits = 8 * (SLACK / 2 * cap - free) / max(codes, 1)
+        stretch *= 2 ** min(bits, 3)
+        if stretch >= high and not best:
+            stretch = high
+        elif not low < stretch < high:
+            stretch = (low + high) / 2
+    return best or (stretch, blob, kinds)
 
 
 def export(state: dict[str, Tensor], hessians: dict[str, Tensor], run):
-    """Write the artifact and final_model.pt; on the first rank. Returns the account."""
+    """Write the artifact and final_model.pt; on the first rank. Returns the account. Raises UserError."""
     began = time.perf_counter()
     stretch, blob, kinds = fit(state, hessians, run)
     run.write("final_model.ptz", blob)  # what is small and matters comes before what is large
@@ -1973,10 +1900,10 @@ def export(state: dict[str, Tensor], hessians: dict[str, Tensor], run):
     torch.save(state, floats)
     run.write("final_model.pt", floats.getbuffer())
     code = len(SOURCE_BYTES)
+    total = len(blob) + code
     cap = run.s.artifact_max_bytes
-    account = dict(model_bytes=len(blob), code_bytes=code, total_bytes=len(blob) + code, max_bytes=cap)
-    account |= dict(fits=len(blob) + code <= cap, stretch=stretch, seconds=time.perf_counter() - began)
-    account |= dict(sha256=hashlib.sha256(blob).hexdigest())
+    account = dict(model_bytes=len(blob), code_bytes=code, total_bytes=total, max_bytes=cap, fits=total <= cap)
+    account |= dict(stretch=stretch, seconds=time.perf_counter() - began, sha256=hashlib.sha256(blob).hexdigest())
     for kind, row in kinds.items():
         run.log(f"export kind:{kind} {pairs(row)}")
     run.log(f"export {pairs(account)}")
@@ -1995,13 +1922,11 @@ class Score(NamedTuple):
     bytes: int
 
     @property
-    def loss(self):
-        """Nats per target."""
+    def loss(self):  # nats per target
         return self.nll / self.targets
 
     @property
-    def bpb(self):
-        """Bits per byte."""
+    def bpb(self):  # bits per byte
         return self.nll / math.log(2) / self.bytes
 
     def __str__(self):
@@ -2015,7 +1940,7 @@ class Score(NamedTuple):
         return self
 
     def figure(self, protocol, context, seconds, **more) -> dict:
-        """For result.json; `seconds` of all epochs together. What is not finite is null."""
+        """For result.json; what is not finite is null."""
         figure = dict(protocol=protocol, context=context, backward_looking=True)
         figure |= dict(val_loss=finite(self.loss), val_bpb=finite(self.bpb), targets=self.targets, bytes=self.bytes)
         return figure | dict(seconds=seconds, lacking=0) | more
@@ -2027,10 +1952,8 @@ def finite(number: float) -> float | None:
 
 
 def score_windows(forward, stream, windows: tuple, width: int, lora=None, past: Past | None = None):
-    """Score targets [skip, length) of B windows, each (B,) int64 with its start; padded on the right to `width`.
-
-    Returns the NLL (B, width) float32, 0 where not scored, and detached sums (B, 3) float64 of NLL, targets and
-    bytes."""
+    """Score targets [skip, length) of B windows, each (B,) int64 with its start; padded on the right to `width`: NLL
+    (B, width) float32, 0 where not scored, and detached sums (B, 3) float64 of NLL, targets and bytes."""
     start, length, skip = windows
     column = torch.arange(-GPT.LEAD if past else 0, width, device=start.device)
     at = (start[:, None] + column).clamp(0, stream.target_count - 1)
@@ -2050,8 +1973,8 @@ def overlapping(stream, size, stride):
 
 
 @torch.no_grad()
-def evaluate_windows(forward, stream, run, stride=None):
-    """Score windows of TRAIN_SEQ_LEN targets side by side, or every `stride`."""
+def evaluate_standard(forward, stream, run, stride=None):
+    """The Score by rows of TRAIN_SEQ_LEN targets side by side or, in the sliding evaluation, every `stride`."""
     s = run.s
     size = s.train_seq_len
     windows = overlapping(stream, size, stride or size)
@@ -2060,7 +1983,7 @@ def evaluate_windows(forward, stream, run, stride=None):
     mine = np.array_split(windows, run.ranks.world)[run.ranks.rank]
     if run.compile:  # one shape, one compilation
         mine = np.pad(mine, ((0, -len(mine) % batch), (0, 0)))
-    mine = torch.from_numpy(mine).to(run.device)  # at once: each copy waits for the device
+    mine = torch.from_numpy(mine).to(run.device)  # at once: a copy waits for all that the device has to do
     for i in range(0, len(mine), batch):
         _, sums = score_windows(forward, stream, mine[i : i + batch].unbind(1), int(windows[0, 1]))
         total += sums.sum(0)
@@ -2070,18 +1993,13 @@ def evaluate_windows(forward, stream, run, stride=None):
     return Score(nll, int(targets), int(bytes_)).checked(stream)
 
 
-def evaluate_standard(forward, stream, run):
-    """The Score by rows that do not overlap, the last one shorter."""
-    return evaluate_windows(forward, stream, run)
-
-
 def evaluate_sliding(forward, stream, run):
     """The Score by windows every EVAL_STRIDE, each scoring what no earlier one reached."""
-    return evaluate_windows(forward, stream, run, run.s.eval_stride)
+    return evaluate_standard(forward, stream, run, run.s.eval_stride)
 
 
 def time_spent(began: float, run: Run) -> dict:
-    """The first rank's seconds since `began`; at least that many if a process was killed: nobody saw its last ones."""
+    """The first rank's seconds since `began`; at least that many if a process was killed."""
     seconds = time.perf_counter() - began
     killed = any(row["stage"] == "evaluation" and row["ended"] == "killed" for row in run.sessions[:-1])
     within = not run.s.eval_max_seconds or seconds <= run.s.eval_max_seconds
@@ -2094,8 +2012,8 @@ def time_spent(began: float, run: Run) -> dict:
 #
 # A batch advances in steps: a chunk of its first n documents is scored, trained on, kept as context, or several of
 # these. On a GPU a step of a shape that has come before is one launch: a recorded graph of some hundred kernels. What a
-# graph has frozen is what ChunkStep names, and every address; position, learning rate and figure therefore lie in
-# tensors on the device, which the host fills before it launches.
+# graph has frozen is what ChunkStep names, and every address; position and learning rate therefore lie in tensors on
+# the device, which the host fills before it launches.
 
 TTT_BATCH = {"cpu": 4, "cuda": 128}  # documents side by side, where TTT_BATCH_SIZE=0
 STEP_FLOOR = {"cpu": 0, "cuda": 2048}  # tokens; smaller steps cost no less
@@ -2115,15 +2033,10 @@ def lora_shapes(s) -> dict[str, tuple[int, int]]:
 
 
 def draw_lora_a(s, document: int) -> np.ndarray:
-    """A document's initial A of every layer and target, (rank, inputs) each, one behind the other, flat float32:
-    uniform in +-1/sqrt(inputs)."""
+    """A document's A of every layer and target, (rank, inputs) each, flat float32: uniform in +-1/sqrt(inputs)."""
     rng = np.random.default_rng([s.seed, document])
-    parts = []
-    for _ in range(s.num_layers):
-        for inputs, _ in lora_shapes(s).values():
-            unit = rng.random((s.ttt_lora_rank, inputs), np.float32)
-            parts.append(((2 * unit - 1) * inputs**-0.5).ravel())
-    return np.concatenate(parts)
+    widths = [inputs for inputs, _ in lora_shapes(s).values()] * s.num_layers
+    return np.concatenate([(2 * rng.random(s.ttt_lora_rank * n, np.float32) - 1) * n**-0.5 for n in widths])
 
 
 class Adapters:
@@ -2133,13 +2046,12 @@ class Adapters:
     def __init__(self, batch: int, run: Run):
         s = run.s
         rank = s.ttt_lora_rank
-        shapes = lora_shapes(s)
-        self.names = list(shapes)
-        a_shapes = [(rank, inputs) for inputs, _ in shapes.values()] * s.num_layers
-        b_shapes = [(outputs, rank) for _, outputs in shapes.values()] * s.num_layers
-        self.shapes = a_shapes + b_shapes
+        targets = lora_shapes(s)
+        self.names = list(targets)
+        a_shapes = [(rank, inputs) for inputs, _ in targets.values()] * s.num_layers
+        self.shapes = a_shapes + [(outputs, rank) for _, outputs in targets.values()] * s.num_layers
         self.sizes = [math.prod(shape) for shape in self.shapes]
-        self.a_size = sum(map(math.prod, a_shapes))
+        self.a_size = sum(self.sizes[: len(a_shapes)])
         self.scale = (s.ttt_lora_alpha or rank) / rank
         self.flat, self.m, self.v = (torch.zeros(batch, sum(self.sizes), device=run.device) for _ in range(3))
         self.steps = torch.zeros(batch, dtype=torch.int64, device=run.device)
@@ -2155,8 +2067,7 @@ class Adapters:
 
     def layers(self, n: int) -> tuple[Tensor, list[dict[str, Lora]]]:
         """The first n documents' rows as a leaf, and for every layer its views by target."""
-        leaf = self.flat[:n].detach().requires_grad_()
-        flat = leaf
+        flat = leaf = self.flat[:n].detach().requires_grad_()
         if self.scale != 1:
             flat = torch.cat((self.scale * leaf[:, : self.a_size], leaf[:, self.a_size :]), dim=1)
         pieces = flat.split(self.sizes, dim=1)  # its backward is one concatenation
@@ -2179,7 +2090,7 @@ class ChunkStep(NamedTuple):
     documents: int  # the first of the batch
     width: int  # tokens of a window
     context: int | None  # cached tokens before the chunk; None: a window of its own
-    score: bool = False  # count it
+    score: bool = False  # note its NLL
     train: bool = False  # take an Adam step on each document's mean NLL
     keep: bool = False  # append it to the context
 
@@ -2190,8 +2101,8 @@ def device_is_full() -> bool:
     return 8 * free < total
 
 
-def memory_beside_allocator() -> int:
-    """Bytes of the GPU that are in use, but not by PyTorch's allocator: contexts, kernels, graphs."""
+def memory_beside_tensors() -> int:
+    """Bytes of the GPU that PyTorch's allocator has no part in: contexts, kernels, graphs."""
     free, total = torch.cuda.mem_get_info()
     return total - free - torch.cuda.memory_reserved()
 
@@ -2199,34 +2110,29 @@ def memory_beside_allocator() -> int:
 class DocumentBatch:
     """Documents that advance together, longest first: those that still have chunk c are the first active[c].
 
-    `sums` (1 + figures, B, 3) float64 are NLL, targets and bytes: figure 0 without adaptation, then one per epoch of
-    replay, or one for single_pass. `targets` (2, B, longest) float32 are NLL of targets, rows PLAIN and ADAPTED.
-
-    `kv` (B, layers, 2, kv heads, window + chunk, head_dim) are rotated keys, and values. The chunk in progress owns the
-    last slots; before them token t of the last `window` has slot window - 1 - t % window. With window 4 and chunk 2:
-
-        chunk of tokens 4, 5:   [ 3  2  1  0 | 4  5 ]
-        chunk of tokens 6, 7:   [ 3  2  5  4 | 6  7 ]    (4 and 5 took the places of 0 and 1)
-
-    So the context borders on the chunk while it is shorter than the window, which it fills from the right, and a new
-    token replaces the oldest. Softmax does not ask for their order, and keys are cached rotated."""
+    `nll` (B, targets) float32 is what the present reading of the documents has scored, UNSCORED elsewhere; `epochs` are
+    the documents' sums, (B,) float64, of each reading that adapt() has begun."""
 
     def __init__(self, model, stream, capacity: int, run: Run):
         self.model, self.stream, self.run = model, stream, run
         s = run.s
-        self.deadline = math.inf
-        self.capacity = capacity
         integers = functools.partial(torch.zeros, dtype=torch.int64, device=run.device)
         self.start, self.end = integers(capacity), integers(capacity)
-        self.sums = torch.zeros(1 + s.ttt_figures, capacity, 3, dtype=torch.float64, device=run.device)
         self.adapters = Adapters(capacity, run)
+        room = ceil_div(int(stream.lengths.max()), s.ttt_chunk_size) * s.ttt_chunk_size
+        self.nll = torch.zeros(capacity, room, device=run.device)
+        # Keys, rotated, and values. The chunk in progress owns the last slots; before them token t of the last `window`
+        # has slot window - 1 - t % window. With a window of 4 and chunks of 2:
+        #     chunk of tokens 4, 5:   [ 3  2  1  0 | 4  5 ]
+        #     chunk of tokens 6, 7:   [ 3  2  5  4 | 6  7 ]    4 and 5 took the places of 0 and 1
+        # So a context shorter than the window borders on the chunk, and a new token replaces the oldest. Softmax does
+        # not ask for their order.
         self.window = s.ttt_eval_seq_len - s.ttt_chunk_size
         shape = capacity, s.num_layers, 2, s.num_kv_heads, s.ttt_eval_seq_len, s.model_dim // s.num_heads
         self.kv = torch.zeros(shape, dtype=model.dtype, device=run.device)
-        self.figure = integers(1)  # that scores count for
         self.position = integers(())  # of the chunk's first target
         self.lr = torch.zeros((), device=run.device)
-        self.graphs = {}  # by ChunkStep: None once it has run eagerly, () if it is not to be recorded
+        self.graphs = {}  # by ChunkStep: None once it has run eagerly, False if it cannot be recorded
         self.recording = True  # until that fails
         self.memory_before = 0
         if run.cuda:  # one stream: graphs share memory
@@ -2242,62 +2148,55 @@ class DocumentBatch:
         self.active = [int((chunks > chunk).sum()) for chunk in range(chunks[0] + 1)]
         self.start[: len(documents)] = torch.from_numpy(self.stream.starts[documents])
         self.end[: len(documents)] = torch.from_numpy(self.lengths)
-        self.sums.zero_()
-        room = int(chunks[0]) * self.run.s.ttt_chunk_size
-        self.targets = torch.full((2, len(documents), room), UNSCORED, device=self.run.device)
 
     def score(self):
-        """Without adaptation, whatever the time. Adapters of zeros: compiled code is shared."""
+        """Read without adaptation, whatever the time. Adapters of zeros: compiled code is shared."""
         self.deadline = math.inf
         self.adapters.begin(None)
-        self._read_through(0, cached=True, train=False)
+        self._read_through(cached=True, train=False)
 
     def adapt(self, epochs: int, deadline: float = math.inf, a: np.ndarray | None = None):
-        """Adapt to every document under TTT_PROTOCOL, until the deadline, from its drawn A or those given.
-
-        replay: each of the first `epochs` epochs scores every chunk, then trains on it; only the first is
-        backward-looking (PR #467). single_pass: each chunk is scored once, then trained on TTT_N_EPOCHS times;
-        backward-looking throughout."""
+        """Adapt to every document until the deadline, from its drawn A or those given. replay: each of the first
+        `epochs` epochs scores every chunk, then trains on it (PR #467). single_pass: each chunk is scored once, then
+        trained on TTT_N_EPOCHS times."""
         s = self.run.s
         self.deadline = deadline
         if a is None:
             a = np.stack([draw_lora_a(s, int(document)) for document in self.documents])
         self.adapters.begin(a)
-        turns = [math.pi * epoch / s.ttt_n_epochs for epoch in range(s.ttt_n_epochs)]
-        rates = [s.ttt_lora_lr * 0.5 * (1 + math.cos(turn)) for turn in turns]
+        waves = [math.cos(math.pi * epoch / s.ttt_n_epochs) for epoch in range(s.ttt_n_epochs)]
+        rates = [s.ttt_lora_lr * 0.5 * (1 + wave) for wave in waves]
         cached = s.ttt_context == "cached"
-        if s.ttt_protocol == "replay":
-            self._replay(rates[:epochs], cached)
-        else:
+        self.epochs = []
+        if s.ttt_protocol == "single_pass":
             self._single_pass(rates, cached)
+            return
+        for rate in rates[:epochs]:
+            self.lr.fill_(rate)
+            self._read_through(cached, train=True)
+            self.epochs.append(self._document_sums())
 
-    def target_nll(self, row: int) -> list[np.ndarray]:
-        """Row PLAIN or ADAPTED, (targets,) float32 for each document, UNSCORED where cut off; for NaN +inf."""
-        rows = self.targets[row].cpu().numpy()
-        rows = np.where(np.isnan(rows), np.inf, rows)
+    def target_nll(self) -> list[np.ndarray]:
+        """Of the last reading, (targets,) float32 for each document, UNSCORED where cut off; for NaN +inf."""
+        rows = self.nll[: len(self.lengths)].nan_to_num(math.inf, math.inf, UNSCORED).cpu().numpy()
         return [nll[:length] for nll, length in zip(rows, self.lengths, strict=True)]
 
-    def figure_nll(self) -> np.ndarray:
-        """NLL (1 + figures, B) float64, UNSCORED where not all targets are counted; NaN is +inf. Raises RuntimeError if
-        a figure counts a target twice, or other bytes than the document's."""
-        nll, targets, bytes_ = self.sums[:, : len(self.lengths)].cpu().numpy().transpose(2, 0, 1)
-        whole = targets == self.lengths
-        if (targets > self.lengths).any() or (bytes_ != self.stream.document_bytes[self.documents])[whole].any():
-            raise RuntimeError("a figure does not count each of a document's targets once")
-        return np.where(whole, np.where(np.isnan(nll), np.inf, nll), UNSCORED)
+    def epoch_nll(self) -> np.ndarray:
+        """Sums of each epoch, (epochs, B) float64, UNSCORED where cut off; for NaN +inf."""
+        return torch.stack(self.epochs).nan_to_num(math.inf, math.inf, UNSCORED).cpu().numpy()
 
-    def _replay(self, rates: list[float], cached: bool):
-        for epoch, rate in enumerate(rates, 1):
-            self.lr.fill_(rate)
-            self._read_through(epoch, cached, train=True)
+    def _document_sums(self) -> Tensor:
+        nll = self.nll[: len(self.lengths)]
+        beyond = torch.arange(nll.size(1), device=nll.device) >= self.end[: len(nll), None]
+        return nll.masked_fill(beyond, 0.0).sum(1, dtype=torch.float64)
 
     def _single_pass(self, rates: list[float], cached: bool):
-        self.figure.fill_(1)
+        self.nll.fill_(UNSCORED)
         for chunk, n in enumerate(self.active[:-1]):
             longer = self.active[chunk + 1]  # documents that go on after this chunk
             if self._expired():
                 return
-            self._run_step(chunk, n, cached, ADAPTED, score=True)
+            self._run_step(chunk, n, cached, score=True)
             for rate in rates if longer else ():
                 if self._expired():
                     return
@@ -2306,21 +2205,20 @@ class DocumentBatch:
             if longer and cached:  # under the final adapters
                 self._run_step(chunk, longer, cached, keep=True)
 
-    def _expired(self) -> bool:
-        return time.perf_counter() >= self.deadline
-
-    def _read_through(self, figure: int, cached: bool, train: bool):
-        """Score every chunk for a figure, and train on it or not."""
-        self.figure.fill_(figure)
+    def _read_through(self, cached: bool, train: bool):
+        """Score every chunk, and train on it or not."""
+        self.nll.fill_(UNSCORED)
         for chunk, n in enumerate(self.active[:-1]):
             if self._expired():
                 return
             keep = cached and self.active[chunk + 1] > 0
-            row = figure if figure in (PLAIN, ADAPTED) else None
-            self._run_step(chunk, n, cached, row, score=True, train=train, keep=keep)
+            self._run_step(chunk, n, cached, score=True, train=train, keep=keep)
 
-    def _run_step(self, chunk: int, n: int, cached: bool, row: int | None = None, **asked):
-        """A step on a chunk of the first n documents, whose NLL go into a row of `targets`."""
+    def _expired(self) -> bool:
+        return time.perf_counter() >= self.deadline
+
+    def _run_step(self, chunk: int, n: int, cached: bool, **asked):
+        """A step on a chunk of the first n documents."""
         size = self.run.s.ttt_chunk_size
         first = chunk * size
         width = size if self.run.compile else min(size, int(self.lengths[0]) - first)  # compiled: one width for all
@@ -2329,60 +2227,55 @@ class DocumentBatch:
             width = min(first + width, self.run.s.ttt_eval_seq_len)
             context = None
         self.position.fill_(first)
-        nll = self._launch(ChunkStep(n, width, context, **asked))
-        if row is not None:
-            self.targets[row, :n, first : first + nll.size(1)] = nll
+        self._launch(ChunkStep(n, width, context, **asked))
         self.run.wait_one_behind()
         self.run.tick()
 
-    def _launch(self, step: ChunkStep) -> Tensor:
+    def _launch(self, step: ChunkStep):
         """_step(), by a CUDA graph from the second of a shape on: one launch instead of hundreds."""
-        again = step in self.graphs
-        recorded = self.graphs.setdefault(step)
-        if again and self.run.graphs and recorded is None:
-            recorded = self.graphs[step] = self._record(step)
-        if not self.run.graphs or not recorded:
-            return self._step(step)
-        graph, nll = recorded
-        graph.replay()
-        return nll  # of the graph: the next replay writes there
+        came_before = step in self.graphs
+        graph = self.graphs.setdefault(step)
+        if self.run.graphs and came_before and graph is None:
+            graph = self.graphs[step] = self._record(step)
+        if self.run.graphs and graph:
+            graph.replay()
+        else:
+            self._step(step)
 
-    def _record(self, step: ChunkStep) -> tuple:
-        """A graph of the step, and the NLL that its replay leaves; () if it fails, or if less than an eighth of the
-        device is free for what it takes. Nothing is executed while a graph is recorded, so the state is whole, and the
-        step goes on kernel by kernel."""
+    def _record(self, step: ChunkStep):
+        """A graph of the step; False if recording fails, or if too little of the device is free for what a graph takes.
+        Nothing is executed while a graph is recorded: the state is whole, and the step goes on kernel by kernel."""
         if not any(self.graphs.values()) or device_is_full():
-            torch.cuda.empty_cache()  # the allocator gives back nothing while a graph is recorded
+            torch.cuda.empty_cache()  # while a graph is recorded the allocator gives nothing back
         if not self.recording or device_is_full():
-            return ()
-        self.memory_before = self.memory_before or memory_beside_allocator()
+            return False
+        self.memory_before = self.memory_before or memory_beside_tensors()
         graph = torch.cuda.CUDAGraph()
         self.recorder.wait_stream(torch.cuda.current_stream())
         try:
             with torch.cuda.stream(self.recorder):
                 graph.capture_begin(self.pool, capture_error_mode="thread_local")
                 try:
-                    nll = self._step(step)
+                    self._step(step)
                 except BaseException:
-                    with contextlib.suppress(RuntimeError):  # which says less than what broke it
+                    with contextlib.suppress(RuntimeError):  # what broke it says more
                         graph.capture_end()
                     raise
                 graph.capture_end()
         except RuntimeError as e:
             self.recording = False
-            what = " ".join(str(e).split())[:200]
-            self.run.log(f"note: no more CUDA graphs, other steps are launched kernel by kernel: {step} gave {what}")
-            return ()
-        return graph, nll
+            what = f"{step} gave {type(e).__name__}: {' '.join(str(e).split())[:200]}"
+            self.run.log(f"note: no more CUDA graphs, what is not recorded is launched kernel by kernel: {what}")
+            return False
+        return graph
 
     def account_of_graphs(self) -> dict:
-        """How many shapes of steps there were and were recorded, and what that took of the device besides tensors."""
+        """Shapes that steps had, how many were recorded, and bytes of the device that these take besides tensors."""
         recorded = sum(map(bool, self.graphs.values()))
-        memory = memory_beside_allocator() - self.memory_before if recorded else 0
-        return dict(shapes=len(self.graphs), recorded=recorded, memory=memory)
+        taken = memory_beside_tensors() - self.memory_before if recorded else 0
+        return dict(shapes=len(self.graphs), recorded=recorded, bytes_beside_tensors=taken)
 
-    def _step(self, step: ChunkStep) -> Tensor:
-        """Returns the NLL of the chunk's targets (n, at most TTT_CHUNK_SIZE), of a shorter one padded by others."""
+    def _step(self, step: ChunkStep):
         n, width, context, score, train, keep = step
         size = self.run.s.ttt_chunk_size
         leaf, loras = self.adapters.layers(n)
@@ -2395,17 +2288,15 @@ class DocumentBatch:
         windows = self.start[:n] + begin, end - begin, self.position - begin
         nll, sums = score_windows(self.model, self.stream, windows, width, loras, past)
         if score:
-            self.sums[:, :n].index_add_(0, self.figure, sums[None])
+            # Each window's chunk begins at another column; beyond a document's end there is nothing to read.
+            column = torch.arange(min(size, width), device=nll.device)
+            chunk = nll.detach().gather(1, (windows[2][:, None] + column).clamp_max(width - 1))
+            self.nll[:n].index_copy_(1, self.position + column, chunk)
         if train:
             loss = (nll.sum(1) / sums[:, 1].float()).sum()  # each gets its own gradient
             self.adapters.step(torch.autograd.grad(loss, leaf)[0], self.lr)
         if keep:
             self._push(n, width)
-        nll = nll.detach()
-        if context is None:  # each window's chunk is at another column
-            column = torch.arange(min(size, width), device=nll.device)
-            nll = nll.gather(1, (windows[2][:, None] + column).clamp_max(width - 1))
-        return nll
 
     def _push(self, n: int, width: int):
         """The chunk's last tokens become context."""
@@ -2443,21 +2334,21 @@ def training_steps(s) -> float:
 
 
 def predict(batches: list[np.ndarray], stream, run: Run):
-    """Log the seconds of an evaluation by the preflight's pace, were ranks equally busy."""
-    first_again = run.s.ttt_protocol == "replay"
-    steps = 1 / 3 + training_steps(run.s) + first_again  # without adaptation, and the rest
+    """Log the evaluation's seconds by the preflight's pace, were all ranks equally busy."""
+    # Besides, there is the reading without adaptation, and replay's first epoch is run twice.
+    steps = training_steps(run.s) + 1 / 3 + (run.s.ttt_protocol == "replay")
     costs = [batch_cost(stream.lengths[documents], run.s, STEP_FLOOR[run.device.type]) for documents in batches]
-    seconds = {name: steps * sum(costs) / run.ranks.world * pace for name, pace in run.pace.items()}
+    seconds = {name: pace * steps * sum(costs) / run.ranks.world for name, pace in run.pace.items()}
     run.log(f"predicted seconds of the evaluation: {pairs(seconds)}")
 
 
 class Scores:
     """NLL in nats, UNSCORED where none is known: of every target, `targets` (2, N-1) float32, rows PLAIN and ADAPTED;
-    and of every document for replay's epochs, `epochs` (E, documents) float64 (E = 0 where one epoch is all).
+    of every document for replay's epochs, `epochs` (E, documents) float64 (E = 0 where one epoch is all).
 
     Each rank appends what it has scored to a file of its own: pairs of arrays, rows of (figure, document, count) and
-    their numbers; figure 1 + e is epoch e. A process may end at any moment: a last pair that is cut off costs only what
-    it held. Of two numbers for one thing the worse counts, so what ranks and sessions know merges in any order."""
+    their numbers; figure 1 + e is epoch e. Of two numbers for one thing the worse counts, so what ranks and sessions
+    know merges in any order."""
 
     def __init__(self, tag: str, stream, run: Run):
         self.run, self.stream = run, stream
@@ -2465,28 +2356,28 @@ class Scores:
         self.targets = np.full((2, stream.target_count), UNSCORED, np.float32)
         self.epochs = np.full((epochs, len(stream.lengths)), UNSCORED)
         self.pattern = f"scores_{tag}_*.bin"
-        for path in sorted(run.folder.glob(self.pattern)) if run.s.resume else ():
-            with contextlib.suppress(ValueError, EOFError, OSError, IndexError):  # cut off or damaged
-                self._read(path)
+        whole = {path: self._read(path) for path in run.folder.glob(self.pattern) if run.s.resume}
         self.merge()
         self.path = run.folder / f"scores_{tag}_{run.ranks.rank}.bin"
-        try:
-            self.file = open(self.path, "ab" if run.s.resume else "wb")  # noqa: SIM115 - open to the end
-        except OSError as e:
-            raise UserError(system_says(e)) from e
+        self.file = open(self.path, "ab")  # noqa: SIM115 - open to the end
+        self.file.truncate(whole.get(self.path, 0))  # else what comes next would be taken for the rest of a pair
 
-    def _read(self, path: Path):
-        with open(path, "rb") as f:
+    def _read(self, path: Path) -> int:
+        """Returns the bytes up to where a file is cut off, by a process that ended, or damaged."""
+        whole = 0
+        with contextlib.suppress(ValueError, EOFError, OSError, IndexError, TypeError), open(path, "rb") as f:
             while f.peek(1):
                 rows, numbers = np.load(f), np.load(f)
                 parts = np.split(numbers, np.cumsum(rows[:, 2])[:-1])
                 for (figure, document, count), nll in zip(rows.tolist(), parts, strict=True):
                     if len(nll) == count:
                         self._note(figure, document, nll)
+                whole = f.tell()
+        return whole
 
     def _note(self, figure: int, document: int, nll: np.ndarray):
+        start = self.stream.starts[document]
         if figure in (PLAIN, ADAPTED):
-            start = self.stream.starts[document]
             known = self.targets[figure, start : start + len(nll)]
         else:
             known = self.epochs[figure - 2, document : document + 1]
@@ -2494,9 +2385,9 @@ class Scores:
 
     def add(self, figure: int, documents: np.ndarray, nll: list[np.ndarray]):
         """Keep one array of NLL for each document. Raises UserError if the disk takes no more."""
+        rows = [(figure, document, len(numbers)) for document, numbers in zip(documents, nll, strict=True)]
         for document, numbers in zip(documents, nll, strict=True):
             self._note(figure, document, numbers)
-        rows = [(figure, document, len(numbers)) for document, numbers in zip(documents, nll, strict=True)]
         try:
             np.save(self.file, np.array(rows))
             np.save(self.file, np.concatenate(nll))
@@ -2504,14 +2395,10 @@ class Scores:
         except OSError as e:
             raise UserError(system_says(e, self.path)) from e
 
-    def missing(self, row: int) -> np.ndarray:
-        """Which documents lack a target in a row of `targets`, (documents,) bool."""
-        return np.logical_or.reduceat(self.targets[row] == UNSCORED, self.stream.starts)
-
     def of_documents(self, nll: np.ndarray) -> np.ndarray:
         """Sums of targets' NLL (N-1,) by document, (documents,) float64; UNSCORED where one is missing."""
-        sums = np.add.reduceat(nll, self.stream.starts, dtype=np.float64)
-        return np.where(np.logical_or.reduceat(nll == UNSCORED, self.stream.starts), UNSCORED, sums)
+        missing = np.logical_or.reduceat(nll == UNSCORED, self.stream.starts)
+        return np.where(missing, UNSCORED, np.add.reduceat(nll, self.stream.starts, dtype=np.float64))
 
     def merge(self):
         """Give every rank what any rank has."""
@@ -2530,12 +2417,13 @@ class Scores:
 
 def score_documents(model, stream, scores: Scores, deadline: float, run: Run) -> dict[str, float]:
     """Every document without adaptation, whatever the time; then what is the score; then replay's epochs, the first one
-    again. A rank takes the costliest batch that is left. Returns this rank's seconds of each pass."""
+    again. Returns this rank's seconds of each pass."""
     batches = batch_documents(stream.lengths, run)
     if run.pace:
         predict(batches, stream, run)
     batch = DocumentBatch(model, stream, max(map(len, batches)), run)
-    missing = dict(no_adaptation=scores.missing(PLAIN), score=scores.missing(ADAPTED))
+    known = [scores.of_documents(row) for row in scores.targets]
+    missing = dict(no_adaptation=known[PLAIN] == UNSCORED, score=known[ADAPTED] == UNSCORED)
     if len(scores.epochs):
         missing["replay"] = (scores.epochs == UNSCORED).any(0)
     seconds = {}
@@ -2553,7 +2441,7 @@ def score_documents(model, stream, scores: Scores, deadline: float, run: Run) ->
             run.log(f"{label}: batch {number} of {len(todo)} after {spent:.0f}s, about {left:.0f}s left")
         seconds[label] = time.perf_counter() - began
     if run.cuda:
-        run.log(f"graphs {pairs(batch.account_of_graphs())}")
+        run.log(f"CUDA graphs {pairs(batch.account_of_graphs())}")
     scores.merge()
     return seconds
 
@@ -2562,19 +2450,27 @@ def score_batch(label: str, batch: DocumentBatch, scores: Scores, deadline: floa
     """One pass over a loaded batch, whose NLL go into the table."""
     if label == "no_adaptation":
         batch.score()
-        scores.add(PLAIN, batch.documents, batch.target_nll(PLAIN))
+        scores.add(PLAIN, batch.documents, batch.target_nll())
     elif label == "score":
         batch.adapt(1, deadline)
-        scores.add(ADAPTED, batch.documents, batch.target_nll(ADAPTED))
+        scores.add(ADAPTED, batch.documents, batch.target_nll())
     else:
         batch.adapt(batch.run.s.ttt_n_epochs, deadline)
-        for epoch, nll in enumerate(batch.figure_nll()[1:], 1):
+        for epoch, nll in enumerate(batch.epoch_nll(), 1):
             scores.add(1 + epoch, batch.documents, list(nll[:, None]))
 
 
-def mixture(
-    plain: np.ndarray, adapted: np.ndarray, starts: np.ndarray, lengths: np.ndarray, share: float
-) -> np.ndarray:
+def mix(plain: np.ndarray, adapted: np.ndarray, weight: np.ndarray, share: float) -> tuple[np.ndarray, np.ndarray]:
+    """NLL float64 of a mixture of two predictions with their NLL, `weight` of the first, and its next weight."""
+    p0, p1 = plain.astype(np.float64), adapted.astype(np.float64)
+    least = np.minimum(p0, p1)  # taken out, for what float64 cannot hold
+    p0, p1 = np.exp(least - p0), np.exp(least - p1)
+    weighted = weight * p0
+    p = weighted + (1 - weight) * p1
+    return least - np.log(p), (1 - share) * weighted / p + share / 2
+
+
+def mixture(plain: np.ndarray, adapted: np.ndarray, starts, lengths, share: float) -> np.ndarray:
     """NLL (N,) float64 of a fixed-share mixture of two predictions, from the NLL (N,) that each gives to the targets of
     documents that start at `starts` and have `lengths` targets (Herbster & Warmuth, Machine Learning 1998).
 
@@ -2587,13 +2483,7 @@ def mixture(
     mixed = np.empty(len(plain))
     for t, n in enumerate(longer):
         at = starts[:n] + t
-        p0, p1 = plain[at].astype(np.float64), adapted[at].astype(np.float64)
-        least = np.minimum(p0, p1)  # taken out, for what float64 cannot hold
-        p0, p1 = np.exp(least - p0), np.exp(least - p1)
-        weighted = weight[:n] * p0
-        p = weighted + (1 - weight[:n]) * p1
-        mixed[at] = least - np.log(p)
-        weight[:n] = (1 - share) * weighted / p + share / 2
+        mixed[at], weight[:n] = mix(plain[at], adapted[at], weight[:n], share)
     return mixed
 
 
@@ -2615,7 +2505,7 @@ def by_position(nll: dict[str, np.ndarray], stream) -> dict[str, np.ndarray]:
 
 
 def report_documents(scores: Scores, seconds: dict[str, float], began: float, run: Run) -> tuple[dict, Score]:
-    """Figures and the Score from the merged table: logged, and kept by document and by position. On the first rank."""
+    """Figures and the Score from the merged table; keeps NLL by document and by position. On the first rank."""
     s, stream = run.s, scores.stream
     plain, adapted = scores.targets
     nll = np.stack([scores.of_documents(plain), scores.of_documents(adapted), *scores.epochs[1:]])
@@ -2637,42 +2527,42 @@ def report_documents(scores: Scores, seconds: dict[str, float], began: float, ru
         account["epoch_1_again"] = float(np.abs(scores.epochs[0] - nll[1])[again].max(initial=0.0))
     run.write("ttt_documents.npz", npz(arrays))
     run.write("ttt_positions.npz", npz(by_position(targets, stream)))
-    return label_figures(nll, lacking, arrays.get("nll_mixture"), account, stream, run)
+    return label_figures(nll, lacking.sum(1).tolist(), arrays.get("nll_mixture"), account, stream, run)
 
 
-def label_figures(nll, lacking, mixed, account: dict, stream, run: Run) -> tuple[dict, Score]:
-    """Log every figure, labelled for what it is; result.json's account of them, and the Score. `nll` and `lacking` are
-    (1 + figures, documents), `mixed` (documents,) or None."""
+def label_figures(nll, lacking: list[int], mixed, account: dict, stream, run: Run) -> tuple[dict, Score]:
+    """Log every figure for what it is; result.json's account, and the Score. `nll` (1 + figures, documents), `mixed`
+    (documents,) or None; `lacking` counts the documents that a figure lacks."""
     s = run.s
-    counts = stream.target_count, stream.byte_count
-    plain, *scores = (Score(float(row.sum()), *counts) for row in nll)
-    first, last = scores[0], scores[-1]
-    passes = account["passes"]
+    seconds = account["passes"]
+    plain, *scores = (Score(float(row.sum()), stream.target_count, stream.byte_count) for row in nll)
+    figures = account | dict(curve=[], score="backward_looking")
+    figures["no_adaptation"] = plain.figure("no_adaptation", "cached", seconds["no_adaptation"])
     run.log(f"no_adaptation {plain}")
-    curve = []
     for epoch, score in enumerate(scores, 1):
-        reading = dict(backward_looking=epoch == 1, lacking=int(lacking[epoch].sum()), epoch=epoch)
+        reading = dict(backward_looking=epoch == 1, epoch=epoch, lacking=lacking[epoch])
         reading["not_finite"] = int((~np.isfinite(nll[epoch])).sum())
-        seconds = passes["score" if epoch == 1 else "replay"]
-        curve.append(score.figure(f"ttt_{s.ttt_protocol}", s.ttt_context, seconds, **reading))
+        took = seconds["score" if epoch == 1 else "replay"]
+        figures["curve"].append(score.figure(f"ttt_{s.ttt_protocol}", s.ttt_context, took, **reading))
         if s.ttt_protocol == "replay":
             told = epoch in (1, len(scores)) or epoch % 10 == 0
             run.log(f"ttt_epoch:{epoch}/{s.ttt_n_epochs} {score}", console=told)
+    first, last = scores[0], scores[-1]
+    figures |= dict(backward_looking=figures["curve"][0], last_epoch=figures["curve"][-1])
     if epoch > 1:
         run.log(f"note: only epoch 1 is backward-looking, a valid score; {epoch} has seen its text {epoch - 1} times")
-    figures = account | dict(no_adaptation=plain.figure("no_adaptation", "cached", passes["no_adaptation"]))
-    figures |= dict(backward_looking=curve[0], last_epoch=curve[-1], curve=curve, score="backward_looking")
     score = first
     if mixed is not None:
-        score = Score(float(mixed.sum()), *counts)
-        run.log(f"mixture {score} no_adaptation:{plain.bpb:.8f} {s.ttt_protocol}:{first.bpb:.8f}")
-        reading = dict(lacking=curve[0]["lacking"], share=s.ttt_mixture_share)
-        figures["mixture"] = score.figure("mixture", s.ttt_context, curve[0]["seconds"], **reading)
+        score = Score(float(mixed.sum()), stream.target_count, stream.byte_count)
+        reading = dict(lacking=lacking[1], share=s.ttt_mixture_share)
+        figures["mixture"] = score.figure("mixture", s.ttt_context, seconds["score"], **reading)
         figures["score"] = "mixture"
-    lacks = curve[0]["lacking"], curve[-1]["lacking"]
-    run.log(f"ttt {pairs(account)} first_lacks:{lacks[0]} last_lacks:{lacks[1]}")
-    if any(lacks):
-        what = f"{lacks[0]} documents lack the score and {lacks[1]} the last epoch, and count without adaptation there"
+        run.log(f"mixture {score} no_adaptation:{plain.bpb:.8f} {s.ttt_protocol}:{first.bpb:.8f}")
+    run.log(f"ttt {pairs(account)} first_lacks:{lacking[1]} last_lacks:{lacking[-1]}")
+    if lacking[-1]:
+        what = (
+            f"{lacking[1]} documents lack the score, {lacking[-1]} the last epoch, and count without adaptation there"
+        )
         run.log(f"note: EVAL_MAX_SECONDS={s.eval_max_seconds:g} ran out: {what}; raise it, or 0 for no limit")
     bpb = f"backward_looking_val_bpb:{first.bpb:.8f} last_epoch_val_bpb:{last.bpb:.8f}"
     run.log(f"final_ttt_exact protocol:{s.ttt_protocol} context:{s.ttt_context} {bpb}")
@@ -2680,8 +2570,8 @@ def label_figures(nll, lacking, mixed, account: dict, stream, run: Run) -> tuple
 
 
 def evaluate_documents(model, stream, run: Run, tag: str, began: float) -> tuple[dict, Score, Scores]:
-    """Figures, the score, and the table behind them. What a document lacks EVAL_MAX_SECONDS after `began`, the
-    artifact's load, is its NLL without adaptation."""
+    """Figures, the score, and the table behind them. What a document lacks EVAL_MAX_SECONDS after `began` is its NLL
+    without adaptation."""
     scores = Scores(tag, stream, run)
     limit = run.s.eval_max_seconds
     margin = min(2.0 + 3e-7 * stream.target_count, 0.1 * limit)  # for merging, the mixture and the report
@@ -2696,7 +2586,7 @@ def evaluate_documents(model, stream, run: Run, tag: str, began: float) -> tuple
 
 
 class Weights(NamedTuple):
-    """What a file says: settings (an artifact's header fixes the model), float32 state dict, the file's SHA-256."""
+    """Settings (an artifact's header fixes the model), float32 state dict, and the file's SHA-256."""
 
     settings: Settings
     state: dict[str, Tensor]
@@ -2715,8 +2605,7 @@ def read_weights(path: Path, run: Run) -> Weights:
             if not all(tensor.isfinite().all() for tensor in state.values()):
                 raise ValueError("not finite")
         except Exception as e:  # damage makes it raise many kinds
-            what = f"EVAL_ONLY={path} is no state dict of finite weights ({type(e).__name__})"
-            raise UserError(f"{what} — name a run's .ptz or .pt") from e
+            raise UserError(f"{path} is no state dict of finite weights — name a run's .ptz or .pt") from e
         return Weights(s, state, digest)
     theirs, state = unpack(blob, str(path))
     for name, value in theirs.of(ModelSettings).items():
@@ -2752,8 +2641,7 @@ def load_weights(model: GPT, state: dict[str, Tensor], origin: str, run: Run):
 
 
 def make_artifact(trainer: Trainer, hessians: dict[str, Tensor], stream, run: Run) -> dict:
-    """Export, and what quantisation costs: the standard bpb of the float weights and of the artifact's, which the
-    trainer's model keeps. Returns the account."""
+    """Export, and what quantisation costs: the standard bpb of both weights. The trainer keeps the artifact's."""
     account = run.ranks.from_first(export, trainer.state_dict(), hessians, run)
     if trainer.unsaved:  # now that what is small and matters is safe
         raise UserError(trainer.unsaved)
@@ -2775,8 +2663,8 @@ def evaluation_tag(weights: str, stream, run: Run) -> str:
 
 
 def score_file(model: GPT, stream, run: Run, **known) -> Score:
-    """Load the artifact, or EVAL_ONLY's weights, from the file; evaluate and report. What is `known` of the run before
-    goes into result.json. Raises UserError, once it is written, for a score that is not finite."""
+    """Load the file, evaluate it and report; result.json takes what else is `known`. Raises UserError, once that is
+    written, for a score that is not finite."""
     s = run.s
     # Killed sessions took a little longer than they could say.
     earlier = [row["seconds"] for row in run.sessions if row["stage"] == "evaluation"]
@@ -2805,16 +2693,15 @@ def score_file(model: GPT, stream, run: Run, **known) -> Score:
     run.ranks.from_first(run.write, "result.json", json.dumps(result, indent=1).encode())
     if scores:
         scores.remove()
-    if math.isfinite(score.nll):
-        run.ranks.from_first(summarise, result, run)
-    else:
-        raise UserError(f"the score is {score.nll} — lower the learning rates, raise ADAM_EPS, or score other weights")
+    if not math.isfinite(score.nll):
+        raise UserError(f"the score is {score.nll} — lower the learning rates, or score other weights")
+    run.ranks.from_first(summarise, result, run)
     return score
 
 
 def preflight(trainer: Trainer | None, model: GPT, run: Run) -> dict[str, float]:
-    """Every stage to come once, untrained and short, before it counts and outside both budgets: a run in a temporary
-    folder, without a log. Returns the seconds of each stage."""
+    """Every stage to come once, untrained and short, outside both budgets: a run in a temporary folder, without a log.
+    Returns the seconds of each."""
     s = run.s
     seconds = {}
     began = time.perf_counter()
@@ -2848,8 +2735,8 @@ def preflight(trainer: Trainer | None, model: GPT, run: Run) -> dict[str, float]
         done("evaluation")
     run.log("preflight " + " ".join(f"{name}:{value:.1f}s" for name, value in seconds.items()))
     if run.cuda:
-        free, total = (f"{count / 2**30:.1f}GiB" for count in torch.cuda.mem_get_info())
-        run.log(f"memory free:{free} of:{total} kept by the allocator:{torch.cuda.memory_reserved() / 2**30:.1f}GiB")
+        sizes = *torch.cuda.mem_get_info(), torch.cuda.memory_reserved()
+        run.log("memory free:{:.1f} of {:.1f} GiB, kept by the allocator:{:.1f}".format(*(x / 2**30 for x in sizes)))
     if run.rehearsed:
         run.log(f"CUDA graphs against eager steps: {pairs(run.rehearsed)} (accepted: nll 0.001, movement 0.1)")
         if not run.graphs:
@@ -2858,21 +2745,21 @@ def preflight(trainer: Trainer | None, model: GPT, run: Run) -> dict[str, float]
 
 
 class Rehearsal(NamedTuple):
-    """What adaptation to synthetic documents gave: NLL (1 + figures, B), the adapters' movement (B, n), seconds."""
+    """What adaptation to synthetic documents gave: NLL, the adapters' movement (B, n), seconds."""
 
     nll: np.ndarray
     movement: Tensor
     seconds: float
 
     def differs(self, other: "Rehearsal") -> tuple[float, float]:
-        """Largest relative difference of an NLL, and the relative difference of the movements."""
+        """The largest relative difference of an NLL, and the relative difference of the movements."""
         nll = np.abs(other.nll - self.nll) / np.abs(self.nll)
         movement = (other.movement - self.movement).norm() / self.movement.norm()
         return float(nll.max()), movement.item()
 
 
 def rehearse_batch(batch: DocumentBatch, a: np.ndarray, graphs: bool) -> Rehearsal:
-    """Score and adapt to all documents of the batch's stream, launched kernel by kernel or by graphs."""
+    """Score and adapt to all documents of the batch's stream, by graphs or kernel by kernel."""
     run = batch.run
     run.graphs = graphs
     batch.load(np.arange(len(a)))
@@ -2884,12 +2771,13 @@ def rehearse_batch(batch: DocumentBatch, a: np.ndarray, graphs: bool) -> Rehears
     seconds = time.perf_counter() - began
     end = batch.adapters.flat.clone()
     batch.adapters.begin(a)
-    return Rehearsal(batch.figure_nll(), end - batch.adapters.flat, seconds)
+    nll = batch.epoch_nll() if batch.epochs else np.concatenate(batch.target_nll())
+    return Rehearsal(nll, end - batch.adapters.flat, seconds)
 
 
 def rehearse_adaptation(model: GPT, run: Run) -> bool:
     """Compile every shape: a single document, and some that end one after another. Returns whether CUDA graphs of both
-    compute what was recorded, scores and movement; of the latter documents, `rehearsed` says how nearly, beside what an
+    compute what was recorded, scores and movement. Of the latter documents `rehearsed` says how nearly, beside what an
     eager repeat does (flash's backward adds in any order), and `pace` how fast. Weights are random: a fresh model's
     leave LoRA without gradient."""
     s, device = run.s, run.device.type
@@ -2925,6 +2813,10 @@ def describe(trainer: Trainer | None, stream, run: Run):
         run.log(f"devices of the ranks: {', '.join(run.devices)}")
     if run.no_gpu:
         run.log(f"on the CPU: {run.no_gpu}")
+    elif run.attention == "plain":
+        run.log(
+            "note: no flash attention for this GPU, dtype and head width; it is written out, slower and in more memory"
+        )
     run.log(f"validation documents:{len(stream.lengths)} targets:{stream.target_count} bytes:{stream.byte_count}")
     if trainer:
         run.log(f"model parameters:{sum(p.numel() for p in trainer.model.parameters())}")
@@ -2933,22 +2825,12 @@ def describe(trainer: Trainer | None, stream, run: Run):
 
 
 def settings_beside(weights: str) -> dict:
-    """What the run whose weights EVAL_ONLY names had for data, tokenizer and evaluation, as variables: the values where
-    the environment is silent. Empty where its result.json is not beside them."""
+    """Data, tokenizer and evaluation settings, as variables, of the run whose weights EVAL_ONLY names, for where the
+    environment is silent; nothing where its result.json is not beside them."""
     with contextlib.suppress(OSError, ValueError, KeyError, AttributeError):
         result = json.loads(Path(weights).with_name("result.json").read_bytes())
-        prefixes = (
-            "data_path",
-            "tokenizer_path",
-            "train_seq_len",
-            "eval_s",
-            "eval_b",
-            "eval_m",
-            "val_d",
-            "val_b",
-            "ttt_",
-        )
-        kept = {name: value for name, value in result["settings"].items() if name.startswith(prefixes)}
+        kinds = ("data_path", "tokenizer_path", "train_seq_len", "eval_s", "eval_b", "eval_m", "val_", "ttt_")
+        kept = {name: value for name, value in result["settings"].items() if name.startswith(kinds)}
         values = {name.upper(): str(int(v) if isinstance(v, bool) else v) for name, v in kept.items()}
         return dict(settings=values, tokenizer=result["data"]["tokenizer"])
     return {}
@@ -2957,30 +2839,29 @@ def settings_beside(weights: str) -> dict:
 def summarise(result: dict, run: Run):
     """The outcome, in a few lines of plain words."""
     figures = result["evaluation"]
-    score = figures.get(figures.get("score", "sliding"))
+    score = figures[figures.get("score", "sliding")]
     kind = "artifact" if result["quantised"] else "unquantised weights"
-    lines = [f"score of the {kind}: {score['val_bpb']:.4f} bits per byte ({score['protocol']}, backward-looking)"]
+    run.log(f"score of the {kind}: {score['val_bpb']:.4f} bits per byte ({score['protocol']}, backward-looking)")
     if "curve" in figures:
         plain, last = figures["no_adaptation"]["val_bpb"], figures["last_epoch"]
-        lines.append(f"without adaptation {plain:.4f}: adaptation gains {plain - score['val_bpb']:.4f}")
+        run.log(f"without adaptation {plain:.4f}: adaptation gains {plain - score['val_bpb']:.4f}")
         if last["val_bpb"] and not last["backward_looking"]:
-            lines.append(f"epoch {last['epoch']}: {last['val_bpb']:.4f}, no score: it has trained on what it predicts")
+            run.log(f"epoch {last['epoch']}: {last['val_bpb']:.4f}, no score: it has trained on what it predicts")
     if result.get("artifact"):
-        lines.append("artifact and code: {total_bytes:,} of {max_bytes:,} bytes".format(**result["artifact"]))
-    training = result.get("training") and f"training {result['training']['seconds']:.0f}s, "
-    lines.append(f"seconds: {training or ''}evaluation {figures['seconds']:.0f}s; all figures are in {run.folder}")
-    lines.append(f"next: python data/audit.py {run.folder}; python data/plot.py {run.folder}")
-    for line in (*lines, *misspelt(os.environ)):
+        run.log("artifact and code: {total_bytes:,} of {max_bytes:,} bytes".format(**result["artifact"]))
+        run.log(f"training took {result['training']['seconds']:.0f}s of MAX_WALLCLOCK_SECONDS")
+    run.log(f"evaluation took {figures['seconds']:.0f}s; all figures are in {run.folder}")
+    run.log(f"next: python data/audit.py {run.folder}; python data/plot.py {run.folder}")
+    for line in misspelt(os.environ):
         run.log(line)
 
 
 def agree_on_start(run: Run):
-    """Raises UserError unless all ranks have one source, one set of settings but paths, versions and kind of device."""
+    """Raises UserError unless all ranks have one source, settings (but paths), versions and kind of device."""
     own = {"data_path", "tokenizer_path", "output_dir", "eval_only", "run_id"}  # of each rank's machine
     settings = {name.upper(): value for name, value in asdict(run.s).items() if name not in own}
     shared = {name: value for name, value in environment(run).items() if name not in ("device", "threads")}
-    kind = dict(EVAL_ONLY="a file" if run.s.eval_only else "none")
-    run.ranks.agree(dict(source=SOURCE_SHA256) | shared | kind | settings)
+    run.ranks.agree(dict(source=SOURCE_SHA256, EVAL_ONLY=bool(run.s.eval_only)) | shared | settings)
     run.devices = run.ranks.gather(environment(run)["device"])
 
 
@@ -3008,7 +2889,9 @@ def main(ranks: Ranks) -> int:
         run = run.using(**weights.settings.of(ModelSettings))
     stream = load_validation(run)
     shards = [] if run.s.eval_only else open_shards("train", run)
-    data = dict(validation=stream.fingerprint, tokenizer=stream.tokenizer, train=shards and fingerprint(shards))
+    data = dict(validation=stream.fingerprint, tokenizer=stream.tokenizer, train=None)
+    if shards:
+        data["train"] = fingerprint(shards)
     ranks.agree({f"data of {name}": value for name, value in data.items()})
     if kept.get("tokenizer", stream.tokenizer) != stream.tokenizer:
         what = f"TOKENIZER_PATH={run.s.tokenizer_path} is not the tokenizer of the training of {run.s.eval_only}"
@@ -3047,9 +2930,9 @@ def entry() -> int:
     except OSError as e:
         return ranks.end(2, f"error: {system_says(e)}")
     except Interrupted as e:
-        kept = ranks.how_to_go_on
-        return ranks.end(e.code, f"{e.line} — {kept and 'go on with: '}{kept or 'nothing had begun'}" if e.line else "")
+        return ranks.end(e.code, e.line)
     except RuntimeError as e:
+        ranks.unwinding = True
         broken = ranks.world > 1 and re.search("gloo|nccl|connection", str(e), re.I)
         if broken:
             time.sleep(2)  # the rank that broke a collective says why

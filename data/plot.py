@@ -8,6 +8,7 @@ import argparse
 import io
 import math
 import re
+import textwrap
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -176,7 +177,7 @@ def named(runs: list[Run], run: Run) -> str:
 
 def late(documents: int) -> str:
     """What a figure says of documents that the deadline kept from it: each counts as before adaptation, or its last."""
-    return f", but time ran out for {documents:,} documents" if documents else ""
+    return f"\n(time ran out for {documents:,} documents)" if documents else ""
 
 
 def draw_ttt(ax: Any, runs: list[Run]) -> None:
@@ -282,7 +283,7 @@ def notes(runs: list[Run], wanted: list[str]) -> list[str]:
             what = (
                 f"no panel {name}: " if len(without) == len(runs) else f"panel {name} is without {', '.join(without)}: "
             )
-            lines.append(what + f"no {NEEDED[name]}")
+            lines.append(f"{what}it takes {NEEDED[name]}")
     for run in runs:
         if any(run.lacks):
             first, last = run.lacks
@@ -310,7 +311,7 @@ def draw(runs: list[Run], wanted: list[str]) -> Any:
         PANELS[name][1](ax, runs)
     late = [line for line in notes(runs, []) if any(name in ("bpb", "ttt") for name in names)]
     if late:
-        figure.supxlabel("\n".join(late), color=WARNING, size="small")
+        figure.supxlabel("\n".join(textwrap.fill(line, 110) for line in late), color=WARNING, size="small")
     if len(runs) > 1 and names[0] not in ("ttt", "position"):  # their own legends name the runs
         samples = [Line2D([], [], color=run.colour, lw=3) for run in runs]
         figure.legend(samples, [run.label for run in runs], loc="outside upper left", ncols=3)
@@ -334,7 +335,8 @@ def main(parser: argparse.ArgumentParser) -> None:
             figure.savefig(content, format=suffix[1:], metadata=metadata)
             write_atomic(path, content.getvalue())
             print(f"wrote {path}")
-    print(*notes(runs, options.what), sep="\n", end="")
+    for line in notes(runs, options.what):
+        print(line)
 
 
 if __name__ == "__main__":

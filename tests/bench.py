@@ -74,8 +74,10 @@ def main() -> None:
         torch.manual_seed(run.s.seed)
         work = dict(train=bench_train, ttt=bench_ttt, predict=bench_predict, pack=bench_pack, curve=bench_curve)
         (work | dict(export=bench_export))[args.work](run, args)
-    except (t.UserError, OSError) as e:
-        sys.exit(f"error: {t.user_line(e)}")
+    except t.UserError as e:
+        sys.exit(f"error: {e}")
+    except OSError as e:
+        sys.exit(f"error: {t.system_says(e)}")
 
 
 # ---- Measuring
@@ -85,10 +87,10 @@ def seconds_of(run: t.Run, work, repeats: int) -> float:
     """Median wall seconds of `work()`, the device idle before and after, one warm-up not counted (0: itself)."""
     times = []
     for _ in range(repeats + 1):
-        run.synchronize()
+        run.wait()
         began = time.perf_counter()
         work()
-        run.synchronize()
+        run.wait()
         times.append(time.perf_counter() - began)
     return statistics.median(times[1:] or times)
 
@@ -100,7 +102,7 @@ def show_profile(run: t.Run, work) -> None:
     activities = [ProfilerActivity.CPU, ProfilerActivity.CUDA] if run.cuda else [ProfilerActivity.CPU]
     with profile(activities=activities) as table:
         work()
-        run.synchronize()
+        run.wait()
     own = "self_device_time_total" if run.cuda else "self_cpu_time_total"
     rows = sorted(table.key_averages(), key=lambda row: -getattr(row, own))
     total = sum(getattr(row, own) for row in rows)
@@ -145,7 +147,7 @@ def bench_train(run: t.Run, args) -> None:
     """One rank's micro-batch of the largest size: forward, backward, and the whole optimiser step."""
     s = run.s
     ceiling = ceilings(run)
-    model = t.GPT(s, run.dtype).to(run.device)
+    model = t.GPT(s, run.dtype, run.attention).to(run.device)
     optimizer = t.Optimizer(model, run)
     forward = run.compiled(model, dynamic=False)
     rows = max(1, min(s.micro_batch_tokens, s.train_batch_tokens) // s.train_seq_len)
@@ -195,7 +197,7 @@ def bench_curve(run: t.Run, args) -> None:
 def curve(run: t.Run, loader: t.BatchLoader, seed: int, plain: bool = False) -> np.ndarray:
     """Training loss of each step, (ITERATIONS,)."""
     torch.manual_seed(seed)
-    model = t.GPT(run.s, run.dtype).to(run.device)
+    model = t.GPT(run.s, run.dtype, run.attention).to(run.device)
     forward = model if plain else run.compiled(model, dynamic=False)
     optimizer = Loop(model, run.s) if plain else t.Optimizer(model, run)
     losses = []
@@ -230,12 +232,14 @@ def bench_ttt(run: t.Run, args) -> None:
     run = run.using(ttt_protocol="replay", ttt_n_epochs=args.epochs)
     ceiling = ceilings(run)
     model = t.scoring_model(run)
-    t.load_weights(model, t.GPT(run.s).state_dict(), "a fresh model")
+    t.load_weights(model, t.GPT(run.s).state_dict(), "a fresh model", run)
     stream = sample_stream(run, args.shard, run.device)
     batches = t.batch_documents(stream.lengths, run)
 
     def adapt(documents, run=run):
-        t.DocumentBatch(model, stream, documents, run).adapt()
+        batch = t.DocumentBatch(model, stream, len(documents), run)
+        batch.load(documents)
+        batch.adapt(run.s.ttt_n_epochs)
 
     def measure(documents, run=run):
         lengths = stream.lengths[documents]
@@ -343,12 +347,13 @@ def time_steps(model: t.GPT, run: t.Run, repeats: int) -> StepSeconds:
     found = {}
     for name, documents in (("one", 1), ("batch", size)):
         stream = t.synthetic_stream([(last + 1) * s.ttt_chunk_size] * documents, run)
-        batch = t.DocumentBatch(model, stream, np.arange(documents), run)
-        batch.plain()  # fills the cache
+        batch = t.DocumentBatch(model, stream, documents, run)
+        batch.load(np.arange(documents))
+        batch.score()  # fills the cache
         for suffix, chunk in (("", 0), ("_full", last)):
 
             def step(batch=batch, chunk=chunk, documents=documents, train=True):
-                batch.visit(chunk, documents, True, score=True, train=train)
+                batch._run_step(chunk, documents, True, score=True, train=train)
 
             found[name + suffix] = seconds_of(run, step, repeats)
     found["plain_share"] = seconds_of(run, lambda: step(train=False), repeats) / found["batch_full"]
@@ -369,9 +374,10 @@ def draw_documents(sample: np.ndarray, tail: str) -> np.ndarray:
 def simulate(cost: StepSeconds, lengths: np.ndarray, tail: str, run: t.Run) -> None:
     """Predict the evaluation of documents on GPUS ranks that take batches from one queue, by the seconds of steps."""
     s, free, longest = run.s, [0.0] * GPUS, 0.0
+    epochs = 1 + s.ttt_n_epochs * (s.ttt_n_epochs > 1)  # replay runs the first again after the score
     batches = t.batch_documents(lengths, run)
     for batch in batches:
-        seconds = (s.ttt_n_epochs + cost.plain_share) * epoch(cost, lengths[batch], s)
+        seconds = (epochs + cost.plain_share) * epoch(cost, lengths[batch], s)
         longest = max(longest, seconds)
         heapq.heappush(free, heapq.heappop(free) + seconds)
     print(
@@ -411,13 +417,13 @@ def bench_export(run: t.Run, args) -> None:
     names = t.TrainSettings.__dataclass_fields__
     run = run.using(**{name: value for name, value in kept["identity"].items() if name in names})
     s, state = run.s, torch.load(args.run / "final_model.pt", map_location="cpu", weights_only=True)
-    model, stream = t.GPT(s, run.dtype).to(run.device), t.load_validation(run)
+    model, stream = t.GPT(s, run.dtype, run.attention).to(run.device), t.load_validation(run)
     loader = t.BatchLoader(t.open_shards("train", run), run)
     windows = t.overlapping(stream, s.train_seq_len, s.train_seq_len)[: args.rows]
 
     @torch.no_grad()
     def score(weights) -> np.ndarray:
-        t.load_weights(model, weights, "the run")
+        t.load_weights(model, weights, "the run", run)
         rows = (torch.from_numpy(row).to(run.device) for row in np.split(windows, len(windows)))
         return (
             torch.cat([t.score_windows(model, stream, row.unbind(1), s.train_seq_len)[1] for row in rows]).cpu().numpy()
@@ -436,7 +442,7 @@ def bench_export(run: t.Run, args) -> None:
         ).s
         tokens = changed.calibration_tokens
         if changed.quantizer == "gptq" and tokens not in hessians:
-            t.load_weights(model, state, "the run")
+            t.load_weights(model, state, "the run", run)
             hessians = {tokens: t.calibrate(model, loader, kept["step"] * s.train_batch_tokens, tokens, run)}
         began = time.perf_counter()
         tensors = t.quantize_model(

@@ -1,10 +1,10 @@
-"""Shared by all tests: small settings, a run without side effects, random models and token streams.
+"""Shared by all tests in this process: small settings, a run, random models and token streams.
 
 The golden and FineWeb cases need the folder with golden/, fineweb/ and corpus/; GOLF_SHARED names it, and they are
 skipped without it."""
 
+import math
 import os
-import signal
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -15,46 +15,32 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import train_gpt
+from runs import MICRO
 
 torch.set_num_threads(1)  # the small models below gain nothing from more
 
-SMALL = dict(
-    device="cpu",
-    vocab_size=300,
-    num_layers=3,
-    model_dim=32,
-    num_heads=4,
-    num_kv_heads=2,
-    bigram_vocab_size=61,
-    bigram_dim=16,
-    train_seq_len=32,
-    train_batch_tokens=64,
-    eval_stride=8,
-    eval_batch_seqs=5,
-    val_batch_size=96,
-    ttt_chunk_size=16,
-    ttt_eval_seq_len=64,
-    ttt_n_epochs=2,
-    ttt_lora_rank=4,
-    ttt_lora_lr=0.01,
-    eval_max_seconds=0,
-    calibration_tokens=96,
-)
+SMALL = {name.lower(): value for name, value in MICRO.items()} | dict(  # every branch of the model matters
+    num_layers=3, model_dim=32, num_heads=4, num_kv_heads=2, mlp_mult=3, bigram_vocab_size=61, bigram_dim=16,
+    train_batch_tokens=64, iterations=20_000, warmdown_iters=3_500, eval_stride=8, eval_batch_seqs=5, val_batch_size=96,
+    ttt_n_epochs=2, ttt_lora_rank=4, ttt_batch_size=0, eval_max_seconds=0, calibration_tokens=96,
+    output_dir=os.devnull,
+)  # fmt: skip
 
 
 def small(**changes) -> train_gpt.Settings:
-    """Settings of a model of some 50 thousand weights, as the environment would give them."""
+    """Settings of a model of some 50 thousand weights, as the environment would give them; whatever writes a file
+    without a folder of its own fails."""
     values = SMALL | changes
     return train_gpt.Settings.from_env(
         {name.upper(): str(int(v) if isinstance(v, bool) else v) for name, v in values.items()}
     )
 
 
-def run_of(run: train_gpt.Run, s: train_gpt.Settings, output: Path | None = None) -> train_gpt.Run:
-    """A copy of the run with these settings, silent; without `output`, whatever writes a file fails."""
+def run_of(run: train_gpt.Run, s: train_gpt.Settings, folder: Path | None = None) -> train_gpt.Run:
+    """A copy of the run with these settings, silent, that knows of no session."""
     other = run.using(**asdict(s))
-    other.log_file = None
-    other.output = output or Path(os.devnull)
+    other.folder = folder or run.folder
+    other.sessions = []
     return other
 
 
@@ -92,6 +78,51 @@ def stream_of(s: train_gpt.Settings, lengths: list[int], seed: int = 0) -> train
     return train_gpt.Stream(tokens, bytes_, torch.device("cpu"))
 
 
+class Traced(train_gpt.DocumentBatch):
+    """A batch that keeps every reading: `rows`, for each figure the NLL of each document's targets."""
+
+    def _document_sums(self):
+        self.rows.append(self.target_nll())
+        return super()._document_sums()
+
+    def read(self, deadline: float = math.inf, a: np.ndarray | None = None) -> "Traced":
+        """Itself, after both its passes."""
+        self.score()
+        self.rows = [self.target_nll()]
+        self.adapt(self.run.s.ttt_n_epochs, deadline, a)
+        if self.run.s.ttt_protocol == "single_pass":
+            self.rows.append(self.target_nll())
+        else:
+            np.testing.assert_allclose(self.epoch_nll(), self.totals()[1:], rtol=1e-12)
+        assert len(self.rows) == 1 + self.run.s.ttt_figures
+        assert all(len(nll) == n for row in self.rows for nll, n in zip(row, self.lengths, strict=True))
+        return self
+
+    def totals(self) -> np.ndarray:
+        """NLL of every figure and document, (1 + figures, B) float64, UNSCORED where a target is."""
+        return np.array([[nll.sum(dtype=np.float64) for nll in row] for row in self.rows])
+
+    @property
+    def figures(self) -> torch.Tensor:
+        """NLL of every figure, document and target, (1 + figures, B, longest) float64, NaN beyond a document's end."""
+        found = np.full((len(self.rows), len(self.lengths), int(self.lengths.max())), math.nan)
+        for table, row in zip(found, self.rows, strict=True):
+            for line, nll in zip(table, row, strict=True):
+                line[: len(nll)] = nll
+        return torch.from_numpy(found)
+
+
+def loaded(model, stream, documents, run) -> Traced:
+    batch = Traced(model, stream, len(documents), run)
+    batch.load(np.array(documents))
+    return batch
+
+
+def batch_of(model, stream, documents, run, **options) -> Traced:
+    """The batch after both its passes."""
+    return loaded(model, stream, documents, run).read(**options)
+
+
 @pytest.fixture(scope="session")
 def shared() -> Path:
     folder = os.environ.get("GOLF_SHARED")
@@ -102,12 +133,8 @@ def shared() -> Path:
 
 @pytest.fixture(scope="session")
 def run() -> train_gpt.Run:
-    """A single process on the CPU, whatever the machine has; its signal handlers are taken away again."""
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    alone = train_gpt.Run(small())
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
-    return run_of(alone, alone.s)
+    """A single process on the CPU, whatever the machine has."""
+    return train_gpt.Run(small())
 
 
 def pytest_terminal_summary(terminalreporter):

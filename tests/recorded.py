@@ -74,23 +74,22 @@ class Graphs:
         counts = self
 
         class CUDAGraph:
-            def capture_begin(self, *args, **kwargs):
-                self.recorder = Recorder()
-                self.recorder.__enter__()
-
-            def capture_end(self):
-                self.recorder.__exit__(None, None, None)
-                self.recorder.undo()
-                counts.captured += 1
-
             def replay(self):
                 self.recorder.again()
                 counts.replayed += 1
+
+        @contextlib.contextmanager
+        def capture(graph, *args, **kwargs):
+            with Recorder() as graph.recorder:
+                yield
+            graph.recorder.undo()
+            counts.captured += 1
 
         def idle(*args, **kwargs):
             return SimpleNamespace(wait_stream=idle, record=idle, synchronize=idle)
 
         monkeypatch.setattr(torch.cuda, "CUDAGraph", CUDAGraph)
+        monkeypatch.setattr(torch.cuda, "graph", capture)
         for name in ("Stream", "current_stream", "Event", "graph_pool_handle"):
             monkeypatch.setattr(torch.cuda, name, idle)
         monkeypatch.setattr(torch.cuda, "stream", lambda stream: contextlib.nullcontext())

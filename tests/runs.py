@@ -80,8 +80,9 @@ def environment(folder: Path | str, **settings) -> dict[str, str]:
     return {k: str(v) for k, v in (MICRO | files | settings).items() if v is not None}
 
 
-def micro(**settings) -> train_gpt.Settings:
-    return train_gpt.Settings.from_env(environment("unused", **settings))
+def alone(folder: Path | str = os.devnull, **settings) -> train_gpt.Run:
+    """The micro run in this process."""
+    return train_gpt.Run(train_gpt.Settings.from_env(environment(folder, **settings)))
 
 
 def _child(env: dict[str, str], out: str, err: str, before: Callable | None) -> None:
@@ -105,22 +106,11 @@ def _server():
 class Run:
     """One process of `python train_gpt.py` with its output in `folder`; `before` runs in it first, to plant a fault."""
 
-    def __init__(
-        self,
-        folder: Path,
-        rank: int | None = None,
-        world: int = 1,
-        port: int = 0,
-        before: Callable | None = None,
-        **settings,
-    ):
+    def __init__(self, folder: Path, before: Callable | None = None, **settings):
         self.folder = folder
         folder.mkdir(parents=True, exist_ok=True)
         env = environment(folder, **settings)
-        if rank is not None:
-            env |= dict(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world))
-            env |= dict(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-        self.paths = [folder / f"console.{rank or 0}.{name}" for name in ("out", "err")]
+        self.paths = [folder / f"console.{settings.get('RANK', 0)}.{name}" for name in ("out", "err")]
         for path in self.paths:
             path.write_text("")
         self.process = _server().Process(target=_child, args=(env, *map(str, self.paths), before), daemon=True)
@@ -130,14 +120,14 @@ class Run:
         with contextlib.suppress(ProcessLookupError):  # it has ended
             os.kill(self.process.pid, number)
 
-    def wait(self, seconds: float = 60) -> int:
+    def wait(self, seconds: float = 90) -> int:
         """The exit code as a shell shows it."""
         self.process.join(seconds)
         assert self.process.exitcode is not None, f"still running after {seconds} s: {self.out[-500:]}"
         code = self.process.exitcode
         return code if code >= 0 else 128 - code
 
-    def until(self, text: str, seconds: float = 30) -> None:
+    def until(self, text: str, seconds: float = 60) -> None:
         """Wait for `text` on the console."""
         deadline = time.monotonic() + seconds
         while text not in self.out:
@@ -153,8 +143,9 @@ class Run:
     artifact = property(lambda self: (self.folder / "final_model.ptz").read_bytes())
 
     def figures(self, name: str) -> list[list[float]]:
-        """The numbers of each console line that starts with `name`."""
-        return [[float(x) for x in re.findall(r":(-?\d+\.\d+)", line)] for line in self.lines if line.startswith(name)]
+        """The numbers of each line of the log that starts with `name`."""
+        lines = [line for line in self.log.splitlines() if line.startswith(name)]
+        return [[float(x) for x in re.findall(r":(-?\d+\.\d+)", line)] for line in lines]
 
 
 def run(folder: Path, code: int = 0, **settings) -> Run:
@@ -164,12 +155,51 @@ def run(folder: Path, code: int = 0, **settings) -> Run:
     return done
 
 
-def ranks(folder: Path, world: int = 2, **settings) -> list[Run]:
-    """One process per rank, as a launcher would start them."""
+def free_port() -> int:
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    return [Run(folder, rank, world, port, **settings) for rank in range(world)]
+        return s.getsockname()[1]
+
+
+def machine(folder: Path) -> dict:
+    """Settings of a machine that shares nothing with another: a copy of the data of its own."""
+    if not (folder / "data").exists():
+        shutil.copytree(data(), folder / "data")
+    return dict(DATA_PATH=folder / "data", TOKENIZER_PATH=folder / "data" / "tokenizer.model")
+
+
+def launch(folders: list[Path], counts: list[int], each: list[dict] | None = None, **settings) -> list[Run]:
+    """One process per rank, as a launcher on each machine would start them: counts[i] of them into folders[i], with the
+    settings each[i] besides."""
+    places = [(node, local) for node, count in enumerate(counts) for local in range(count)]
+    common = dict(WORLD_SIZE=len(places), MASTER_ADDR="127.0.0.1", MASTER_PORT=free_port()) | settings
+    started = []
+    for rank, (node, local) in enumerate(places):
+        own = dict(RANK=rank, LOCAL_RANK=local, GROUP_RANK=node) | (each[node] if each else {})
+        started.append(Run(folders[node], **common | own))
+    return started
+
+
+def ranks(folder: Path, world: int = 2, **settings) -> list[Run]:
+    """So many ranks of one machine."""
+    return launch([folder], [world], **settings)
+
+
+def codes(processes: list[Run], seconds: float = 90) -> list[int]:
+    """The exit codes of all; what they printed is shown if a test fails."""
+    ended = [process.wait(seconds) for process in processes]
+    print(*(f"rank {i}: {process.err[-1000:]}" for i, process in enumerate(processes) if process.err), sep="\n")
+    return ended
+
+
+def one_error(processes: list[Run]) -> str:
+    """The one line of an error that the ranks of one machine print together."""
+    return user_error("\n".join(process.err for process in processes))
+
+
+def line_of(error: Exception) -> str:
+    """What a run would print of a user's error or the operating system's."""
+    return train_gpt.system_says(error) if isinstance(error, OSError) else str(error)
 
 
 def user_error(text: str) -> str:

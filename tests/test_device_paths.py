@@ -16,7 +16,7 @@ from torch._inductor.utils import fresh_cache
 from torch.fx.experimental import _config as shape_config
 
 import train_gpt
-from conftest import random_model, run_of, small, stream_of
+from conftest import batch_of, random_model, run_of, small, stream_of
 from strict import strict, strictly
 
 CHUNK, WINDOW = 16, 64  # of the small settings: a context is full after three chunks
@@ -63,23 +63,21 @@ class Evaluation:
         self.run.dtype = dtype
         self.state = random_model(s).state_dict()
         self.model = train_gpt.scoring_model(self.run)
-        train_gpt.load_weights(self.model, self.state, "random")
+        train_gpt.load_weights(self.model, self.state, "random", self.run)
 
     def warm_up(self) -> None:
         """The preflight of an evaluation of a file."""
-        path = self.run.output / "weights.pt"
+        path = self.run.folder / "weights.pt"
         torch.save(self.state, path)
         run = self.run.using(eval_only=str(path))
         train_gpt.preflight(None, self.model, run)
 
     def score(self, documents: list[int]) -> Tensor:
         """NLL of every figure and document, plain first, from one batch. The adapters stay float32."""
-        batch = train_gpt.DocumentBatch(self.model, stream_of(self.s, LENGTHS), np.array(documents), self.run)
-        batch.plain()
-        batch.adapt()
+        batch = batch_of(self.model, stream_of(self.s, LENGTHS), documents, self.run)
         adapters = batch.adapters
         assert {x.dtype for x in (adapters.flat, adapters.m, adapters.v)} == {torch.float32}
-        return torch.from_numpy(batch.complete())
+        return torch.from_numpy(batch.totals())
 
 
 def compiling(run, s, compiled: bool, folder=None):

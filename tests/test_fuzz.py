@@ -17,6 +17,7 @@ import torch
 import zstandard
 
 import runs
+from conftest import batch_of
 from runs import train_gpt
 
 UserError = train_gpt.UserError
@@ -26,7 +27,10 @@ ARTIFACTS, SHARDS = 10_000, 2_000
 @pytest.fixture(scope="module")
 def artifact() -> bytes:
     """A small artifact with tensors of every kind but fp32."""
-    s = runs.micro(NUM_HEADS=1, BIGRAM_VOCAB_SIZE=1100, VOCAB_SIZE=520, MLP_MULT=33, FP16_KEEP_NAME_PATTERNS="1.mlp.p")
+    run = runs.alone(
+        NUM_HEADS=1, BIGRAM_VOCAB_SIZE=1100, VOCAB_SIZE=520, MLP_MULT=33, FP16_KEEP_NAME_PATTERNS="1.mlp.p"
+    )
+    s = run.s
     torch.manual_seed(0)
     state = {name: torch.randn_like(weight).round() for name, weight in train_gpt.GPT(s).state_dict().items()}
     blob, report = train_gpt.pack(train_gpt.quantize_model(state, s), s)
@@ -154,7 +158,7 @@ def test_a_configuration_that_lies_is_refused_though_its_hash_is_right(parts, li
     refusal(parts.with_config(LIES[lie]))
 
 
-@pytest.mark.parametrize("name", list(runs.micro().of(train_gpt.ModelSettings)))
+@pytest.mark.parametrize("name", list(runs.alone().s.of(train_gpt.ModelSettings)))
 def test_every_field_of_the_configuration_is_checked(parts, name):
     """Against its type, its range and 5,000 digits."""
     for value in (None, [], {}, "", "x", -1, -1.0, 0.0, 10**30, float("nan"), float("inf"), float("-inf")):
@@ -337,24 +341,16 @@ def test_ten_thousand_mutated_artifacts_end_in_a_user_error_or_a_whole_model(art
 # ---- Shards
 
 
-def one_process(**settings) -> train_gpt.Run:
-    """A micro run without signal handlers: one rank on a CPU."""
-    run = object.__new__(train_gpt.Run)
-    run.s, run.rank, run.world, run.device, run.dtype = runs.micro(**settings), 0, 1, torch.device("cpu"), torch.float32
-    run.cuda = run.compile = run.graphs = False
-    return run
-
-
 def only_shard(path: Path) -> np.ndarray:
     """The shard at `path` as a run reads it that has no other for training."""
-    (shard,) = train_gpt.open_shards("train", one_process(DATA_PATH=path.parent))
+    (shard,) = train_gpt.open_shards("train", runs.alone(DATA_PATH=path.parent))
     return shard
 
 
 def shard_error(path: Path) -> str:
     with pytest.raises((UserError, OSError)) as caught:
         only_shard(path)
-    text = train_gpt.user_line(caught.value)
+    text = runs.line_of(caught.value)
     assert " — " in text and len(text.splitlines()) == 1 and str(path) in text
     return text
 
@@ -406,30 +402,26 @@ def test_streams_with_odd_documents_are_scored_once_per_target(tmp_path, lengths
     """Longer than any window, of one token, a lone final BOS, no BOS at all, tokens before the first BOS."""
     tokens = runs.documents(lengths, 0) if lengths else tokens
     runs.write_shard(tmp_path / "fineweb_val_000000.bin", tokens)
-    run = one_process(DATA_PATH=tmp_path, TTT_N_EPOCHS=2)
+    run = runs.alone(DATA_PATH=tmp_path, TTT_N_EPOCHS=2)
     stream = train_gpt.load_validation(run)
     assert int(stream.lengths.sum()) == len(tokens) - 1
     torch.manual_seed(0)
     model = train_gpt.GPT(run.s)
     longest_first = np.array(sorted(range(len(stream.lengths)), key=lambda i: -stream.lengths[i]))
-    batch = train_gpt.DocumentBatch(model, stream, longest_first, run)
-    batch.plain()
-    assert batch.sums[0, :, 1].sum() == len(tokens) - 1 and batch.sums.isfinite().all()
-    nll = batch.complete()
-    assert np.isfinite(nll[0]).all() and np.isnan(nll[1:]).all()
-    batch.adapt()
-    assert (batch.sums[:, :, 1].sum(1) == len(tokens) - 1).all() and np.isfinite(batch.complete()).all()
+    batch = batch_of(model, stream, longest_first, run)
+    for row in batch.rows:
+        assert sum(map(len, row)) == len(tokens) - 1 and all(np.isfinite(nll).all() for nll in row)
 
 
 def test_a_validation_stream_of_one_token_has_no_target_and_is_refused(tmp_path):
     runs.write_shard(tmp_path / "fineweb_val_000000.bin", [1])
     with pytest.raises(UserError, match="no target.* — "):
-        train_gpt.load_validation(one_process(DATA_PATH=tmp_path))
+        train_gpt.load_validation(runs.alone(DATA_PATH=tmp_path))
 
 
 def test_more_documents_asked_for_than_there_are_is_refused():
     with pytest.raises(UserError, match="VAL_DOCS=13.*12.* — "):
-        train_gpt.load_validation(one_process(VAL_DOCS=13))
+        train_gpt.load_validation(runs.alone(VAL_DOCS=13))
 
 
 def test_two_thousand_mutated_shards_end_in_a_user_error_or_a_readable_shard(tmp_path):
@@ -461,7 +453,7 @@ def test_a_tokenizer_that_is_missing_or_no_model_is_refused(tmp_path, content):
         path.write_bytes((runs.data() / "tokenizer.model").read_bytes()[:1000] if content == "cut" else content)
     with pytest.raises((UserError, OSError)) as caught:
         train_gpt.load_tokenizer(str(path), runs.VOCABULARY)
-    text = train_gpt.user_line(caught.value)
+    text = runs.line_of(caught.value)
     assert len(text.splitlines()) == 1 and str(path) in text and " — " in text
 
 

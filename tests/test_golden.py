@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import train_gpt
-from conftest import run_of, small
+from conftest import loaded, run_of, small
 
 STORED = {"passthrough": "fp16", "passthrough_fp16": "fp16"}  # the figures' words for a kind, and ours
 
@@ -48,7 +48,7 @@ class Golden:
 
     def load(self, state, attention="flash"):
         model = train_gpt.GPT(self.s, attention=attention)
-        train_gpt.load_weights(model, state, "golden")
+        train_gpt.load_weights(model, state, "golden", self.run)
         return model.requires_grad_(False)
 
     def nll(self, model, first, end):
@@ -70,13 +70,12 @@ class Golden:
         assert stream.lengths.tolist() == [d["targets"] for d in expected]
         assert stream.document_bytes.tolist() == [d["bytes"] for d in expected]
         run = run_of(self.run, replace(self.s, **changes))
-        batch = train_gpt.DocumentBatch(self.model, stream, np.array(documents), run)
+        batch = loaded(self.model, stream, documents, run)
         of_layer = [
             [[self.inputs.lora_a(7, i, target, d, 8, 128) for target in "qv"] for i in range(10)] for d in documents
         ]
-        batch.plain() if plain else batch.adapt(np.array(of_layer).reshape(len(documents), 10, 16, 128))
-        nll = batch.complete()[:1] if plain else batch.complete()[1:]
-        return nll.T / stream.lengths[documents][:, None]
+        nll = batch.read(a=np.array(of_layer, np.float32).reshape(len(documents), -1)).totals()
+        return (nll[:1] if plain else nll[1:]).T / stream.lengths[documents][:, None]
 
 
 @pytest.fixture(scope="module")

@@ -1,6 +1,7 @@
 """Rounding by GPTQ against the paper's own iteration in float64, and the Hessians that it is given."""
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -219,7 +220,7 @@ def inputs_by_hand(state, s, windows):
     for name, module in model.named_modules():
         if isinstance(module, train_gpt.Linear):
 
-            def forward(x, name=f"{name}.weight", weight=module.weight):
+            def forward(x, lora=None, name=f"{name}.weight", weight=module.weight):
                 seen.setdefault(name, []).append(x.detach().flatten(0, -2).numpy().copy())
                 return x @ weight.mT
 
@@ -275,7 +276,7 @@ def test_training_ends_with_the_hessians_of_the_final_weights_over_the_tokens_af
     changes = dict(iterations=7, warmdown_iters=6, max_wallclock_seconds=0, val_loss_every=0, calibration_tokens=asked)
     s = small(num_layers=2, **changes, swa_start_frac=0.9, swa_every=1)
     tokens = random_tokens(s, 530).astype(np.uint16)  # calibration begins at token 448 and may wrap around
-    trainer = train_gpt.Trainer([tokens], run_of(run, s, tmp_path))
+    trainer = train_gpt.Trainer([tokens], "data", run_of(run, s, tmp_path))
     monkeypatch.setattr(train_gpt, "evaluate_standard", lambda *_: None)
     hessians = trainer.train(None)
     assert trainer.step == 7 and trainer.averaged > 2
@@ -283,17 +284,13 @@ def test_training_ends_with_the_hessians_of_the_final_weights_over_the_tokens_af
     assert agree(hessians, expected_hessians(state, s, tokens.tolist(), 7 * 64, rows))
     for batch in (6, 8):
         assert not agree(hessians, expected_hessians(state, s, tokens.tolist(), batch * 64, rows))
-    finished = train_gpt.Trainer([tokens], run_of(run, small(**vars_of(s) | dict(resume=True)), tmp_path))
+    finished = train_gpt.Trainer([tokens], "data", run_of(run, replace(s, resume=True), tmp_path))
     assert finished.finished and all(h.equal(hessians[name]) for name, h in finished.train(None).items())
-
-
-def vars_of(s):
-    return {name: getattr(s, name) for name in s.__dataclass_fields__}
 
 
 def test_rounding_to_nearest_needs_no_hessians(run, tmp_path):
     s = small(quantizer="nearest", iterations=0, val_loss_every=0, max_wallclock_seconds=0)
-    trainer = train_gpt.Trainer([random_tokens(s, 300).astype(np.uint16)], run_of(run, s, tmp_path))
+    trainer = train_gpt.Trainer([random_tokens(s, 300).astype(np.uint16)], "data", run_of(run, s, tmp_path))
     trainer.forward = None  # nothing is computed
     assert trainer.reserve() == {} and math.isfinite(trainer.elapsed)
 

@@ -33,8 +33,9 @@ def rotated(y, position, base):
 def reference(state, s, ids, targets, lora=None, past=None, visible=None):
     """NLL of each target of one sequence, float64, and what it leaves to later tokens: (id, embedding, keys, values).
 
-    ids, targets: lists of ints. state: any float tensors by name. lora: per layer (A_q, B_q, A_v, B_v). past: what
-    earlier tokens left. visible(i, j), for tensors: may the query at position i see the key at position j <= i?"""
+    ids, targets: lists of ints. state: any float tensors by name. lora: per layer (A, B) by linear layer, which add
+    (alpha / r) x A' B' to its output. past: what earlier tokens left. visible(i, j), for tensors: may the query at
+    position i see the key at position j <= i?"""
     w = {name: tensor.double() for name, tensor in state.items()}
     d, heads, kv_heads, width = s.model_dim, s.num_heads, s.num_kv_heads, s.model_dim // s.num_heads
     nothing = [torch.zeros(0, kv_heads, width, dtype=torch.float64)] * s.num_layers
@@ -57,18 +58,23 @@ def reference(state, s, ids, targets, lora=None, past=None, visible=None):
     i, j = torch.arange(first, first + len(ids))[:, None], torch.arange(first + len(ids))
     mask = (j <= i) & (visible(i, j) if visible else True)
     pushed, keys, values = [], [], []
+    factor = (s.ttt_lora_alpha or s.ttt_lora_rank) / s.ttt_lora_rank
     for layer in range(s.num_layers):
         if layer >= s.num_layers // 2 and pushed:
             x = x + w["skip_weights"][layer - s.num_layers // 2] * pushed.pop()
         prefix = f"blocks.{layer}."
         of = {name.removeprefix(prefix): tensor for name, tensor in w.items() if name.startswith(prefix)}
+
+        def linear(name, x, of=of, adapters=lora[layer] if lora else {}):
+            y = x @ of[f"{name}.weight"].T
+            if (adapter := name.replace("attn.c_", "c_")) in adapters:
+                a, b = adapters[adapter]
+                y = y + factor * (x @ a.T @ b.T)
+            return y
+
         x = of["resid_mix"][0] * x + of["resid_mix"][1] * x0
         y = rms(x)
-        q, k, v = y @ of["attn.c_q.weight"].T, y @ of["attn.c_k.weight"].T, y @ of["attn.c_v.weight"].T
-        if lora:
-            a_q, b_q, a_v, b_v = lora[layer]
-            q = q + y @ a_q.T @ b_q.T
-            v = v + y @ a_v.T @ b_v.T
+        q, k, v = linear("attn.c_q", y), linear("attn.c_k", y), linear("attn.c_v", y)
         q = rotated(rms(q.view(-1, heads, width)), position, s.rope_base) * of["attn.q_gain"][:, None]
         k = torch.cat((past_k[layer], rotated(rms(k.view(-1, kv_heads, width)), position, s.rope_base)))
         v = torch.cat((past_v[layer], v.view(-1, kv_heads, width)))
@@ -79,9 +85,9 @@ def reference(state, s, ids, targets, lora=None, past=None, visible=None):
             group = h // (heads // kv_heads)
             scores = (q[:, h] @ k[:, group].T / math.sqrt(width)).masked_fill(~mask, -math.inf)
             out.append(torch.softmax(scores, -1) @ v[:, group])
-        x = x + of["attn_scale"] * (torch.cat(out, -1) @ of["attn.proj.weight"].T)
-        hidden = (rms(x) @ of["mlp.fc.weight"].T).clamp_min(0) ** 2
-        x = x + of["mlp_scale"] * (hidden @ of["mlp.proj.weight"].T)
+        x = x + of["attn_scale"] * linear("attn.proj", torch.cat(out, -1))
+        hidden = linear("mlp.fc", rms(x)).clamp_min(0) ** 2
+        x = x + of["mlp_scale"] * linear("mlp.proj", hidden)
         if layer < s.num_layers // 2:
             pushed.append(x)
     head = w["tok_emb.weight"] if s.tie_embeddings else w["lm_head.weight"]

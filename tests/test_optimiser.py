@@ -259,22 +259,25 @@ def test_the_multiplier_stays_between_0_and_1(step, elapsed, iterations, warmdow
 RANK = """
 import sys
 sys.path[:0] = {paths!r}
-import torch, train_gpt
+import os, torch, train_gpt
 from conftest import small
 from test_optimiser import HOT, random_gradients
 torch.set_num_threads(1)
 s = small(**HOT)
-run = train_gpt.Run(s)
+ranks = train_gpt.Ranks()
+ranks.join(os.environ)
+run = train_gpt.Run(s, ranks)
+ranks.connect(run.device)
 torch.manual_seed(1)
 model = train_gpt.GPT(s)
 optimizer = train_gpt.Optimizer(model, run)
 for step in range(3):
     for name, g in random_gradients(model, step).items():
-        mine = torch.arange(g.numel()).view(g.shape) % run.world == run.rank  # the ranks' gradients add up to g
+        mine = torch.arange(g.numel()).view(g.shape) % ranks.world == ranks.rank  # the ranks' gradients add up to g
         model.get_parameter(name).grad.copy_(torch.where(mine, g, 0.0))
     norm = optimizer.step(step, 0.8)
-torch.save(optimizer.state | dict(norm=norm), sys.argv[1] + str(run.rank))
-run.part()
+torch.save(optimizer.state | dict(norm=norm), sys.argv[1] + str(ranks.rank))
+ranks.leave()
 """
 
 

@@ -14,7 +14,9 @@ import torch
 import runs
 from runs import train_gpt
 
-FILES = [name for name in train_gpt.FILES if name != "train.log"]  # those that a run writes whole
+FILES = [
+    name for name in train_gpt.FILES if name not in ("train.log", "sessions.json")
+]  # those that a run writes whole
 needs_full = pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
 
 
@@ -26,7 +28,7 @@ def reference(tmp_path_factory) -> runs.Run:
 
 def list_the_folder_before_training() -> None:
     def train(trainer, stream, inner=train_gpt.Trainer.train):
-        print("folder:", *sorted(path.name for path in trainer.run.output.iterdir()), flush=True)
+        print("folder:", *sorted(path.name for path in trainer.run.folder.iterdir()), flush=True)
         return inner(trainer, stream)
 
     train_gpt.Trainer.train = train
@@ -49,9 +51,10 @@ def plant(place: str) -> None:
 LATE = (
     ("evaluate_standard", {}), ("Trainer.save", {}), ("calibrate", {}), ("gptq", dict(MODEL_DIM=96)),
     ("nearest", dict(MODEL_DIM=96, QUANTIZER="nearest")), ("pack", {}), ("unpack", {}), ("make_artifact", {}),
-    ("load_weights", {}), ("DocumentBatch.plain", {}), ("Adapters.step", {}), ("DocumentBatch.push", {}),
-    ("DocumentBatch.adapt", dict(TTT_PROTOCOL="single_pass")), ("Results.add", {}), ("time_spent", {}),
-    ("evaluate_sliding", dict(TTT_ENABLED=0)), ("finish", {}),
+    ("load_weights", {}), ("DocumentBatch.score", {}), ("Adapters.step", {}), ("DocumentBatch._push", {}),
+    ("by_position", {}),
+    ("DocumentBatch.adapt", dict(TTT_PROTOCOL="single_pass")), ("Scores.add", {}), ("time_spent", {}),
+    ("evaluate_sliding", dict(TTT_ENABLED=0)), ("mixture", dict(TTT_MIXTURE=1)), ("Scores.remove", {}),
 )  # fmt: skip
 
 
@@ -63,7 +66,7 @@ def test_a_fault_in_any_later_stage_ends_the_run_before_step_0(tmp_path, place, 
     assert not any((tmp_path / name).exists() for name in FILES)
 
 
-EVALUATION = [place for place in LATE if place[0] in ("Adapters.step", "evaluate_sliding", "finish")]
+EVALUATION = [place for place in LATE if place[0] in ("Adapters.step", "evaluate_sliding", "Scores.remove")]
 
 
 @pytest.mark.parametrize("place, settings", EVALUATION, ids=[place for place, _ in EVALUATION])
@@ -77,16 +80,6 @@ def test_a_fault_in_an_evaluation_alone_ends_it_before_the_load(tmp_path, refere
 # ---- A fault of the folder
 
 
-@needs_full
-@pytest.mark.parametrize("name", FILES)
-def test_a_disk_too_full_for_any_file_of_the_run_ends_it_before_step_0(tmp_path, name):
-    (tmp_path / f"{name}.tmp").symlink_to("/dev/full")
-    done = runs.run(tmp_path, 2)
-    message = runs.user_error(done.err)
-    assert f"{name}: No space left" in message and "Traceback" not in done.err
-    assert "\nstep:" not in done.out
-
-
 def test_a_folder_that_cannot_be_made_is_one_line_that_names_it(tmp_path):
     (tmp_path / "file").write_text("")
     for path in (tmp_path / "file", tmp_path / "file" / "inside"):
@@ -96,24 +89,31 @@ def test_a_folder_that_cannot_be_made_is_one_line_that_names_it(tmp_path):
 
 
 def fill_the_disk(name: str) -> None:
-    """The disk is full for one file of rank 0."""
+    """The disk is full for one file."""
 
-    inner = train_gpt.Run.write
-
-    def write(run, file, *work, **values):
-        if file == name and run.rank == 0:
-            raise OSError(28, os.strerror(28), str(run.path(file)))
-        inner(run, file, *work, **values)
+    def write(run, file, content, inner=train_gpt.Run.write):
+        if file == name:
+            (run.folder / f"{name}.tmp").symlink_to("/dev/full")
+        inner(run, file, content)
 
     train_gpt.Run.write = write
 
 
+@needs_full
+@pytest.mark.parametrize("name", FILES)
+def test_a_disk_too_full_for_any_file_of_the_run_ends_it_before_step_0(tmp_path, name):
+    done = runs.run(tmp_path, 2, before=functools.partial(fill_the_disk, name))
+    message = runs.user_error(done.err)
+    assert f"{name} (" in message and "No space left" in message and "Traceback" not in done.err
+    assert "\nstep:" not in done.out and not any((tmp_path / name).exists() for name in FILES)
+
+
+@needs_full
 @pytest.mark.parametrize("name", ["final_model.ptz", "result.json"])
-def test_a_full_disk_ends_every_rank_with_the_same_line(tmp_path, name):
+def test_a_full_disk_ends_every_rank_with_one_line(tmp_path, name):
     processes = runs.ranks(tmp_path, before=functools.partial(fill_the_disk, name))
-    assert [process.wait() for process in processes] == [2, 2]
-    assert runs.user_error(processes[0].err) == runs.user_error(processes[1].err)
-    assert name in processes[0].err and "\nstep:" not in processes[0].out
+    assert runs.codes(processes) == [2, 2]
+    assert name in runs.one_error(processes) and "\nstep:" not in processes[0].out
 
 
 # ---- What it costs and leaves
@@ -132,33 +132,33 @@ def test_seconds_per_stage_are_in_the_log_and_in_result_json(reference):
 
 def test_nothing_is_left_of_it_when_training_begins(reference):
     (line,) = (line for line in reference.lines if line.startswith("folder:"))
-    assert [name for name in line.split()[1:] if not name.startswith("console.")] == ["train.log"]
+    assert [name for name in line.split()[1:] if not name.startswith("console.")] == ["sessions.json", "train.log"]
     names = {path.name for path in reference.folder.iterdir() if not path.name.startswith("console.")}
     assert names == set(train_gpt.FILES)
 
 
 def test_two_ranks_leave_nothing_either(tmp_path):
     processes = runs.ranks(tmp_path, before=list_the_folder_before_training, ITERATIONS=1, TTT_N_EPOCHS=1)
-    assert [process.wait() for process in processes] == [0, 0], processes[0].err
+    assert runs.codes(processes) == [0, 0]
     for process in processes:
         (line,) = (line for line in process.lines if line.startswith("folder:"))
-        assert [name for name in line.split()[1:] if not name.startswith("console.")] == ["train.log"]
+        assert [name for name in line.split()[1:] if not name.startswith("console.")] == ["sessions.json", "train.log"]
 
 
 def test_it_trains_nothing_and_shows_none_of_its_own_figures(tmp_path, reference):
     """Whatever the number of its steps; and the log has every figure of the run once."""
     done = runs.run(tmp_path, WARMUP_STEPS=4)
     assert done.artifact == reference.artifact and done.lines[-1] == reference.lines[-1]
-    for figure in ("no_adaptation", "ttt_epoch:1/3", "ttt_epoch:2/3", "final_ttt_exact", "export model_bytes"):
+    for figure in ("no_adaptation val", "ttt_epoch:1/3", "ttt_epoch:2/3", "final_ttt_exact", "export model_bytes"):
         assert reference.log.count(f"\n{figure}") == 1
 
 
 def slow_preflight() -> None:
     """Every adaptation of the preflight takes half a second more."""
 
-    def adapt(batch, inner=train_gpt.DocumentBatch.adapt):
-        time.sleep(0.5 * batch.run.rehearsing)
-        inner(batch)
+    def adapt(batch, *arguments, inner=train_gpt.DocumentBatch.adapt):
+        time.sleep(0.5 * batch.run.folder.name.startswith("preflight_"))
+        inner(batch, *arguments)
 
     train_gpt.DocumentBatch.adapt = adapt
 
@@ -184,12 +184,12 @@ def test_after_training_has_finished_a_resumed_run_rehearses_only_what_is_left(t
 
 
 def sigterm_in_the_preflight() -> None:
-    def plain(batch, inner=train_gpt.DocumentBatch.plain):
-        assert batch.run.rehearsing
+    def score(batch, inner=train_gpt.DocumentBatch.score):
+        assert batch.run.folder.name.startswith("preflight_")
         os.kill(os.getpid(), signal.SIGTERM)
         inner(batch)
 
-    train_gpt.DocumentBatch.plain = plain
+    train_gpt.DocumentBatch.score = score
 
 
 def test_a_signal_in_the_preflight_ends_the_run_and_the_same_command_with_resume_starts_it(tmp_path, reference):

@@ -13,7 +13,7 @@ STEPS |= dict(calibration_tokens=64)
 
 def trainer_of(run, folder=None, **changes):
     s = small(**STEPS | changes)
-    return train_gpt.Trainer([random_tokens(s, 3000).astype(np.uint16)], run_of(run, s, folder))
+    return train_gpt.Trainer([random_tokens(s, 3000).astype(np.uint16)], "data", run_of(run, s, folder))
 
 
 def flat(trainer):

@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import train_gpt
-from conftest import random_model, run_of, small, stream_of
+from conftest import Traced, batch_of, loaded, random_model, run_of, small, stream_of
 from recorded import Graphs
 from test_model import reference
 
@@ -22,38 +22,9 @@ MODES = [(protocol, context) for protocol in ("replay", "single_pass") for conte
 every_mode = pytest.mark.parametrize("protocol, context", MODES, ids=["-".join(mode) for mode in MODES])
 
 
-class Traced(train_gpt.DocumentBatch):
-    """A batch that keeps the NLL of every target: `nll` (1 + figures, B, longest), NaN where there is none."""
-
-    def __init__(self, *args):
-        super().__init__(*args)
-        self.nll = torch.full((len(self.sums), len(self.lengths), int(self.lengths.max())), math.nan)
-
-    def step(self, visit):
-        s, figure, begin = self.run.s, int(self.figure), int(self.position)
-        nll = super().step(visit)
-        assert not nll.requires_grad and len(nll) == visit.n
-        for row in range(visit.n if visit.score else 0):
-            end = min(begin + s.ttt_chunk_size, int(self.lengths[row]))
-            afresh = figure > 0 and s.ttt_context == "recompute"
-            first = max(0, end - s.ttt_eval_seq_len) if afresh else begin
-            assert self.nll[figure, row, begin:end].isnan().all(), "scored twice"
-            self.nll[figure, row, begin:end] = nll[row, begin - first : end - first]
-            assert not nll[row, : begin - first].any() and not nll[row, end - first :].any()
-        return nll
-
-
-def batch_of(model, stream, documents, run, kind=Traced):
-    """The batch after both its passes."""
-    batch = kind(model, stream, np.array(documents), run)
-    batch.plain()
-    batch.adapt()
-    return batch
-
-
 def nll_of(batch):
     """NLL of every figure and document, (1 + figures, B) float64; each must be complete."""
-    nll = torch.from_numpy(batch.complete())
+    nll = torch.from_numpy(batch.totals())
     assert nll.isfinite().all()
     return nll
 
@@ -76,23 +47,36 @@ def within(s):
 # ---- The arithmetic
 
 
+def shapes_of(s):
+    """Inputs and outputs of every linear layer of a block, as SPEC section 5 names them, in its order."""
+    d, kv_dim, hidden = s.model_dim, s.model_dim // s.num_heads * s.num_kv_heads, int(s.mlp_mult * s.model_dim)
+    shapes = {"c_q": (d, d), "c_k": (d, kv_dim), "c_v": (d, kv_dim), "attn.proj": (d, d)}
+    return shapes | {"mlp.fc": (d, hidden), "mlp.proj": (hidden, d)}
+
+
 class Alone:
     """One document adapted in float64: layers of nn.Linear adapters, torch's own Adam, keys and values by hand."""
 
     def __init__(self, model, s, tokens, document):
         self.state, self.s, self.tokens = model.state_dict(), s, tokens
-        r, kv_dim = s.ttt_lora_rank, s.model_dim // s.num_heads * s.num_kv_heads
-        a = torch.from_numpy(train_gpt.draw_lora_a(s, document)).double()
+        r = s.ttt_lora_rank
+        drawn = torch.from_numpy(train_gpt.draw_lora_a(s, document)).double()
         self.lora = []
-        for layer in range(s.num_layers):
-            shapes = ((s.model_dim, r), (r, s.model_dim), (s.model_dim, r), (r, kv_dim))
-            linears = [torch.nn.Linear(*shape, bias=False, dtype=torch.float64) for shape in shapes]
-            for linear, start in zip(linears, (a[layer, :r], 0.0, a[layer, r:], 0.0), strict=True):
-                linear.weight.data[:] = start
-            self.lora.append([linear.weight for linear in linears])
+        for _ in range(s.num_layers):
+            self.lora.append({})
+            for name, (inputs, outputs) in shapes_of(s).items():
+                if name not in s.ttt_lora_targets.split(","):
+                    continue
+                down, up = (torch.nn.Linear(*x, bias=False, dtype=torch.float64) for x in ((inputs, r), (r, outputs)))
+                down.weight.data[:] = drawn[: r * inputs].view(r, inputs)
+                up.weight.data[:] = 0.0
+                drawn = drawn[r * inputs :]
+                self.lora[-1][name] = down.weight, up.weight
+        assert not len(drawn)
         self.start = self.flat()
+        self.weights = [weight for layer in self.lora for pair in layer.values() for weight in pair]
         options = dict(betas=(0.9, 0.95), eps=1e-10, weight_decay=s.ttt_weight_decay)
-        self.adam = torch.optim.AdamW(sum(self.lora, []), **options)
+        self.adam = torch.optim.AdamW(self.weights, **options)
         self.figures = [[]]
         past = None
         for begin, end in chunks_of(tokens, s):  # without adaptation, always after the cached context
@@ -140,13 +124,9 @@ class Alone:
                 past = self.append(past, self.forward(begin, end, past)[1])
 
     def flat(self):
-        """The adapters laid out as A (Q's rows above V's), B of Q, B of V, each by layer."""
-        parts = (
-            [torch.cat((a_q, a_v)) for a_q, _, a_v, _ in self.lora],
-            [b for _, b, _, _ in self.lora],
-            [b for _, _, _, b in self.lora],
-        )
-        return torch.cat([torch.stack(part).flatten() for part in parts]).detach()
+        """The adapters laid out as every A, layer by layer, then every B."""
+        pairs = [pair for layer in self.lora for pair in layer.values()]
+        return torch.cat([pair[i].detach().flatten() for i in (0, 1) for pair in pairs])
 
 
 def moved_like(alone, adapters):
@@ -168,9 +148,9 @@ def test_adaptation_equals_a_loop_with_torchs_adam(run, protocol, context, size,
     alone = Alone(model, s, stream.tokens[5:].tolist(), 1)
     getattr(alone, protocol)()
     batch = batch_of(model, stream, [1], run_of(run, s))
-    assert batch.nll.shape == (4 if protocol == "replay" else 2, 1, targets)
+    assert batch.figures.shape == (4 if protocol == "replay" else 2, 1, targets)
     expected = torch.tensor(alone.figures, dtype=torch.float64)
-    torch.testing.assert_close(batch.nll[:, 0].double(), expected, rtol=5e-4, atol=5e-4)
+    torch.testing.assert_close(batch.figures[:, 0], expected, rtol=5e-4, atol=5e-4)
     assert (moved_like(alone, batch.adapters) > 0.1) == (protocol == "replay" or targets > size)
 
 
@@ -183,34 +163,28 @@ def test_gradients_as_small_as_1e_10_still_move_the_adapters_as_adams_epsilon_le
         block.attn.proj.weight.mul_(1e-8)
     alone = Alone(model, s, stream.tokens.tolist(), 0)
     getattr(alone, protocol)()
-    sizes = torch.cat([p.grad.flatten().abs() for p in sum(alone.lora, [])])
+    sizes = torch.cat([p.grad.flatten().abs() for p in alone.weights])
     assert 1e-11 < sizes.median() < 1e-9
     assert moved_like(alone, batch_of(model, stream, [0], run_of(run, s)).adapters) > 0.1
 
 
 @every_mode
 def test_each_figure_scores_each_target_once(run, protocol, context):
+    """A target that is scored twice counts once, by what is scored last; one that is not scored is UNSCORED."""
     s, lengths = small(ttt_protocol=protocol, ttt_context=context), [1, 16, 17, 100, 48, 2, 33]
-    stream, order = stream_of(s, lengths), longest_first(lengths)
-    batch = batch_of(random_model(s), stream, order, run_of(run, s))
-    assert len(batch.sums) == 1 + s.ttt_figures == (3 if protocol == "replay" else 2)
-    nll = nll_of(batch)
-    for figure in range(len(batch.sums)):
-        assert batch.sums[figure, :, 1].tolist() == [lengths[d] for d in order]
-        assert batch.sums[figure, :, 2].tolist() == [stream.document_bytes[d] for d in order]
-        for row, d in enumerate(order):
-            each = batch.nll[figure, row]
-            assert each[: lengths[d]].isfinite().all() and each[lengths[d] :].isnan().all()
-            assert each[: lengths[d]].double().sum().item() == pytest.approx(nll[figure, row].item(), rel=1e-5)
-
-
-def test_a_target_or_a_byte_too_many_is_no_figure(run):
-    s = small()
-    for column in (1, 2):
-        batch = batch_of(random_model(s), stream_of(s, [20, 9]), [0, 1], run_of(run, s))
-        batch.sums[1, 1, column] += 1
-        with pytest.raises(RuntimeError, match="once"):
-            batch.complete()
+    stream, order, asked = stream_of(s, lengths), longest_first(lengths), []
+    batch = loaded(random_model(s), stream, order, run_of(run, s))
+    launch = batch._launch
+    batch._launch = lambda step: asked.append((step, int(batch.position))) or launch(step)
+    batch.read()
+    assert len(batch.rows) == 1 + s.ttt_figures == (3 if protocol == "replay" else 2)
+    assert all(np.isfinite(nll).all() for row in batch.rows for nll in row)
+    scored = np.zeros(len(lengths), int)
+    for step, begin in asked:
+        if step.score:
+            for row in range(step.documents):
+                scored[row] += min(begin + 16, lengths[order[row]]) - begin
+    assert scored.tolist() == [len(batch.rows) * lengths[d] for d in order]
 
 
 @settings(deadline=None, max_examples=20)
@@ -219,12 +193,14 @@ def test_the_ring_holds_exactly_the_last_tokens_of_the_window(run, size, window,
     """Whether the window is no multiple of the chunk, shorter than it, or nothing."""
     s = small(num_layers=3, ttt_chunk_size=size, ttt_eval_seq_len=max(2, size + window))
     model, stream = random_model(s, seed), stream_of(s, [targets, max(1, targets // 2)], seed)
-    batch = Traced(model, stream, np.array([0, 1]), run_of(run, s))
-    batch.plain()
+    batch = loaded(model, stream, [0, 1], run_of(run, s))
+    batch.score()
+    found = batch.target_nll()
     for d, count in enumerate(stream.lengths):
+        nll = torch.from_numpy(found[d])
         tokens = stream.tokens[stream.starts[d] : stream.starts[d] + count + 1].tolist()
         expected, _ = reference(model.state_dict(), s, tokens[:-1], tokens[1:], visible=within(s))
-        torch.testing.assert_close(batch.nll[0, d, :count].double(), expected, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(nll.double(), expected, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("protocol", ("replay", "single_pass"))
@@ -265,7 +241,7 @@ def test_a_documents_score_is_the_same_alone_and_in_any_batch(run, protocol, con
 def test_documents_that_do_not_come_longest_first_are_refused(run):
     s = small()
     with pytest.raises(ValueError, match="longest first"):
-        train_gpt.DocumentBatch(random_model(s), stream_of(s, [20, 40]), np.array([0, 1]), run_of(run, s))
+        loaded(random_model(s), stream_of(s, [20, 40]), [0, 1], run_of(run, s))
 
 
 class Watched(train_gpt.Adapters):
@@ -302,6 +278,22 @@ def test_nothing_of_a_finished_document_moves_while_longer_ones_go_on(run, monke
         assert moves == expected
 
 
+class Backwards(train_gpt.Ranks):
+    """A rank that takes the work from its end."""
+
+    def queue(self, items):
+        yield from enumerate(items[::-1], 1)
+
+
+def evaluated(model, stream, run, began=None):
+    """Figures, the Score, and the table of the evaluation that a run would make."""
+    began = time.perf_counter() if began is None else began
+    figures, score, scores = train_gpt.evaluate_documents(model, stream, run, "tag", began)
+    scores.remove()
+    assert not list(run.folder.glob("scores_*"))
+    return figures, score, scores
+
+
 @every_mode
 def test_totals_do_not_depend_on_batch_size_or_order(run, tmp_path, protocol, context):
     s = small(ttt_protocol=protocol, ttt_context=context, ttt_n_epochs=2)
@@ -310,11 +302,10 @@ def test_totals_do_not_depend_on_batch_size_or_order(run, tmp_path, protocol, co
     def evaluate(name, batch_size, reverse=False):
         (tmp_path / name).mkdir()
         other = run_of(run, replace(s, ttt_batch_size=batch_size), tmp_path / name)
-        with pytest.MonkeyPatch.context() as patch:
-            if reverse:
-                patch.setattr(train_gpt.Run, "shared", lambda run, work, name: iter(work[::-1]))
-            report, score = train_gpt.evaluate_ttt(model, stream, other, name, time.perf_counter())
-            assert score.bpb == report["backward_looking"]["val_bpb"]
+        if reverse:
+            other.ranks = Backwards()
+        report, score, _ = evaluated(model, stream, other)
+        assert score.bpb == report["backward_looking"]["val_bpb"]
         with np.load(tmp_path / name / "ttt_documents.npz") as kept:
             return report, {key: kept[key] for key in kept}
 
@@ -336,46 +327,46 @@ def test_totals_do_not_depend_on_batch_size_or_order(run, tmp_path, protocol, co
 
 
 def test_adapters_are_drawn_by_seed_and_document_alone():
-    s = small(ttt_lora_rank=8)
-    a, bound = train_gpt.draw_lora_a(s, 3), 32**-0.5
-    assert a.shape == (3, 16, 32) and a.dtype == np.float32
-    assert (a == train_gpt.draw_lora_a(s, 3)).all()
+    s = small(ttt_lora_rank=8, ttt_lora_targets="mlp.proj,c_q,mlp.fc")
+    a = train_gpt.draw_lora_a(s, 3)
+    assert a.shape == (3 * 8 * (32 + 32 + 96),) and a.dtype == np.float32
+    assert (a == train_gpt.draw_lora_a(replace(s, ttt_lora_targets="c_q,mlp.fc,mlp.proj"), 3)).all()
     for other in (train_gpt.draw_lora_a(s, 4), train_gpt.draw_lora_a(replace(s, seed=7), 3)):
         assert (a != other).mean() > 0.99
-    assert abs(a).max() <= bound and abs(a).max() > 0.95 * bound and abs(a.mean()) < 0.1 * bound
-    assert a.std() == pytest.approx(bound / 3**0.5, rel=0.05)
+    of_layers = a.reshape(3, -1)
+    for part, inputs in zip(np.split(of_layers, [8 * 32, 8 * 64], axis=1), (32, 32, 96), strict=True):
+        bound = inputs**-0.5
+        assert abs(part).max() <= bound and abs(part).max() > 0.95 * bound and abs(part.mean()) < 0.1 * bound
+        assert part.std() == pytest.approx(bound / 3**0.5, rel=0.05)
 
 
 # ---- The same buffers for other documents, and the same steps for other chunks
 
 
-def both_passes(batch):
-    batch.plain()
-    batch.adapt()
-    return batch.complete()
+def both_passes(batch, documents):
+    """The NLL of every target of these documents, by figure."""
+    batch.load(np.array(documents))
+    return batch.read().figures.numpy()
 
 
 @every_mode
-def test_a_batch_that_takes_up_other_documents_scores_them_as_a_fresh_one_does(run, protocol, context):
+def test_a_batch_that_takes_up_other_documents_scores_them_as_a_fresh_one_does(run, monkeypatch, protocol, context):
     """Bit by bit; also fewer than before, and after documents that were longer, shorter or cut off in the middle."""
     s = small(num_layers=2, ttt_protocol=protocol, ttt_context=context, ttt_eval_seq_len=32)
     model, stream, run = random_model(s), stream_of(s, LENGTHS), run_of(run, s)
-    batch = train_gpt.DocumentBatch(model, stream, np.array([7, 0, 5]), run)
-    both_passes(batch)
-    for documents in ([6, 2, 3], [7, 0], [2]):
-        batch.load(np.array(documents))
-        assert not batch.sums.any()
-        fresh = train_gpt.DocumentBatch(model, stream, np.array(documents), run)
-        assert (both_passes(batch) == both_passes(fresh)).all()
+    batch = Traced(model, stream, 3, run)
+
+    def scored_as_afresh(documents):
+        fresh = Traced(model, stream, len(documents), run)
+        return np.array_equal(both_passes(batch, documents), both_passes(fresh, documents), equal_nan=True)
+
+    for documents in ([7, 0, 5], [6, 2, 3], [7, 0], [2]):
+        assert scored_as_afresh(documents)
+    clock = Clock(monkeypatch)
     batch.load(np.array([1, 4]))
-    asked = itertools.count()
-    batch.expired = lambda: next(asked) > 3
-    batch.adapt()  # is cut off
-    del batch.expired
-    batch.load(np.array([5, 2]))
-    assert np.isnan(batch.complete()).all()
-    fresh = train_gpt.DocumentBatch(model, stream, np.array([5, 2]), run)
-    assert (both_passes(batch) == both_passes(fresh)).all()
+    batch.adapt(2, clock.now + 2.5)  # is cut off
+    assert (batch.target_nll()[1] == train_gpt.UNSCORED).any()
+    assert scored_as_afresh([5, 2])
     with pytest.raises(ValueError, match="longest first"):
         batch.load(np.array([5, 1]))
 
@@ -389,13 +380,12 @@ def test_steps_that_a_graph_replays_give_the_figures_of_steps_launched_one_by_on
     graphed.cuda = graphed.graphs = graphed.compile = True  # compiled code has one width for all chunks
     graphed.event, graphed.compiled = torch.cuda.Event(), lambda function, **_: function
     batches = [np.array(documents) for documents in ([7, 0], [5, 6], [0], [7, 0])]
-    batch, steps = train_gpt.DocumentBatch(model, stream, batches[0], graphed), []
-    monkeypatch.setattr(batch, "step", lambda visit, step=batch.step: steps.append(visit) or step(visit))
+    batch, steps = Traced(model, stream, 2, graphed), []
+    monkeypatch.setattr(batch, "_step", lambda step, inner=batch._step: steps.append(step) or inner(step))
     for documents in batches:
-        batch.load(documents)
-        expected = both_passes(train_gpt.DocumentBatch(model, stream, documents, plain))
-        np.testing.assert_allclose(both_passes(batch), expected, rtol=1e-6)
-    assert max(steps.count(visit) for visit in steps) == 2  # launched once, recorded once, and replayed ever after
+        expected = both_passes(Traced(model, stream, 2, plain), documents)
+        np.testing.assert_allclose(both_passes(batch, documents), expected, rtol=2e-5)
+    assert max(steps.count(step) for step in steps) == 2  # launched once, recorded once, and replayed ever after
     assert graphs.captured == len(steps) - len(set(steps)) and graphs.replayed > 1.5 * graphs.captured
 
 
@@ -419,8 +409,7 @@ def changes_before(model, lengths, run):
         train_gpt.Stream(each, np.zeros(len(each) - 1, np.int16), torch.device("cpu"), (starts, one.lengths))
         for each in (tokens, changed)
     )
-    before, after = (batch_of(model, each, np.arange(len(lengths)), run).nll for each in streams)
-    assert len(before) == 1 + run.s.ttt_figures
+    before, after = (batch_of(model, each, np.arange(len(lengths)), run).figures for each in streams)
     return torch.stack([(after - before)[:, row, :t].abs().amax(1) for row, t in enumerate(at)], 1)
 
 
@@ -448,41 +437,8 @@ def test_a_model_that_looks_ahead_would_be_caught(run, monkeypatch):
 # ---- The deadline
 
 
-def stopped_after(count):
-    """A kind of batch that has expired once it was asked so many times."""
-
-    class Stopped(train_gpt.DocumentBatch):
-        asked = 0
-
-        def expired(self):
-            self.asked += 1
-            return self.asked > count
-
-    return Stopped
-
-
-@every_mode
-def test_a_document_cut_off_keeps_the_figures_that_it_has_finished(run, protocol, context):
-    s, order = small(ttt_protocol=protocol, ttt_context=context, ttt_n_epochs=3), [0, 1, 2]  # of 7, 3 and 2 chunks
-    model, stream = random_model(s), stream_of(s, [100, 40, 20])
-    whole = nll_of(batch_of(model, stream, order, run_of(run, s)))
-    if protocol == "replay":  # two epochs of 7 steps, and of the last two, three or six
-        cuts = {16: ([2], [0, 1]), 17: ([2, 1], [0]), 20: ([2, 1], [0]), 7: ([], [0, 1, 2]), 0: ([], [0, 1, 2])}
-        sums = {count: min(count // 7, 3) for count in cuts}  # whole epochs of all documents
-    else:  # 3 steps a chunk
-        cuts = {5: ([2], [0, 1]), 3: ([2], [0, 1]), 6: ([2, 1], [0]), 17: ([2, 1], [0]), 0: ([], [0, 1, 2])}
-        sums = dict.fromkeys(cuts, 0)
-    for count, (done, cut) in cuts.items():
-        batch = batch_of(model, stream, order, run_of(run, s), stopped_after(count))
-        nll = torch.from_numpy(batch.complete())
-        assert nll[: 1 + sums[count]].equal(whole[: 1 + sums[count]])  # bit by bit
-        at = 1 + sums[count]
-        assert nll[at, done].equal(whole[at, done]) and nll[at, cut].isnan().all(), count
-        assert nll[at + 1 :].isnan().all()
-
-
 class Clock:
-    """Stands for the module `time`: a second passes with every Adam step and at no other time."""
+    """Stands still but for a tick with every Adam step."""
 
     def __init__(self, monkeypatch, tick=1.0):
         self.now = 1000.0
@@ -493,7 +449,31 @@ class Clock:
             return step(adapters, *args)
 
         monkeypatch.setattr(train_gpt.Adapters, "step", ticking)
-        monkeypatch.setattr(train_gpt, "time", SimpleNamespace(perf_counter=lambda: self.now, sleep=time.sleep))
+        monkeypatch.setattr(time, "perf_counter", lambda: self.now)
+
+
+@every_mode
+def test_a_document_cut_off_keeps_the_figures_that_it_has_finished(run, monkeypatch, protocol, context):
+    s, order = small(ttt_protocol=protocol, ttt_context=context, ttt_n_epochs=3), [0, 1, 2]  # of 7, 3 and 2 chunks
+    lengths = [100, 40, 20]
+    model, stream, clock = random_model(s), stream_of(s, lengths), Clock(monkeypatch)
+    whole = batch_of(model, stream, order, run_of(run, s))
+    if protocol == "replay":  # after so many steps two epochs of 7, and of the last one two, three or six
+        cuts = {16: ([2], [0, 1]), 17: ([2, 1], [0]), 20: ([2, 1], [0]), 7: ([], [0, 1, 2]), 0: ([], [0, 1, 2])}
+        sums = {count: min(count // 7, 3) for count in cuts}  # whole epochs of all documents
+    else:  # 3 steps a chunk
+        cuts = {4: ([2], [0, 1]), 3: ([], [0, 1, 2]), 7: ([2, 1], [0]), 17: ([2, 1], [0]), 0: ([], [0, 1, 2])}
+        sums = dict.fromkeys(cuts, 0)
+    for count, (done, cut) in cuts.items():
+        batch = batch_of(model, stream, order, run_of(run, s), deadline=clock.now + count - 0.5)
+        nll, full = batch.totals(), whole.totals()
+        at = 1 + sums[count]
+        assert (nll[:at] == full[:at]).all() and (nll[at, done] == full[at, done]).all(), count  # bit by bit
+        assert (nll[at, cut] == train_gpt.UNSCORED).all() and (nll[at + 1 :] == train_gpt.UNSCORED).all(), count
+        chunks = min(count, 7) if protocol == "replay" else -(-count // 3)  # scored for the first figure
+        for known, all_of_it in zip(batch.rows[1], whole.rows[1], strict=True):
+            end = min(len(known), 16 * chunks)
+            assert (known[:end] == all_of_it[:end]).all() and (known[end:] == train_gpt.UNSCORED).all(), count
 
 
 @pytest.mark.parametrize("budget, margin", [(5, 0.5), (10, 1), (20, 2), (40, 2)])
@@ -504,28 +484,24 @@ def test_the_evaluation_stops_a_tenth_of_its_budget_or_two_seconds_before_its_en
     s = small(num_layers=2, ttt_protocol=protocol, ttt_n_epochs=99, eval_max_seconds=budget, ttt_batch_size=2)
     model, stream = random_model(s), stream_of(s, [40, 40])
     clock = Clock(monkeypatch, 0.25)
-    report, _ = train_gpt.evaluate_ttt(model, stream, run_of(run, s, tmp_path), "x", clock.now)
+    report, _, _ = evaluated(model, stream, run_of(run, s, tmp_path), clock.now)
     assert report["seconds"] == budget - margin  # the first step that would begin later does not
     assert report["within_budget"] is True and report["last_epoch"]["lacking"] == 2
 
 
 def test_each_figure_says_how_many_documents_it_lacks_and_takes_their_plain_score(run, tmp_path, monkeypatch):
-    s = small(
-        ttt_n_epochs=4, eval_max_seconds=20, ttt_batch_size=2
-    )  # 18 steps: the first batch has 4 * 3, the second 2
+    s = small(ttt_n_epochs=4, eval_max_seconds=25, ttt_batch_size=2)  # 23 steps
     lengths = [40, 30, 20, 10]
     model, stream = random_model(s), stream_of(s, lengths)
     for name in ("cut", "whole"):
         (tmp_path / name).mkdir()
-    whole, _ = train_gpt.evaluate_ttt(
-        model, stream, run_of(run, replace(s, eval_max_seconds=0), tmp_path / "whole"), "x", time.perf_counter()
-    )
+    whole, _, _ = evaluated(model, stream, run_of(run, replace(s, eval_max_seconds=0), tmp_path / "whole"))
     lines = []
     other = run_of(run, s, tmp_path / "cut")
     other.log = lines.append
     clock = Clock(monkeypatch)
-    cut, score = train_gpt.evaluate_ttt(model, stream, other, "x", clock.now)
-    # 12 steps for the documents of 40 and 30, 6 left: three epochs of those of 20 and 10
+    cut, score, _ = evaluated(model, stream, other, clock.now)
+    # 3 + 2 for the score, 12 for the epochs of documents of 40 and 30, 6 left: three of those of 20 and 10
     assert [figure["lacking"] for figure in cut["curve"]] == [0, 0, 0, 2]
     assert [figure["lacking"] for figure in whole["curve"]] == [0, 0, 0, 0] and whole["within_budget"] is True
     assert cut["backward_looking"] == cut["curve"][0] and cut["last_epoch"] == cut["curve"][-1]
@@ -542,7 +518,7 @@ def test_each_figure_says_how_many_documents_it_lacks_and_takes_their_plain_scor
 def test_if_the_plain_pass_alone_exceeds_the_budget_every_figure_is_the_plain_one(run, tmp_path):
     s = small(eval_max_seconds=1e-9)
     model, stream = random_model(s), stream_of(s, [100, 40, 20])
-    report, _ = train_gpt.evaluate_ttt(model, stream, run_of(run, s, tmp_path), "x", time.perf_counter())
+    report, _, _ = evaluated(model, stream, run_of(run, s, tmp_path))
     assert report["within_budget"] is False
     for figure in report["curve"]:
         assert (figure["targets"], figure["bytes"], figure["lacking"]) == (160, stream.byte_count, 3)
