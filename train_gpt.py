@@ -550,12 +550,12 @@ class Run:
         self.ranks = ranks or Ranks()
         self.device, self.no_gpu = choose_device(s.device, self.ranks.local)
         self.cuda = self.device.type == "cuda"
-        capability = torch.cuda.get_device_capability(self.device) if self.cuda else None
-        self.dtype = compute_dtype(capability)
-        built = torch.backends.cuda.is_flash_attention_available() and not torch.version.hip
-        self.attention = attention_backend(capability, s.model_dim // s.num_heads, self.dtype, built)
+        self.capability = torch.cuda.get_device_capability(self.device) if self.cuda else None
+        self.dtype = compute_dtype(self.capability)
         self.compile = self.cuda if s.compile < 0 else bool(s.compile)
         self.graphs = False  # CUDA graphs, once they have computed the same
+        self.rehearsed = {}  # how nearly
+        self.pace = {}  # seconds of a unit of batch_cost(), with and without them
         self.folder = Path(s.output_dir)
         self.log_file = None  # only the first rank's; without it a run is silent
         self.devices = [environment(self)["device"]]  # of all ranks, once they are asked
@@ -565,6 +565,12 @@ class Run:
         if self.cuda:
             torch.cuda.set_device(self.device)
             self.event = torch.cuda.Event()  # of the last step
+
+    @property
+    def attention(self) -> str:
+        """The backend, which depends on the model's width, too."""
+        built = torch.backends.cuda.is_flash_attention_available() and not torch.version.hip
+        return attention_backend(self.capability, self.s.model_dim // self.s.num_heads, self.dtype, built)
 
     def using(self, **changes) -> "Run":
         """A copy with other settings."""
@@ -1990,9 +1996,9 @@ def evaluate_standard(forward, stream, run, stride=None):
     mine = np.array_split(windows, run.ranks.world)[run.ranks.rank]
     if run.compile:  # one shape, one compilation
         mine = np.pad(mine, ((0, -len(mine) % batch), (0, 0)))
+    mine = torch.from_numpy(mine).to(run.device)  # at once: a copy waits for all that the device has to do
     for i in range(0, len(mine), batch):
-        part = torch.from_numpy(mine[i : i + batch]).to(run.device)
-        _, sums = score_windows(forward, stream, part.unbind(1), int(windows[0, 1]))
+        _, sums = score_windows(forward, stream, mine[i : i + batch].unbind(1), int(windows[0, 1]))
         total += sums.sum(0)
         if stride and i // batch % 100 == 99:
             run.log(f"sliding evaluation: window {i + batch} of {len(mine)}")
@@ -2102,6 +2108,18 @@ class ChunkStep(NamedTuple):
     keep: bool = False  # append it to the context
 
 
+def device_is_full() -> bool:
+    """Whether less than an eighth of the GPU's memory is free."""
+    free, total = torch.cuda.mem_get_info()
+    return 8 * free < total
+
+
+def memory_beside_tensors() -> int:
+    """Bytes of the GPU that PyTorch's allocator has no part in: contexts, kernels, graphs."""
+    free, total = torch.cuda.mem_get_info()
+    return total - free - torch.cuda.memory_reserved()
+
+
 class DocumentBatch:
     """Documents that advance together, longest first: those that still have chunk c are the first active[c].
 
@@ -2127,7 +2145,9 @@ class DocumentBatch:
         self.kv = torch.zeros(shape, dtype=model.dtype, device=run.device)
         self.position = integers(())  # of the chunk's first target
         self.lr = torch.zeros((), device=run.device)
-        self.graphs = {}  # by ChunkStep; None once it has run eagerly
+        self.graphs = {}  # by ChunkStep: None once it has run eagerly, False if it cannot be recorded
+        self.recording = True  # until that fails
+        self.memory_before = 0
         if run.cuda:  # one stream: graphs share memory
             self.pool, self.recorder = torch.cuda.graph_pool_handle(), torch.cuda.Stream()
 
@@ -2226,15 +2246,47 @@ class DocumentBatch:
 
     def _launch(self, step: ChunkStep):
         """_step(), by a CUDA graph from the second of a shape on: one launch instead of hundreds."""
-        if not self.run.graphs or step not in self.graphs:
-            self.graphs[step] = None
+        came_before = step in self.graphs
+        graph = self.graphs.setdefault(step)
+        if self.run.graphs and came_before and graph is None:
+            graph = self.graphs[step] = self._record(step)
+        if self.run.graphs and graph:
+            graph.replay()
+        else:
             self._step(step)
-            return
-        if not self.graphs[step]:
-            self.graphs[step] = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self.graphs[step], self.pool, self.recorder, "thread_local"):
-                self._step(step)
-        self.graphs[step].replay()
+
+    def _record(self, step: ChunkStep):
+        """A graph of the step; False if recording fails, or if too little of the device is free for what a graph takes.
+        Nothing is executed while a graph is recorded: the state is whole, and the step goes on kernel by kernel."""
+        if not any(self.graphs.values()) or device_is_full():
+            torch.cuda.empty_cache()  # while a graph is recorded the allocator gives nothing back
+        if not self.recording or device_is_full():
+            return False
+        self.memory_before = self.memory_before or memory_beside_tensors()
+        graph = torch.cuda.CUDAGraph()
+        self.recorder.wait_stream(torch.cuda.current_stream())
+        try:
+            with torch.cuda.stream(self.recorder):
+                graph.capture_begin(self.pool, capture_error_mode="thread_local")
+                try:
+                    self._step(step)
+                except BaseException:
+                    with contextlib.suppress(RuntimeError):  # what broke it says more
+                        graph.capture_end()
+                    raise
+                graph.capture_end()
+        except RuntimeError as e:
+            self.recording = False
+            what = f"{step} gave {type(e).__name__}: {' '.join(str(e).split())[:200]}"
+            self.run.log(f"note: no more CUDA graphs, what is not recorded is launched kernel by kernel: {what}")
+            return False
+        return graph
+
+    def account_of_graphs(self) -> dict:
+        """Shapes that steps had, how many were recorded, and bytes of the device that these take besides tensors."""
+        recorded = sum(map(bool, self.graphs.values()))
+        taken = memory_beside_tensors() - self.memory_before if recorded else 0
+        return dict(shapes=len(self.graphs), recorded=recorded, bytes_beside_tensors=taken)
 
     def _step(self, step: ChunkStep):
         n, width, context, score, train, keep = step
@@ -2287,6 +2339,20 @@ def batch_cost(lengths: np.ndarray, s, floor: int) -> float:
     context = np.minimum(chunks * size, s.ttt_eval_seq_len - size) + size / 2
     weight = 1 + context / (1 + s.num_kv_heads / s.num_heads + s.mlp_mult) / s.model_dim
     return float(np.maximum(tokens * weight, floor).sum())
+
+
+def training_steps(s) -> float:
+    """Steps for each chunk in DocumentBatch.adapt(); one without training counts a third."""
+    return s.ttt_n_epochs + (0 if s.ttt_protocol == "replay" else 2 / 3)
+
+
+def predict(batches: list[np.ndarray], stream, run: Run):
+    """Log the evaluation's seconds by the preflight's pace, were all ranks equally busy."""
+    # Besides, there is the reading without adaptation, and replay's first epoch is run twice.
+    steps = training_steps(run.s) + 1 / 3 + (run.s.ttt_protocol == "replay")
+    costs = [batch_cost(stream.lengths[documents], run.s, STEP_FLOOR[run.device.type]) for documents in batches]
+    seconds = {name: pace * steps * sum(costs) / run.ranks.world for name, pace in run.pace.items()}
+    run.log(f"predicted seconds of the evaluation: {pairs(seconds)}")
 
 
 class Scores:
@@ -2366,6 +2432,8 @@ def score_documents(model, stream, scores: Scores, deadline: float, run: Run) ->
     """Every document without adaptation, whatever the time; then what is the score; then replay's epochs, the first one
     again. Returns this rank's seconds of each pass."""
     batches = batch_documents(stream.lengths, run)
+    if run.pace:
+        predict(batches, stream, run)
     batch = DocumentBatch(model, stream, max(map(len, batches)), run)
     known = [scores.of_documents(row) for row in scores.targets]
     missing = dict(no_adaptation=known[PLAIN] == UNSCORED, score=known[ADAPTED] == UNSCORED)
@@ -2385,6 +2453,8 @@ def score_documents(model, stream, scores: Scores, deadline: float, run: Run) ->
             left = spent * (done[-1] / done[number - 1] - 1)
             run.log(f"{label}: batch {number} of {len(todo)} after {spent:.0f}s, about {left:.0f}s left")
         seconds[label] = time.perf_counter() - began
+    if run.cuda:
+        run.log(f"CUDA graphs {pairs(batch.account_of_graphs())}")
     scores.merge()
     return seconds
 
@@ -2674,37 +2744,73 @@ def preflight(trainer: Trainer | None, model: GPT, run: Run) -> dict[str, float]
             done("export")
         if s.ttt_enabled and (run.compile or run.cuda):
             run.graphs = small.graphs = rehearse_adaptation(model, small)
+            run.rehearsed, run.pace = small.rehearsed, small.pace
         score_file(model, stream, small)
         done("evaluation")
     run.log("preflight " + " ".join(f"{name}:{value:.1f}s" for name, value in seconds.items()))
-    if run.cuda and s.ttt_enabled and not run.graphs:
-        run.log("note: CUDA graphs do not compute what they record here; every step is launched kernel by kernel")
+    if run.cuda:
+        sizes = *torch.cuda.mem_get_info(), torch.cuda.memory_reserved()
+        run.log("memory free:{:.1f} of {:.1f} GiB, kept by the allocator:{:.1f}".format(*(x / 2**30 for x in sizes)))
+    if run.rehearsed:
+        run.log(f"CUDA graphs against eager steps: {pairs(run.rehearsed)} (accepted: nll 0.001, movement 0.1)")
+        if not run.graphs:
+            run.log("note: CUDA graphs do not compute what they record here; every step is launched kernel by kernel")
     return seconds
 
 
+class Rehearsal(NamedTuple):
+    """What adaptation to synthetic documents gave: NLL, the adapters' movement (B, n), seconds."""
+
+    nll: np.ndarray
+    movement: Tensor
+    seconds: float
+
+    def differs(self, other: "Rehearsal") -> tuple[float, float]:
+        """The largest relative difference of an NLL, and the relative difference of the movements."""
+        nll = np.abs(other.nll - self.nll) / np.abs(self.nll)
+        movement = (other.movement - self.movement).norm() / self.movement.norm()
+        return float(nll.max()), movement.item()
+
+
+def rehearse_batch(batch: DocumentBatch, a: np.ndarray, graphs: bool) -> Rehearsal:
+    """Score and adapt to all documents of the batch's stream, by graphs or kernel by kernel."""
+    run = batch.run
+    run.graphs = graphs
+    batch.load(np.arange(len(a)))
+    batch.score()
+    run.wait()
+    began = time.perf_counter()
+    batch.adapt(run.s.ttt_n_epochs, a=a)
+    run.wait()
+    seconds = time.perf_counter() - began
+    end = batch.adapters.flat.clone()
+    batch.adapters.begin(a)
+    nll = batch.epoch_nll() if batch.epochs else np.concatenate(batch.target_nll())
+    return Rehearsal(nll, end - batch.adapters.flat, seconds)
+
+
 def rehearse_adaptation(model: GPT, run: Run) -> bool:
-    """Compile every shape: documents that end one after another, and a single one. Returns whether CUDA graphs of both
-    compute what was recorded, scores and movement. Weights are random: a fresh model's leave LoRA without gradient."""
+    """Compile every shape: a single document, and some that end one after another. Returns whether CUDA graphs of both
+    compute what was recorded, scores and movement. Of the latter documents `rehearsed` says how nearly, beside what an
+    eager repeat does (flash's backward adds in any order), and `pace` how fast. Weights are random: a fresh model's
+    leave LoRA without gradient."""
+    s, device = run.s, run.device.type
     for p in model.parameters():
         p.normal_(std=0.05)
-    longest = run.s.ttt_eval_seq_len + run.s.ttt_chunk_size
+    longest = s.ttt_eval_seq_len + s.ttt_chunk_size
     same = True
-    for size in (run.s.ttt_batch_size or TTT_BATCH[run.device.type], 1):
+    for size in (1, s.ttt_batch_size or TTT_BATCH[device]):
         stream = synthetic_stream([longest // (1 + 3 * i // size) for i in range(size)], run)
         batch = DocumentBatch(model, stream, size, run)
-        a = np.stack([draw_lora_a(run.s, i) for i in range(size)])
-        scores, moved = [], []
-        for graphs in (False, run.cuda):
-            run.graphs = graphs
-            batch.load(np.arange(size))
-            batch.score()
-            batch.adapt(run.s.ttt_n_epochs, a=a)
-            scores.append(batch.epoch_nll() if batch.epochs else np.concatenate(batch.target_nll()))
-            end = batch.adapters.flat.clone()
-            batch.adapters.begin(a)
-            moved.append(end - batch.adapters.flat)
-        same &= np.allclose(*scores, rtol=1e-3)
-        same &= bool((moved[1] - moved[0]).norm() <= 0.1 * moved[0].norm())
+        a = np.stack([draw_lora_a(s, i) for i in range(size)])
+        modes = (False, True, False, True) if run.cuda else (False, False)
+        eager, graphs, *again = [rehearse_batch(batch, a, mode) for mode in modes]
+        nll, movement = eager.differs(graphs)
+        same = same and batch.recording and nll <= 1e-3 and movement <= 0.1
+        if again:  # by now nothing is compiled or recorded any more
+            cost = training_steps(s) * batch_cost(stream.lengths, s, STEP_FLOOR[device])
+            run.pace = dict(kernel_by_kernel=again[0].seconds / cost, graphs=again[1].seconds / cost)
+            run.rehearsed = dict(nll=nll, movement=movement, movement_of_a_repeat=eager.differs(again[0])[1])
     return run.cuda and not run.ranks.max([not same])[0]
 
 
@@ -2721,6 +2827,10 @@ def describe(trainer: Trainer | None, stream, run: Run):
         run.log(f"devices of the ranks: {', '.join(run.devices)}")
     if run.no_gpu:
         run.log(f"on the CPU: {run.no_gpu}")
+    elif run.attention == "plain":
+        run.log(
+            "note: no flash attention for this GPU, dtype and head width; it is written out, slower and in more memory"
+        )
     run.log(f"validation documents:{len(stream.lengths)} targets:{stream.target_count} bytes:{stream.byte_count}")
     if trainer:
         run.log(f"model parameters:{sum(p.numel() for p in trainer.model.parameters())}")
