@@ -2556,17 +2556,28 @@ def mixture(
     starts, lengths = starts[order], lengths[order]
     longer = np.searchsorted(-lengths, -np.arange(lengths[0]))  # documents with more than t targets: the first ones
     weight = np.full(len(lengths), 0.5)  # of `plain`
-    mixed = np.empty(len(plain))
-    for t, n in enumerate(longer):
-        at = starts[:n] + t
-        p0, p1 = plain[at].astype(np.float64), adapted[at].astype(np.float64)
-        least = np.minimum(p0, p1)  # taken out, for what float64 cannot hold
-        p0, p1 = np.exp(least - p0), np.exp(least - p1)
-        weighted = weight[:n] * p0
-        p = weighted + (1 - weight[:n]) * p1
-        mixed[at] = least - np.log(p)
-        weight[:n] = (1 - share) * weighted / p + share / 2
-    return mixed
+    known = np.empty(len(plain))  # how many times likelier each target is by `adapted`, then `weight` before it
+    span_size = 1 << 16  # fits a cache
+    spans = [slice(first, first + span_size) for first in range(0, len(plain), span_size)]
+    for span in spans:
+        known[span] = np.exp((plain[span].astype(np.float64) - adapted[span]).clip(-700, 700))  # float64 holds it
+    at = starts.copy()
+    for n in longer:  # tens of thousands of turns for a long document: nothing is in here that need not be
+        w = weight[:n]
+        other = known[at[:n]]
+        known[at[:n]] = w
+        other *= 1 - w
+        other += w
+        w /= other
+        w *= 1 - share
+        w += share / 2
+        at[:n] += 1
+    for span in spans:
+        p0, p1 = plain[span].astype(np.float64), adapted[span].astype(np.float64)
+        ratio = np.exp(-np.abs(p0 - p1))  # of the less likely to the likelier one, which float64 cannot hold alone
+        w = np.where(p0 <= p1, known[span], 1 - known[span])  # of the likelier one
+        known[span] = np.minimum(p0, p1) - np.log(w + (1 - w) * ratio)
+    return known
 
 
 def by_position(nll: dict[str, np.ndarray], stream) -> dict[str, np.ndarray]:
