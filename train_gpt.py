@@ -173,7 +173,7 @@ class Settings(TrainSettings):
     val_docs: int = setting(0, "validation documents scored; 0: all", 0)
     eval_stride: int = setting(64, "stride of the sliding window", 1)
     eval_batch_seqs: int = setting(32, "sliding windows per batch and rank", 1)
-    eval_max_seconds: float = setting(600.0, "from the artifact's load on; 0: no limit", 0.0)
+    eval_max_seconds: float = setting(600.0, "from the artifact's load on; 0: no limit", 0.0, tiny=0.0)
     ttt_enabled: bool = setting(True, "test-time training; 0: sliding window")
     ttt_protocol: str = setting("replay", "epochs, or one pass", choices=("replay", "single_pass"))
     ttt_context: str = setting("cached", "keys and values, or windows", choices=("cached", "recompute"))
@@ -272,8 +272,7 @@ GRACE = 8.0  # seconds in which the main thread must have noticed that it is to 
 
 
 class Interrupted(BaseException):
-    """A signal, or another rank's end: the process's exit code, and a line to print. No Exception: libraries that catch
-    those would swallow it."""
+    """The process's exit code, and a line to print. No Exception: libraries that catch those would swallow it."""
 
     def __init__(self, code: int, line: str):
         super().__init__(line or f"exit code {code}")
@@ -301,11 +300,9 @@ def system_says(e: OSError, path: object = None) -> str:
         errno.ENOSPC: "free space there",
         errno.EDQUOT: "free space there",
         errno.EFBIG: "raise the limit of file sizes (ulimit -f)",
-        errno.ENOENT: "check the path",
-        errno.EACCES: "check its permissions",
     }
     what = f"cannot use {where}" if where else "the system refused a call"
-    return f"{what}: {e.strerror or e} — {cures.get(e.errno, 'see what the system says')}"
+    return f"{what}: {e.strerror or e} — {cures.get(e.errno, 'check the path and its permissions')}"
 
 
 class Ranks:
@@ -315,7 +312,7 @@ class Ranks:
     def __init__(self):
         self.rank = self.local = self.node = self.restarts = 0  # local: on its machine, which is number `node`
         self.world = 1
-        self.store = self.launch_store = dist.HashStore()  # alone, a dictionary; the latter outlives a restart
+        self.store = dist.HashStore()  # alone, a dictionary
         self.queues = self.gathered = 0  # so far, and so on every rank
         self.waits_for_step = False  # in training a signal waits for the end of the step
         self.signal = 0  # the first that this process received, and when
@@ -325,57 +322,42 @@ class Ranks:
         self.how_to_go_on = ""  # a command, once there is a folder
 
     def join(self, env: dict[str, str]):
-        """Find the others at MASTER_ADDR:MASTER_PORT, as torchrun's environment says. Raises UserError."""
-        given = {name: env.get(name) for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")}
-        if given["RANK"] is None and given["WORLD_SIZE"] is None:
+        """Find the others, as torchrun's environment says. Blocks where no handler runs: signals still end the process,
+        whose handlers are installed later. Raises UserError."""
+        if "RANK" not in env and "WORLD_SIZE" not in env:
             return
+        names = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+        shown = " ".join(f"{name}={env.get(name)}" for name in names)
+        waiting = threading.Timer(10, say, [f"{shown}: waiting for the other ranks"])
+        waiting.daemon = True
         try:
-            self.rank, self.world, host, port = int(env["RANK"]), int(env["WORLD_SIZE"]), "", 0
+            self.rank, self.world = int(env["RANK"]), int(env["WORLD_SIZE"])
             self.local, self.node = int(env.get("LOCAL_RANK", self.rank)), int(env.get("GROUP_RANK", 0))
             self.restarts = int(env.get("TORCHELASTIC_RESTART_COUNT", 0))
-            if self.world > 1:
-                host, port = env["MASTER_ADDR"], int(env["MASTER_PORT"])
             if not 0 <= self.rank < self.world:
                 raise ValueError
-        except (KeyError, ValueError) as e:
-            shown = " ".join(f"{name}={value}" for name, value in given.items())
+            if self.world > 1:
+                waiting.start()
+                store, _, _ = next(dist.rendezvous("env://", timeout=timedelta(days=1)))
+                # torchrun --max-restarts starts all anew beside the same store, where old values still are
+                self.store = dist.PrefixStore(f"attempt {self.restarts}", store)
+                self.gather(None)
+        except (KeyError, ValueError, dist.DistError) as e:
             raise UserError(
-                f"{shown} is no place among ranks — launch with torchrun, or unset RANK and WORLD_SIZE"
+                f"no place among ranks: {shown} — launch with torchrun, or unset RANK and WORLD_SIZE"
             ) from e
-        serves = self.rank == 0 and env.get("TORCHELASTIC_USE_AGENT_STORE") != "True"  # else torchrun does
-        found = self.world == 1
-        missing = [] if found else [0]
-        said = time.monotonic()
-        while missing:
-            try:
-                if not found:
-                    found = dist.TCPStore(
-                        host, port, self.world, serves, timedelta(seconds=3), wait_for_workers=False, multi_tenant=True
-                    )  # in 3 seconds no signal gets through
-                    found.set_timeout(timedelta(days=1))
-                    self.launch_store = found
-                    # torchrun --max-restarts starts all anew beside the same store, where old values still are.
-                    self.store = dist.PrefixStore(f"attempt {self.restarts}", found)
-                    self.store.set(f"here {self.rank}", "")
-                missing = [rank for rank in range(self.world) if not self.store.check([f"here {rank}"])]
-            except RuntimeError as e:
-                if serves:
-                    raise UserError(f"rank 0 cannot serve at {host}:{port} — set MASTER_PORT to a free port") from e
-            if missing and time.monotonic() > said + 10:
-                said = time.monotonic()
-                say(f"rank {self.rank} of {self.world} waits at {host}:{port} for ranks {missing}"[:200])
-            time.sleep(0.02)
+        finally:
+            waiting.cancel()
 
     def connect(self, device: torch.device):
         """Connect the collectives, and begin to watch."""
         if self.world == 1:
             return
         cuda = device.type == "cuda"
-        backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
-        card = device if cuda else None  # connects at once: what fails does so here
-        patience = timedelta(days=1)  # a rank may wait long for another's last documents; the watch ends what is dead
         place = dict(store=dist.PrefixStore("group", self.store), rank=self.rank, world_size=self.world)
-        dist.init_process_group(backend, device_id=card, timeout=patience, **place)
+        place["timeout"] = timedelta(days=1)  # for another's last documents; the watch ends what is dead
+        place["device_id"] = device if cuda else None  # connects at once: what fails does so here
+        dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", **place)
         # A clone of the store, since the main thread may wait within the other.
         threading.Thread(target=self.watch, args=(self.store.clone(),), daemon=True).start()
 
@@ -402,11 +384,8 @@ class Ranks:
     def queue(self, items: list) -> Iterator[tuple]:
         """Number, from 1, and item, each on the rank that is free for it first. All ranks give the same list."""
         self.queues += 1
-        counter = f"queue {self.queues}"
-        number = self.store.add(counter, 1)
-        while number <= len(items):
+        while (number := self.store.add(f"queue {self.queues}", 1)) <= len(items):
             yield number, items[number - 1]
-            number = self.store.add(counter, 1)
 
     def gather(self, value) -> list:
         """Every rank's value (what JSON can hold), in rank order; before connect(), too."""
@@ -429,63 +408,59 @@ class Ranks:
     def watch(self, store: dist.Store):
         """A thread: show that this rank lives; end it once another one has ended, or is silent, or once a signal has
         found the main thread stuck in a collective. The first rank listens to all others, they to the first."""
-        heard = {rank: (0, time.monotonic()) for rank in (range(1, self.world) if self.rank == 0 else [0])}
+        now = time.monotonic()
+        heard = dict.fromkeys(range(1, self.world) if self.rank == 0 else [0], (0, now))
         found = None
-        while not self.leaving and not found:
+        while not found and not self.leaving:
             time.sleep(0.5)
             now = time.monotonic()
-            try:
-                store.add(f"beat {self.rank}", 1)
-                if store.check(["end"]):
-                    found = json.loads(store.get("end"))["code"], ""
-                beats = {rank: store.add(f"beat {rank}", 0) for rank in heard}
-            except RuntimeError:
-                found = 1, "error: the first rank is dead or out of reach"
-                break
-            heard = {rank: old if old[0] == beats[rank] else (beats[rank], now) for rank, old in heard.items()}
-            silent = [rank for rank, (_, when) in heard.items() if now - when > PATIENCE]
-            if silent and not found:
-                found = 1, f"error: rank {silent[0]} is dead or out of reach"
             if self.signal and not self.waits_for_step and now - self.signal_time > GRACE:
                 found = 128 + self.signal, ""
-        if found and not self.leaving:
+            try:
+                store.add(f"beat {self.rank}", 1)
+                for rank, (count, when) in heard.items():
+                    beats = store.add(f"beat {rank}", 0)
+                    if beats != count:
+                        heard[rank] = beats, now
+                    elif now - when > PATIENCE:
+                        found = 1, f"error: rank {rank} is dead or out of reach"
+                if store.check(["end"]):
+                    found = json.loads(store.get("end"))["code"], ""
+            except RuntimeError:
+                found = 1, "error: the first rank is dead or out of reach"
+        if not self.leaving:
             self.ending = found
             _thread.interrupt_main(signal.SIGTERM)  # it leaves no file half written
             time.sleep(GRACE)
-            if not self.leaving:
-                os._exit(self.end(*found))  # it is stuck
+        if not self.leaving:
+            os._exit(self.end(*found))  # it is stuck
 
     def on_signal(self, number: int, frame):
         """Raises Interrupted; but a training step is finished first. A second signal, over 2 s later, does not wait.
         (Within 2 s it is the first one, passed on by a launcher.)"""
-        if self.ending and not self.unwinding:
-            self.unwinding = True
-            raise Interrupted(*self.ending)
         now = time.monotonic()
-        first = not self.signal
-        if first:
+        again = self.signal and now > self.signal_time + 2
+        waits = bool(self.signal) or self.waits_for_step
+        if not self.signal and not self.ending:
             self.signal, self.signal_time = number, now
-        elif now < self.signal_time + 2:
-            return
-        if self.unwinding and not first:
+        if self.unwinding and again:
             os._exit(128 + number)
-        if not self.unwinding and not (first and self.waits_for_step):
-            self.unwinding = True
-            raise Interrupted(128 + number, f"stopped by {signal.Signals(number).name}")
+        if self.unwinding or (waits and not again and not self.ending):
+            return
+        self.unwinding = True
+        raise Interrupted(*(self.ending or (128 + number, f"stopped by {signal.Signals(number).name}")))
 
     def end(self, code: int, line: str) -> int:
         """Announce why this rank ends, unless another one was first, and say it: once on each machine. Returns the code
         that all end with."""
-        mine = json.dumps(dict(rank=self.rank, node=self.node, code=code, line=line))
-        first = mine
-        if self.world > 1:
-            with contextlib.suppress(RuntimeError):  # the store is gone
-                first = self.store.compare_set("end", "", mine).decode()
-                heard = self.store.add("heard", 1)
-                until = time.monotonic() + 5
-                while self.rank == 0 and heard < self.world and time.monotonic() < until:
-                    time.sleep(0.05)  # the store may end with this process
-                    heard = self.store.add("heard", 0)
+        first = mine = json.dumps(dict(rank=self.rank, node=self.node, code=code, line=line))
+        with contextlib.suppress(RuntimeError):  # the store is gone
+            first = self.store.compare_set("end", "", mine).decode()
+            heard = self.store.add("heard", 1)
+            until = time.monotonic() + 5
+            while self.rank == 0 and heard < self.world and time.monotonic() < until:
+                time.sleep(0.05)  # the store may end with this process
+                heard = self.store.add("heard", 0)
         self.leaving = True
         said = json.loads(first)
         if said["line"] and (first == mine or (self.local == 0 and said["node"] != self.node)):
@@ -504,10 +479,8 @@ class Ranks:
 # What always travels together: settings, ranks, device, folder and log. A copy with other settings or another folder is
 # a run, too: that is all the preflight is.
 
-FILES = (
-    "train.log", "sessions.json", "checkpoint.pt", "final_model.ptz", "final_model.pt", "ttt_documents.npz",
-    "ttt_positions.npz", "result.json",
-)  # fmt: skip
+MODEL_FILES = ("checkpoint.pt", "final_model.ptz", "final_model.pt")
+FILES = (*MODEL_FILES, "train.log", "sessions.json", "ttt_documents.npz", "ttt_positions.npz", "result.json")
 
 
 def pairs(account: dict) -> str:
@@ -645,10 +618,6 @@ class Run:
             self.sessions[-1]["seconds"] = now - self.session_began
             self.write("sessions.json", json.dumps(self.sessions).encode())
 
-    def earlier(self, stage: str) -> float:
-        """Seconds that earlier sessions of a stage took; killed ones took a little longer."""
-        return self.ranks.from_first(lambda: sum(row["seconds"] for row in self.sessions if row["stage"] == stage))
-
 
 def environment(run: Run) -> dict:
     """What a run depends on besides its source and settings."""
@@ -661,50 +630,44 @@ def environment(run: Run) -> dict:
 
 def choose_folder(run: Run) -> str:
     """OUTPUT_DIR, or one named by RUN_ID, or a new one. On the first rank. Raises UserError, OSError."""
-    s, store = run.s, run.ranks.launch_store
+    s = run.s
     if s.output_dir or s.run_id:
         return s.output_dir or f"runs/{s.run_id}"
-    if run.ranks.restarts and store.check(["folder"]):
-        return store.get("folder").decode()
-    if s.resume:
+    if s.resume or run.ranks.restarts:
         known = sorted(Path("runs").glob("*/train.log"), key=lambda path: path.stat().st_mtime)
         those = " or ".join(f"OUTPUT_DIR={path.parent}" for path in known[-3:]) or "OUTPUT_DIR to the run's folder"
-        raise UserError(f"RESUME=1 without OUTPUT_DIR or RUN_ID — set {those}")
+        raise UserError(f"a run cannot be resumed without OUTPUT_DIR or RUN_ID — set {those}")
     stem = f"runs/{time.strftime('%Y-%m-%d')}_{s.preset}_seed{s.seed}"
-    for number in itertools.count(1):
-        folder = stem if number == 1 else f"{stem}_{number}"
+    for number in itertools.count(2):
         with contextlib.suppress(FileExistsError):
-            Path(folder).mkdir(parents=True)  # whoever makes it has it
-            store.set("folder", folder)
-            return folder
+            Path(stem).mkdir(parents=True)  # whoever makes it has it
+            return stem
+        stem = f"{stem.removesuffix(f'_{number - 1}')}_{number}"
 
 
 def claim_folder(run: Run):
-    """Lock and open the log. On the first rank. Raises UserError if the folder holds another run, or one that is alive,
-    OSError."""
+    """Lock and open the log; on the first rank. Raises UserError if the folder holds another run, or a live one."""
     s, folder = run.s, run.folder
 
-    def check():
-        taken = [name for name in FILES if (folder / name).exists() and (folder / name).stat().st_size]
-        if s.eval_only and {"checkpoint.pt", "final_model.ptz"} & {*taken}:
-            raise UserError(f"OUTPUT_DIR={folder} holds a training — choose another for EVAL_ONLY")
-        if taken and not s.resume:
-            raise UserError(f"OUTPUT_DIR={folder} holds a run's {taken[0]} — choose another, or set RESUME=1")
-        return taken
+    def taken():
+        names = [name for name in FILES if (folder / name).exists() and (folder / name).stat().st_size]
+        if names and (not s.resume or (s.eval_only and {*MODEL_FILES} & {*names})):
+            cure = "choose another" if s.eval_only or s.resume else "choose another, or set RESUME=1"
+            raise UserError(f"OUTPUT_DIR={folder} holds a run's {names[0]} — {cure}")
+        return names
 
-    check()  # before anything there is touched
+    taken()  # before anything there is touched
     folder.mkdir(parents=True, exist_ok=True)
     run.log_file = open(folder / "train.log", "a", encoding="utf-8", errors="replace")  # noqa: SIM115 - stays open
     try:
         lock(run.log_file)
     except BlockingIOError as e:
-        what = f"OUTPUT_DIR={folder} is in use by a run that is alive"
-        raise UserError(f"{what} — wait for it, or choose another") from e
-    taken = check()  # another run may have come and gone
-    if s.resume and not taken:
+        raise UserError(f"OUTPUT_DIR={folder} is in use by a live run — wait for it, or choose another") from e
+    names = taken()  # another run may have come and gone
+    if s.resume and not names:
         run.log(f"note: RESUME=1, but {folder} has nothing to go on from: this run starts afresh")
     try:
-        run.sessions = json.loads((folder / "sessions.json").read_bytes()) if "sessions.json" in taken else []
+        run.sessions = json.loads((folder / "sessions.json").read_bytes()) if "sessions.json" in names else []
     except ValueError as e:
         raise UserError(f"{folder}/sessions.json is damaged — delete it to go on without its account") from e
 
@@ -718,16 +681,12 @@ def open_folder(run: Run) -> Run:
     run.folder = Path(folder)
     run.ranks.from_first(claim_folder, run)
     run.folder.mkdir(parents=True, exist_ok=True)
-    run.ranks.how_to_go_on = how_to_go_on(run)
-    return run
-
-
-def how_to_go_on(run: Run) -> str:
-    """A command that can be pasted."""
     given = {f.name.upper() for f in fields(Settings)} & {*os.environ} - {"RESUME", "OUTPUT_DIR"}
     values = [f"{name}={shlex.quote(os.environ[name])}" for name in sorted(given)]
     launcher = f"torchrun --standalone --nproc_per_node={run.ranks.world}" if run.ranks.world > 1 else "python"
-    return " ".join([f"RESUME=1 OUTPUT_DIR={shlex.quote(run.s.output_dir)}", *values, launcher, sys.argv[0]])
+    again = ["RESUME=1", f"OUTPUT_DIR={shlex.quote(folder)}", *values, launcher, sys.argv[0]]
+    run.ranks.how_to_go_on = " ".join(again)
+    return run
 
 
 # ======== Data ========
@@ -2519,12 +2478,15 @@ def score_documents(model, stream, scores: Scores, deadline: float, run: Run) ->
     for label, lacking in missing.items():
         began = time.perf_counter()
         todo = [documents for documents in batches if lacking[documents].any()]
+        done = np.cumsum([batch_cost(stream.lengths[documents], run.s, 0) for documents in todo])
         for number, documents in run.ranks.queue(todo):
             if label != "no_adaptation" and time.perf_counter() >= deadline:
                 break
             batch.load(documents)
             score_batch(label, batch, scores, deadline)
-            run.log(f"{label}: batch {number} of {len(todo)} after {time.perf_counter() - began:.1f}s")
+            spent = time.perf_counter() - began
+            left = spent * (done[-1] / done[number - 1] - 1)
+            run.log(f"{label}: batch {number} of {len(todo)} after {spent:.0f}s, about {left:.0f}s left")
         seconds[label] = time.perf_counter() - began
     scores.merge()
     return seconds
@@ -2584,9 +2546,7 @@ def by_position(nll: dict[str, np.ndarray], stream) -> dict[str, np.ndarray]:
     """Sums over spans of the document that end at 64, 128, 256 and so on: `figures` (F,) names, `nll` (F, S) in nats,
     `targets`, `bytes` and `ends` (S,)."""
     longest = int(stream.lengths.max())
-    ends = [64]
-    while ends[-1] < longest:
-        ends.append(2 * ends[-1])
+    ends = 64 << np.arange(max(1, math.ceil(math.log2(longest / 64)) + 1))
     sums = np.zeros((len(nll) + 2, len(ends)))
     bytes_ = stream.bytes.cpu().numpy()
     for first in range(0, len(stream.lengths), 1024):  # some documents at a time: their positions take memory
@@ -2594,74 +2554,74 @@ def by_position(nll: dict[str, np.ndarray], stream) -> dict[str, np.ndarray]:
         targets = slice(starts[0], starts[-1] + lengths[-1])
         position = np.arange(targets.start, targets.stop) - np.repeat(starts, lengths)
         span = np.searchsorted(ends, position, side="right")
-        for total, values in zip(sums, (*nll.values(), None, bytes_), strict=True):
-            total += np.bincount(span, None if values is None else values[targets], len(ends))
-    ends[-1] = min(ends[-1], longest)
-    return dict(figures=np.array(list(nll)), nll=sums[:-2], targets=sums[-2], bytes=sums[-1], ends=np.array(ends))
+        for total, values in zip(sums, (*nll.values(), np.ones_like(bytes_), bytes_), strict=False):
+            total += np.bincount(span, values[targets], len(ends))
+    return dict(figures=[*nll], nll=sums[:-2], targets=sums[-2], bytes=sums[-1], ends=np.minimum(ends, longest))
 
 
 def report_documents(scores: Scores, seconds: dict[str, float], began: float, run: Run) -> tuple[dict, Score]:
-    """Figures from the merged table, and the Score: logged and kept by document and by position. On the first rank."""
+    """Figures and the Score from the merged table: logged, and kept by document and by position. On the first rank."""
     s, stream = run.s, scores.stream
     plain, adapted = scores.targets
-    if (plain == UNSCORED).any():
-        raise RuntimeError(f"{scores.missing(PLAIN).sum()} documents were not scored")
     nll = np.stack([scores.of_documents(plain), scores.of_documents(adapted), *scores.epochs[1:]])
     lacking = nll == UNSCORED
-    nll = np.where(lacking, nll[0], nll)
-    targets = dict(no_adaptation=plain)
-    targets["epoch_1" if s.ttt_protocol == "replay" else "single_pass"] = np.where(
-        np.repeat(lacking[1], stream.lengths), plain, adapted
-    )
-    mixed = None
-    if s.ttt_mixture:
-        known = np.where(adapted == UNSCORED, plain, adapted)  # where the deadline cut off, p0 mixes with itself
-        targets["mixture"] = mixture(plain, known, stream.starts, stream.lengths, s.ttt_mixture_share)
-        mixed = scores.of_documents(targets["mixture"])
-    account = dict(documents=len(stream.lengths)) | time_spent(began, run)
-    account |= dict(passes=seconds)
-    if len(scores.epochs):
-        again = scores.epochs[0] != UNSCORED
-        account["epoch_1_again"] = float(np.abs(scores.epochs[0] - nll[1])[again].max(initial=0.0))
-    figures, score = describe_figures(nll, lacking, mixed, account, stream, run)
+    if lacking[0].any():
+        raise RuntimeError(f"{lacking[0].sum()} documents were not scored")
+    nll = np.where(lacking, nll[0], nll)  # nothing is dropped
+    name = "epoch_1" if s.ttt_protocol == "replay" else "single_pass"
+    targets = {"no_adaptation": plain, name: np.where(np.repeat(lacking[1], stream.lengths), plain, adapted)}
     arrays = dict(index=np.arange(nll.shape[1]), targets=stream.lengths, bytes=stream.document_bytes)
     arrays |= dict(nll_no_adaptation=nll[0], nll_per_epoch=nll[1:], figures_finished=(~lacking[1:]).sum(0))
     if s.ttt_mixture:
-        arrays["nll_mixture"] = mixed
+        known = np.where(adapted == UNSCORED, plain, adapted)  # where the deadline cut off, p0 mixes with itself
+        targets["mixture"] = mixture(plain, known, stream.starts, stream.lengths, s.ttt_mixture_share)
+        arrays["nll_mixture"] = scores.of_documents(targets["mixture"])
+    account = dict(documents=len(stream.lengths)) | time_spent(began, run) | dict(passes=seconds)
+    if len(scores.epochs):
+        again = scores.epochs[0] != UNSCORED
+        account["epoch_1_again"] = float(np.abs(scores.epochs[0] - nll[1])[again].max(initial=0.0))
     run.write("ttt_documents.npz", npz(arrays))
     run.write("ttt_positions.npz", npz(by_position(targets, stream)))
-    return figures, score
+    return label_figures(nll, lacking, arrays.get("nll_mixture"), account, stream, run)
 
 
-def describe_figures(nll, lacking, mixed, account: dict, stream, run: Run) -> tuple[dict, Score]:
-    """Log each figure and label it for what it is; result.json's account of them, and the Score."""
+def label_figures(nll, lacking, mixed, account: dict, stream, run: Run) -> tuple[dict, Score]:
+    """Log every figure, labelled for what it is; result.json's account of them, and the Score. `nll` and `lacking` are
+    (1 + figures, documents), `mixed` (documents,) or None."""
     s = run.s
     counts = stream.target_count, stream.byte_count
     plain, *scores = (Score(float(row.sum()), *counts) for row in nll)
+    first, last = scores[0], scores[-1]
+    passes = account["passes"]
     run.log(f"no_adaptation {plain}")
     curve = []
     for epoch, score in enumerate(scores, 1):
         reading = dict(backward_looking=epoch == 1, lacking=int(lacking[epoch].sum()), epoch=epoch)
         reading["not_finite"] = int((~np.isfinite(nll[epoch])).sum())
-        seconds = account["passes"]["score" if epoch == 1 else "replay"]
+        seconds = passes["score" if epoch == 1 else "replay"]
         curve.append(score.figure(f"ttt_{s.ttt_protocol}", s.ttt_context, seconds, **reading))
         if s.ttt_protocol == "replay":
-            run.log(f"ttt_epoch:{epoch}/{s.ttt_n_epochs} {score}")
+            told = epoch in (1, len(scores)) or epoch % 10 == 0
+            run.log(f"ttt_epoch:{epoch}/{s.ttt_n_epochs} {score}", console=told)
     if epoch > 1:
         run.log(f"note: only epoch 1 is backward-looking, a valid score; {epoch} has seen its text {epoch - 1} times")
-    figures = account | dict(no_adaptation=plain.figure("no_adaptation", "cached", account["passes"]["no_adaptation"]))
+    figures = account | dict(no_adaptation=plain.figure("no_adaptation", "cached", passes["no_adaptation"]))
     figures |= dict(backward_looking=curve[0], last_epoch=curve[-1], curve=curve, score="backward_looking")
+    score = first
     if mixed is not None:
-        parts = f"no_adaptation:{plain.bpb:.8f} {s.ttt_protocol}:{scores[0].bpb:.8f}"
-        mixed = Score(float(mixed.sum()), *counts)
-        run.log(f"mixture {mixed} of {parts}")
+        score = Score(float(mixed.sum()), *counts)
+        run.log(f"mixture {score} no_adaptation:{plain.bpb:.8f} {s.ttt_protocol}:{first.bpb:.8f}")
         reading = dict(lacking=curve[0]["lacking"], share=s.ttt_mixture_share)
-        figures["mixture"] = mixed.figure("mixture", s.ttt_context, curve[0]["seconds"], **reading)
+        figures["mixture"] = score.figure("mixture", s.ttt_context, curve[0]["seconds"], **reading)
         figures["score"] = "mixture"
-    run.log(f"ttt {pairs(account)} first_lacks:{curve[0]['lacking']} last_lacks:{curve[-1]['lacking']}")
-    bpb = f"backward_looking_val_bpb:{scores[0].bpb:.8f} last_epoch_val_bpb:{scores[-1].bpb:.8f}"
+    lacks = curve[0]["lacking"], curve[-1]["lacking"]
+    run.log(f"ttt {pairs(account)} first_lacks:{lacks[0]} last_lacks:{lacks[1]}")
+    if any(lacks):
+        what = f"{lacks[0]} documents lack the score and {lacks[1]} the last epoch, and count without adaptation there"
+        run.log(f"note: EVAL_MAX_SECONDS={s.eval_max_seconds:g} ran out: {what}; raise it, or 0 for no limit")
+    bpb = f"backward_looking_val_bpb:{first.bpb:.8f} last_epoch_val_bpb:{last.bpb:.8f}"
     run.log(f"final_ttt_exact protocol:{s.ttt_protocol} context:{s.ttt_context} {bpb}")
-    return figures, mixed or scores[0]
+    return figures, score
 
 
 def evaluate_documents(model, stream, run: Run, tag: str, began: float) -> tuple[dict, Score, Scores]:
@@ -2763,7 +2723,9 @@ def score_file(model: GPT, stream, run: Run, **known) -> Score:
     """Load the artifact, or EVAL_ONLY's weights, from the file; evaluate and report. What is `known` of the run before
     goes into result.json. Raises UserError, once it is written, for a score that is not finite."""
     s = run.s
-    began = time.perf_counter() - run.earlier("evaluation")
+    # Killed sessions took a little longer than they could say.
+    earlier = [row["seconds"] for row in run.sessions if row["stage"] == "evaluation"]
+    began = time.perf_counter() - run.ranks.from_first(sum, earlier)
     path = Path(s.eval_only or run.folder / "final_model.ptz")
     scores = None
     with run.session("evaluation"):
@@ -2788,7 +2750,9 @@ def score_file(model: GPT, stream, run: Run, **known) -> Score:
     run.ranks.from_first(run.write, "result.json", json.dumps(result, indent=1).encode())
     if scores:
         scores.remove()
-    if not math.isfinite(score.nll):
+    if math.isfinite(score.nll):
+        run.ranks.from_first(summarise, result, run)
+    else:
         raise UserError(f"the score is {score.nll} — lower the learning rates, raise ADAM_EPS, or score other weights")
     return score
 
@@ -2862,8 +2826,10 @@ def describe(trainer: Trainer | None, stream, run: Run):
     """Log what repeats the run; a star marks settings from the environment."""
     for text in (SOURCE_BYTES.decode(), *misspelt(os.environ)):
         run.log(text, console=False)
+    usual = asdict(Settings.from_env({"PRESET": run.s.preset}))
     for name, value in asdict(run.s).items():
-        run.log(f"{'*' if name.upper() in os.environ else ' '} {name.upper()}={value}")
+        star = "*" if name.upper() in os.environ else " "
+        run.log(f"{star} {name.upper()}={value}", console=value != usual[name])
     run.log(pairs(environment(run)))
     if run.ranks.world > 1:
         run.log(f"devices of the ranks: {', '.join(run.devices)}")
@@ -2874,6 +2840,48 @@ def describe(trainer: Trainer | None, stream, run: Run):
         run.log(f"model parameters:{sum(p.numel() for p in trainer.model.parameters())}")
         if trainer.resumed:
             run.log(f"resumed from {run.folder / 'checkpoint.pt'} at step {trainer.step}")
+
+
+def settings_beside(weights: str) -> dict:
+    """What the run whose weights EVAL_ONLY names had for data, tokenizer and evaluation, as variables: the values where
+    the environment is silent. Empty where its result.json is not beside them."""
+    with contextlib.suppress(OSError, ValueError, KeyError, AttributeError):
+        result = json.loads(Path(weights).with_name("result.json").read_bytes())
+        prefixes = (
+            "data_path",
+            "tokenizer_path",
+            "train_seq_len",
+            "eval_s",
+            "eval_b",
+            "eval_m",
+            "val_d",
+            "val_b",
+            "ttt_",
+        )
+        kept = {name: value for name, value in result["settings"].items() if name.startswith(prefixes)}
+        values = {name.upper(): str(int(v) if isinstance(v, bool) else v) for name, v in kept.items()}
+        return dict(settings=values, tokenizer=result["data"]["tokenizer"])
+    return {}
+
+
+def summarise(result: dict, run: Run):
+    """The outcome, in a few lines of plain words."""
+    figures = result["evaluation"]
+    score = figures.get(figures.get("score", "sliding"))
+    kind = "artifact" if result["quantised"] else "unquantised weights"
+    lines = [f"score of the {kind}: {score['val_bpb']:.4f} bits per byte ({score['protocol']}, backward-looking)"]
+    if "curve" in figures:
+        plain, last = figures["no_adaptation"]["val_bpb"], figures["last_epoch"]
+        lines.append(f"without adaptation {plain:.4f}: adaptation gains {plain - score['val_bpb']:.4f}")
+        if last["val_bpb"] and not last["backward_looking"]:
+            lines.append(f"epoch {last['epoch']}: {last['val_bpb']:.4f}, no score: it has trained on what it predicts")
+    if result.get("artifact"):
+        lines.append("artifact and code: {total_bytes:,} of {max_bytes:,} bytes".format(**result["artifact"]))
+    training = result.get("training") and f"training {result['training']['seconds']:.0f}s, "
+    lines.append(f"seconds: {training or ''}evaluation {figures['seconds']:.0f}s; all figures are in {run.folder}")
+    lines.append(f"next: python data/audit.py {run.folder}; python data/plot.py {run.folder}")
+    for line in (*lines, *misspelt(os.environ)):
+        run.log(line)
 
 
 def agree_on_start(run: Run):
@@ -2898,7 +2906,8 @@ def main(ranks: Ranks) -> int:
     if ranks.rank == 0:
         for line in misspelt(os.environ):
             say(line)  # first of all: what fails may fail for them
-    run = Run(Settings.from_env(os.environ), ranks)
+    kept = ranks.gather(settings_beside(os.environ.get("EVAL_ONLY", "")))[0]
+    run = Run(Settings.from_env(kept.get("settings", {}) | os.environ), ranks)
     agree_on_start(run)
     ranks.connect(run.device)
     if ranks.local == 0:  # each machine has its own
@@ -2909,8 +2918,11 @@ def main(ranks: Ranks) -> int:
         run = run.using(**weights.settings.of(ModelSettings))
     stream = load_validation(run)
     shards = [] if run.s.eval_only else open_shards("train", run)
-    data = dict(train=fingerprint(shards) if shards else None, validation=stream.fingerprint)
-    ranks.agree({f"{name} data": value for name, value in data.items()} | dict(tokenizer=stream.tokenizer))
+    data = dict(validation=stream.fingerprint, tokenizer=stream.tokenizer, train=shards and fingerprint(shards))
+    ranks.agree({f"data of {name}": value for name, value in data.items()})
+    if kept.get("tokenizer", stream.tokenizer) != stream.tokenizer:
+        what = f"TOKENIZER_PATH={run.s.tokenizer_path} is not the tokenizer of the training of {run.s.eval_only}"
+        raise UserError(f"{what} — unset TOKENIZER_PATH and DATA_PATH to take that run's")
     run = open_folder(run)
     trainer = Trainer(shards, data["train"], run) if shards else None
     model = scoring_model(run)
@@ -2929,13 +2941,14 @@ def main(ranks: Ranks) -> int:
 def entry() -> int:
     """Run main() and turn its exceptions into one line and an exit code, the same on all ranks."""
     ranks = Ranks()
-    for name in ("SIGINT", "SIGTERM", "SIGHUP"):
-        # nohup's SIGHUP stays ignored, but not under torchrun, which passes it on and kills who does not end
-        number = getattr(signal, name, None)
-        if number and ("TORCHELASTIC_RUN_ID" in os.environ or signal.getsignal(number) != signal.SIG_IGN):
-            signal.signal(number, ranks.on_signal)
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # while a handler would not be called
     try:
         ranks.join(os.environ)
+        for name in ("SIGINT", "SIGTERM", "SIGHUP"):
+            # nohup's SIGHUP stays ignored, but not under torchrun, which passes it on and kills who does not end
+            number = getattr(signal, name, None)
+            if number and ("TORCHELASTIC_RUN_ID" in os.environ or signal.getsignal(number) != signal.SIG_IGN):
+                signal.signal(number, ranks.on_signal)
         code = main(ranks)
         ranks.leave()
         return code

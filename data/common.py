@@ -193,16 +193,16 @@ def new_directory(out: Path) -> Iterator[Path]:
         if there and set(os.listdir(out)) - {"lost+found", partial.name}:
             raise UserError(f"another run began to fill {out} at the same moment — run it again")
         yield partial
+        if out.exists() and not there:
+            raise UserError(f"another run has made {out} meanwhile — use that, or choose another folder")
         if not there:
             partial.rename(out)
         for path in sorted(partial.iterdir()) if there else ():
             moved.append(out / path.name)
             path.rename(moved[-1])
-    except BaseException as error:
+    except BaseException:
         for path in moved:
             path.unlink(missing_ok=True)
-        if isinstance(error, OSError) and error.errno in (errno.ENOTEMPTY, errno.EEXIST):
-            raise UserError(f"another run has made {out} meanwhile — use that, or choose another folder") from error
         raise
     finally:
         shutil.rmtree(partial, ignore_errors=True)

@@ -220,11 +220,9 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> bytes:
     """Trains a SentencePiece BPE that loses nothing; returns the model file's content. UserError for too few texts."""
     pieces = list(chain.from_iterable(map(cut, texts)))
     # SentencePiece wants a piece for nearly every character, which in some scripts are more than the vocabulary holds.
-    frequent = Counter(chain.from_iterable(pieces))
-    for character in UNTRAINABLE:
-        frequent.pop(character, None)
-    rare = {ord(character): " " for character, _ in frequent.most_common()[(vocab_size - RESERVED) // 2 :]}
-    rare |= {ord(character): " " for character in UNTRAINABLE}
+    found = Counter(chain.from_iterable(pieces))
+    frequent = [character for character, _ in found.most_common() if character not in UNTRAINABLE]
+    rare = dict.fromkeys(map(ord, [*frequent[(vocab_size - RESERVED) // 2 :], *UNTRAINABLE]), " ")
     model = io.BytesIO()
     try:
         spm.SentencePieceTrainer.train(
@@ -240,7 +238,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> bytes:
         most = re.search(r"Vocabulary size too high .* value <= (\d+)", str(error))
         if not most and "sentences_.empty" not in str(error):
             raise
-        count = f"{sum(map(len, pieces)):,} characters, {len(frequent):,} different ones"
+        count = f"{sum(map(len, pieces)):,} characters, {len(found):,} different ones"
         most = f"a vocabulary of {most[1]}" if most else "none"
         what = f"the training text ({count}) has too few pieces: for {most}"
         raise UserError(f"{what}, not {vocab_size} — add text, or lower --vocab-size") from error
@@ -253,7 +251,7 @@ def load_tokenizer(model: bytes, name: str) -> spm.SentencePieceProcessor:
         tokenizer = spm.SentencePieceProcessor(model_proto=model, add_bos=True)
     except RuntimeError as error:
         raise UserError(f"{name} is not a SentencePiece model — choose another --tokenizer") from error
-    if tokenizer.bos_id() != BOS or tokenizer.vocab_size() > 1 << 16 or tokenizer.encode("a")[:1] != [BOS]:
+    if tokenizer.bos_id() != BOS or tokenizer.vocab_size() > 1 << 16:  # bos_id() is -1 unless that is a control symbol
         raise UserError(f"{name} needs BOS = {BOS} and at most {1 << 16:,} pieces — choose another --tokenizer")
     return tokenizer
 

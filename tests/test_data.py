@@ -10,6 +10,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections import Counter
@@ -442,7 +443,7 @@ def test_a_build_that_fails_leaves_nothing(
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("kill", [signal.SIGTERM, signal.SIGKILL])
+@pytest.mark.parametrize("kill", [signal.SIGTERM, signal.SIGHUP, signal.SIGKILL])
 def test_a_killed_build_leaves_nothing_that_looks_complete(tmp_path: Path, kill: signal.Signals) -> None:
     os.mkfifo(tmp_path / "endless.txt")
     command = [sys.executable, DATA / "text.py", tmp_path / "endless.txt", "--out", tmp_path / "set"]
@@ -536,6 +537,7 @@ class LoopbackHub(ThreadingHTTPServer):
         self.files = files
         self.cut: set[str] = set()  # paths whose next transfer ends half way
         self.broken: set[str] = set()  # paths that cannot be transferred
+        self.slow: dict[str, threading.Event] = {}  # paths whose second half waits for an event
         self.token: str | None = None
         self.sent: list[tuple[str, int]] = []  # (path, first byte) of every transfer
 
@@ -590,7 +592,13 @@ class HubHandler(BaseHTTPRequestHandler):
             self.send_header(name, value)
         self.end_headers()
         if self.command == "GET":
-            self.wfile.write(body[: len(body) // 2] if cut else body)
+            half = len(body) // 2
+            self.wfile.write(body[:half])
+            for path, event in self.server.slow.items():
+                if self.path.endswith(path):
+                    self.wfile.flush()
+                    event.wait(30)
+            self.wfile.write(b"" if cut else body[half:])
         self.close_connection = self.close_connection or cut
 
 
@@ -679,6 +687,44 @@ def test_download_goes_on_after_a_failure(loopback: LoopbackHub, tmp_path: Path)
     (out / name.removeprefix("datasets/")).write_bytes(shard(9)[:-1])
     result = download(loopback.url, out, "--train-shards", 3)
     assert is_one_line_error(result, "fineweb_train_000002.bin", "delete it")
+
+
+def test_two_downloads_into_one_folder_both_end_well(loopback: LoopbackHub, tmp_path: Path) -> None:
+    out, name = tmp_path / "data", "fineweb_train_000001.bin"
+    loopback.files[f"datasets/{FOLDER}/{name}"] = shard(12_000_000)
+    loopback.slow[name] = threading.Event()
+    results: dict[int, Result] = {}
+
+    def run(shards: int) -> None:
+        results[shards] = download(loopback.url, out, "--train-shards", shards)
+
+    runs = [threading.Thread(target=run, args=[shards]) for shards in (2, 1)]
+    runs[0].start()
+    while not any(path.endswith(name) for path, _ in loopback.sent):
+        assert runs[0].is_alive()
+        time.sleep(0.02)
+    runs[1].start()
+    runs[1].join(4)  # time enough to end and to take away what the other has half
+    loopback.slow[name].set()
+    for thread in runs:
+        thread.join()
+    assert [results[shards].code for shards in (2, 1)] == [0, 0], results
+    assert "waiting for another download" in results[1].out
+    assert (out / FOLDER / name).read_bytes() == loopback.files[f"datasets/{FOLDER}/{name}"]
+    assert [start for path, start in loopback.sent if path.endswith(name)] == [0]
+    assert not list(out.rglob("*.partial"))
+
+
+def test_shards_may_lie_on_another_file_system(loopback: LoopbackHub, tmp_path: Path) -> None:
+    memory = Path("/dev/shm")
+    if not memory.is_dir() or memory.stat().st_dev == tmp_path.stat().st_dev:
+        pytest.skip("there is no second file system")
+    (tmp_path / "data").mkdir()
+    with tempfile.TemporaryDirectory(dir=memory) as other:
+        (tmp_path / "data" / "datasets").symlink_to(other)
+        result = download(loopback.url, tmp_path / "data", "--train-shards", 1)
+        assert result.code == 0, result.err
+        assert (Path(other) / "fineweb10B_sp1024" / "fineweb_train_000000.bin").stat().st_size == 1024 + 200_000
 
 
 @pytest.mark.parametrize("wrong", [b"<html>Not the file</html>" * 99, shard(50)[:-2], shard(50) + b"\0\0"])

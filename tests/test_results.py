@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import math
+import os
+import re
 import subprocess
 import sys
 import xml.etree.ElementTree as ET
@@ -421,6 +424,45 @@ def test_the_committed_placeholder_has_the_fields_of_a_submission(runs: Callable
     assert [committed[name] for name in record.ABOUT] == [found[name] for name in record.ABOUT]
 
 
+def test_name_and_blurb_are_those_of_the_model(runs: Callable[..., list[Path]], tmp_path: Path):
+    def tiny(result: dict[str, Any]) -> None:
+        tiny = dict(num_layers=4, model_dim=96, num_kv_heads=8, swa_enabled=False, max_wallclock_seconds=0.0)
+        result["settings"].update(tiny)
+        del result["artifact"]["kinds"]["int6"]
+
+    found = submit(tmp_path, *runs(*same(tiny)))
+    assert found["name"] == "4L 96d GPT, int5 MLP, per-document LoRA test-time training"
+    assert found["blurb"].startswith("4 layers of width 96 with attention,")
+    assert not any(word in found["blurb"] for word in ("GQA", "wall clock", "SWA", "int6"))
+    found = submit(tmp_path, *runs(*same(tiny)), "--name", "mine", "--blurb", "said")
+    assert (found["name"], found["blurb"], found["author"]) == ("mine", "said", PLACEHOLDER["author"])
+
+    def without(result: dict[str, Any]) -> None:
+        del result["settings"]["num_layers"]
+
+    assert is_one_line_error(call(record, *runs(*same(without))), "settings.num_layers", "--name")
+
+
+def test_without_a_place_the_submission_is_printed(runs: Callable[..., list[Path]], monkeypatch: Any, tmp_path: Path):
+    monkeypatch.chdir(tmp_path)
+    paths = runs()
+    before = {path: path.read_bytes() for path in (ROOT / "submission.json", *tmp_path.rglob("*")) if path.is_file()}
+    with io.TextIOWrapper(io.BytesIO(), "ascii") as stream:
+        result = call(record, *paths, "--baseline-loss", BASELINE, "--author", "Zoë 🐝", stdout=stream)
+        assert result.code == 0 and "status: record" in result.err
+        found = json.loads(stream.buffer.getvalue())
+    assert (found["status"], found["author"]) == ("record", "Zoë 🐝")
+    assert {path: path.read_bytes() for path in before} == before
+    assert {path for path in tmp_path.rglob("*") if path.is_file()} <= before.keys()
+
+
+def test_a_deadline_is_said_in_words(runs: Callable[..., list[Path]], tmp_path: Path):
+    result = call(record, *runs(put("evaluation.backward_looking.lacking", 31)), "--out", tmp_path / "s.json")
+    first, second, *_ = result.out.splitlines()
+    assert "TIME RAN OUT: 31 documents count without adaptation" in first
+    assert "TIME" not in second
+
+
 # ---------------------------------------------------------------------------------------------- record.py: refusals
 
 
@@ -813,6 +855,47 @@ def test_compare_refuses_what_cannot_be_compared(tmp_path: Path) -> None:
         assert is_one_line_error(call(compare, good), "good")
 
 
+def test_compare_warns_of_few_documents(tmp_path: Path) -> None:
+    rng = np.random.default_rng(5)
+    for count, few in ((2, True), (29, True), (30, False)):
+        without = rng.normal(5000, 800, count)
+        run = a_scored_run(tmp_path / str(count), without, without - 9, np.full(count, 3000))
+        out = call(compare, run, "--samples", 50).out
+        assert (f"warning: {count} documents are few, and the intervals too narrow" in out) == few
+        assert ("warning" in out) == few
+
+
+def test_compare_gives_no_interval_of_documents_without_bytes(tmp_path: Path) -> None:
+    without = np.full(60, 50.0)
+    bytes_ = np.zeros(60, int)
+    bytes_[:3] = 100
+    run = a_scored_run(tmp_path / "a", without, without - 1, bytes_)
+    result = call(compare, run, "--samples", 2000)
+    (row,) = cells(result.out)
+    assert (result.code, result.err, row[11]) == (0, "", "none")
+    assert float(row[10]) == pytest.approx(60 / math.log(2) / 300, abs=5e-5)
+    assert "only 3 of 60 documents have bytes" in result.out and "nan" not in result.out
+    bytes_[1:] = 0
+    assert is_one_line_error(
+        call(compare, a_scored_run(tmp_path / "b", without, without - 1, bytes_)), "fewer than two"
+    )
+
+
+@pytest.mark.parametrize(("place", "code"), [("/dev/full", 2), ("nobody", 0), ("ascii", 0)])
+def test_compare_tells_whether_its_table_arrived(tmp_path: Path, place: str, code: int) -> None:
+    without = np.array([50.0, 60.0])
+    runs = [a_scored_run(tmp_path / str(i), without, without - 1, np.array([7, 8])) for i in range(2)]
+    reading, writing = os.pipe()
+    os.close(reading)
+    streams = {"nobody": lambda: os.fdopen(writing, "w"), "ascii": lambda: io.TextIOWrapper(io.BytesIO(), "ascii")}
+    with streams.get(place, lambda: open(place, "w"))() as stream:
+        result = call(compare, *runs, "--samples", 50, stdout=stream)
+        if place == "ascii":
+            assert b"\\u2013" in stream.buffer.getvalue()
+    assert result.code == code
+    assert not code or is_one_line_error(result, "standard output", "No space left")
+
+
 @settings(deadline=None, max_examples=80, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.integers(0), st.integers(0, 255), st.none() | st.integers(0), st.booleans())
 def test_damaged_documents_are_read_or_refused(
@@ -873,6 +956,68 @@ def test_positions_are_drawn_only_where_they_were_kept(folder: Path) -> None:
         assert is_one_line_error(call(plot, folder, "--out", folder / "x"), "ttt_positions.npz", "damaged")
     (folder / "ttt_positions.npz").unlink()
     assert len(drawn(folder, what=("ttt", "position")).axes) == 1
+
+
+NAMES = ["a$_{$b", "$x$", "_hidden", "new\nline", "bell\a", "--> <b>&", "caf\udce9"]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_names_of_runs_are_no_grammar(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    monkeypatch.chdir(tmp_path)
+    for path in (Path(name), Path("other")):
+        path.mkdir()
+        (path / "train.log").write_text(OURS)
+        without = np.array([50.0, 60.0])
+        a_scored_run(
+            path, without, without - 1, np.array([7, 8]), ttt_protocol="replay", weights=path.name[:1].ljust(2)
+        )
+    monkeypatch.setattr(plot, "WIDTH", 20.0)
+    result = call(plot, name, "other", "--what", "loss", "ttt", "--out", "x")
+    assert (result.code, result.err) == (0, "")
+    ET.parse("x.svg")
+    shown = name.replace("\n", "\\n").replace("\a", "\\x07").replace("\udce9", "\\udce9")
+    ttt = drawn(Path(name), Path("other"), what=("loss", "ttt"))
+    assert [label.split(":")[0].strip() for label in legend(ttt.axes[1])] == [shown] * 3 + ["other"] * 3
+    assert [text.get_text().strip() for text in ttt.legends[0].get_texts()] == [shown, "other"]
+
+
+def test_a_panel_that_is_left_out_is_said(scored: Path, reference: Path, tmp_path: Path) -> None:
+    (scored / "ttt_positions.npz").unlink()
+    out = call(plot, scored, reference, "--what", "loss", "ttt", "position", "--out", tmp_path / "x").out
+    assert "no panel position: no ttt_positions.npz, which data/audit.py RUN --positions writes" in out
+    (said,) = [line for line in out.splitlines() if "panel ttt" in line]
+    assert said.endswith("/reference.txt: no replay of more than one epoch") and "ours" not in said
+    assert "loss" not in out
+
+
+def test_what_a_deadline_cut_is_said_in_words(folder: Path, tmp_path: Path) -> None:
+    a, b = np.array([50.0, 60.0]), np.array([7, 8])
+    a_scored_run(folder, a, a - 1, b, ttt_protocol="replay", epochs=9, lacking=3)
+    figure = drawn(folder, what=("ttt",))
+    assert legend(figure.axes[0])[1] == "epoch 1 2.9000, a valid score, but time ran out for 3 documents"
+    words = "time ran out in .*/ours: 3 documents count without adaptation in the score"
+    assert re.search(words, figure.get_supxlabel())
+    assert re.search(words, call(plot, folder, "--what", "ttt", "--out", tmp_path / "x").out)
+    a_scored_run(folder, a, a - 1, b, ttt_protocol="replay", epochs=9)
+    assert not drawn(folder, what=("ttt",)).get_supxlabel()
+    log = tmp_path / "bare.txt"
+    log.write_text(OURS.replace("final_ttt", "ttt documents:9 seconds:600.1 first_lacks:2 last_lacks:5\nfinal_ttt"))
+    figure = drawn(log, what=("loss", "bpb"))
+    assert "2 documents count without adaptation in the score, 5 did not reach" in figure.get_supxlabel()
+
+
+def test_the_score_of_the_artifact_is_no_later_evaluations(folder: Path, tmp_path: Path) -> None:
+    other = "* EVAL_ONLY=runs/a/final_model.pt\n* VAL_DOCS=1\nttt documents:1 first_lacks:1 last_lacks:1\n"
+    other += "final_int8_zlib_roundtrip_exact val_loss:1.00000000 val_bpb:0.50000000\n"
+    log = tmp_path / "bare.txt"
+    begun = "  EVAL_ONLY=\n" + OURS + "\n"
+    unfinished = begun.replace("final_int8", "not yet")
+    for content, star in ((begun, [2.33]), (begun + other, [2.33]), (unfinished + other, [])):
+        log.write_text(content)
+        (axes,) = drawn(log, what=("bpb",)).axes
+        drawn_stars = [line for line in axes.lines if line.get_marker() == "*" and len(line.get_xdata())]
+        assert [line.get_ydata()[0] for line in drawn_stars] == star
+        assert plot.read_runs([log])[0].lacks == ((0, 0) if star else (1, 1))
 
 
 def test_a_picture_needs_no_tokenizer(folder: Path, tmp_path: Path) -> None:

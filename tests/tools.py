@@ -9,7 +9,7 @@ import signal
 import sys
 from pathlib import Path
 from types import ModuleType
-from typing import NamedTuple
+from typing import NamedTuple, TextIO
 
 import pytest
 
@@ -27,14 +27,24 @@ class Result(NamedTuple):
     err: str
 
 
-def call(module: ModuleType, *arguments: object, terminal: bool = False) -> Result:
-    """Runs a tool's main function in this process as its command line would, at a terminal or with its output piped."""
+def call(
+    module: ModuleType,
+    *arguments: object,
+    terminal: bool = False,
+    stdout: TextIO | None = None,
+    stderr: TextIO | None = None,
+) -> Result:
+    """Runs a tool's main function in this process as its command line would: piped, at a terminal, or on `stdout`."""
     out, err, argv = io.StringIO(), io.StringIO(), sys.argv
     handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)}
     err.isatty = lambda: terminal
     sys.argv = [module.__name__, *map(str, arguments)]
     try:
-        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), pytest.raises(SystemExit) as stop:
+        with (
+            contextlib.redirect_stdout(stdout or out),
+            contextlib.redirect_stderr(stderr or err),
+            pytest.raises(SystemExit) as stop,
+        ):
             common.run_tool(module.main)
     finally:
         sys.argv = argv
