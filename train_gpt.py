@@ -326,6 +326,7 @@ class Ranks:
         self.beats = []  # of all ranks, when last heard
         self.unwinding = self.leaving = False
         self.how_to_go_on = ""  # a command, once there is a folder
+        self.stage = "the start", "NUM_LAYERS"  # of the run, and the setting that its memory depends on
 
     def join(self, env: dict[str, str]):
         """Find the others, as torchrun's environment says. Raises UserError."""
@@ -1632,6 +1633,7 @@ class Trainer:
 
     def train_step(self):
         """One step and, late in the warmdown, a sample. Returns this rank's part of the loss, ()."""
+        self.run.ranks.stage = "training", "MICRO_BATCH_TOKENS"
         s = self.run.s
         multiplier = lr_multiplier(self.step, self.elapsed, self.schedule)
         batch = self.loader.batch(self.step)
@@ -2002,6 +2004,7 @@ def overlapping(stream, size, stride):
 def evaluate_standard(forward, stream, run, stride=None):
     """The Score by rows of TRAIN_SEQ_LEN targets side by side or, in the sliding evaluation, every `stride`."""
     s = run.s
+    run.ranks.stage = ("the sliding evaluation", "EVAL_BATCH_SEQS") if stride else ("validation", "VAL_BATCH_SIZE")
     size = s.train_seq_len
     windows = overlapping(stream, size, stride or size)
     batch = s.eval_batch_seqs if stride else max(1, s.val_batch_size // (size * run.ranks.world))
@@ -2142,6 +2145,7 @@ class DocumentBatch:
     def __init__(self, model, stream, capacity: int, run: Run):
         self.model, self.stream, self.run = model, stream, run
         s = run.s
+        run.ranks.stage = "test-time training", "TTT_BATCH_SIZE"
         integers = functools.partial(torch.zeros, dtype=torch.int64, device=run.device)
         self.start, self.end = integers(capacity), integers(capacity)
         self.adapters = Adapters(capacity, run)
@@ -2938,12 +2942,27 @@ def main(ranks: Ranks) -> int:
     return 3 if trainer and not known["artifact"]["fits"] else 0
 
 
-def entry() -> int:
+def take_arguments(arguments: list[str]):
+    """Settings as --name=value become variables. Raises UserError for any other argument."""
+    known = {f.name.upper() for f in fields(Settings)}
+    for argument in arguments:
+        name, equals, value = argument.removeprefix("--").partition("=")
+        name = name.replace("-", "_").upper()
+        if name not in known or not equals or not argument.startswith("--"):
+            raise UserError(f"{argument} is no setting as --name=value — see --help")
+        os.environ[name] = value
+
+
+def entry(arguments: list[str] = ()) -> int:
     """Run main() and turn its exceptions into one line and an exit code, the same on all ranks."""
+    if "--help" in arguments:
+        say(help_text())
+        return 0
     ranks = Ranks()
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # while a handler would not be called
     try:
         ranks.join(os.environ)
+        take_arguments(arguments)
         for name in ("SIGINT", "SIGTERM", "SIGHUP"):
             # nohup's SIGHUP stays ignored, but not under torchrun, which passes it on and kills who does not end
             number = getattr(signal, name, None)
@@ -2958,6 +2977,9 @@ def entry() -> int:
         return ranks.end(2, f"error: {system_says(e)}")
     except Interrupted as e:
         return ranks.end(e.code, e.line)
+    except torch.OutOfMemoryError as e:
+        stage, limit = ranks.stage
+        return ranks.end(2, f"error: out of memory in {stage}: {' '.join(str(e).split())[:120]} — set {limit} lower")
     except RuntimeError as e:
         ranks.unwinding = True
         broken = ranks.world > 1 and re.search("gloo|nccl|connection", str(e), re.I)
@@ -2969,4 +2991,4 @@ def entry() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(entry())
+    sys.exit(entry(sys.argv[1:]))
