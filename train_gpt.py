@@ -37,6 +37,7 @@ import platform
 import re
 import select
 import shlex
+import shutil
 import signal
 import socket
 import struct
@@ -326,7 +327,11 @@ class Ranks:
         self.beats = []  # of all ranks, when last heard
         self.unwinding = self.leaving = False
         self.how_to_go_on = ""  # a command, once there is a folder
+<<<<<<< HEAD
         self.stage = "the start", "NUM_LAYERS"  # of the run, and the setting that its memory depends on
+=======
+        self.last_act = lambda: None  # of a rank whose main thread is stuck
+>>>>>>> wt-tests
 
     def join(self, env: dict[str, str]):
         """Find the others, as torchrun's environment says. Raises UserError."""
@@ -452,6 +457,7 @@ class Ranks:
             _thread.interrupt_main(signal.SIGTERM)  # it leaves no file half written
             time.sleep(GRACE)
         if not self.leaving:
+            self.last_act()
             os._exit(self.end(*self.found))  # it is stuck
 
     def on_signal(self, number: int, frame):
@@ -636,6 +642,7 @@ class Run:
         )  # until it ends otherwise
         self.sessions.append(row)
         self.session_began = time.perf_counter()
+        self.ranks.last_act = functools.partial(self.tick, 0.0)
         self.tick(0.0)
         try:
             yield
@@ -705,6 +712,8 @@ def claim_folder(run: Run):
     except BlockingIOError as e:
         raise UserError(f"OUTPUT_DIR={folder} is in use by a live run — wait for it, or choose another") from e
     names = taken()  # another run may have come and gone
+    for left in folder.glob("preflight_*"):  # by a process that was killed
+        shutil.rmtree(left, ignore_errors=True)
     if s.resume and not names:
         run.log(f"note: RESUME=1, but {folder} has nothing to go on from: this run starts afresh")
     try:
