@@ -327,11 +327,8 @@ class Ranks:
         self.beats = []  # of all ranks, when last heard
         self.unwinding = self.leaving = False
         self.how_to_go_on = ""  # a command, once there is a folder
-<<<<<<< HEAD
         self.stage = "the start", "NUM_LAYERS"  # of the run, and the setting that its memory depends on
-=======
         self.last_act = lambda: None  # of a rank whose main thread is stuck
->>>>>>> wt-tests
 
     def join(self, env: dict[str, str]):
         """Find the others, as torchrun's environment says. Raises UserError."""
