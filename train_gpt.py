@@ -17,6 +17,11 @@ README.md has a map. A section calls only what stands above it. Everywhere `s` i
 Stream.
 """
 
+import os
+
+# Before torch: a thread that waits for another must not hold a core, which on a busy machine that one needs.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
 import _thread
 import contextlib
 import copy
@@ -28,7 +33,6 @@ import io
 import itertools
 import json
 import math
-import os
 import platform
 import re
 import select
@@ -69,8 +73,8 @@ def ceil_div(a, b):
 
 
 # ======== Configuration ========
-# Every setting is an environment variable: the field's name in capitals. Three classes say what a value determines: the
-# model (the artifact's header), the trained weights (what a checkpoint must match), or this session alone.
+# Every setting is an environment variable: the field's name in capitals. Its class says what a value determines: the
+# model (an artifact's header), the trained weights besides (a checkpoint must match), or this session alone.
 
 LORA_TARGETS = ("c_q", "c_k", "c_v", "attn.proj", "mlp.fc", "mlp.proj")  # of every layer, in drawing order
 ANY_TARGET = f"({'|'.join(LORA_TARGETS)})"
@@ -80,15 +84,19 @@ class UserError(Exception):
     """`what is wrong — what to do`: the process ends with code 2."""
 
 
-def setting(default, doc: str, low=-math.inf, high=math.inf, choices=None, form=".*", tiny=None):
+def setting(default, doc: str, low=0, high=math.inf, choices=(), form=".*", tiny=None):
     """A field: its documentation, range, choices or pattern, and value under PRESET=tiny."""
-    return field(default=default, metadata=dict(doc=doc, low=low, high=high, choices=choices, form=form, tiny=tiny))
+    kind = type(default)
+    choices = (0, 1) if kind is bool else choices
+    allowed = f"{kind.__name__} from {low} to {high}"
+    if choices or kind is str:
+        allowed = f"one of {', '.join(map(str, choices))}" if choices else f"printable text like {form}"
+    rule = dict(doc=doc, low=low, high=high, choices=choices, form=form, tiny=tiny, allowed=allowed)
+    return field(default=default, metadata=rule)
 
 
 @dataclass(frozen=True)
 class ModelSettings:
-    """A model's shapes and arithmetic."""
-
     vocab_size: int = setting(1024, "vocabulary", 260, 65536)
     num_layers: int = setting(10, "transformer blocks", 2, 256, tiny=4)
     model_dim: int = setting(512, "width", 8, 16384, tiny=96)
@@ -96,7 +104,7 @@ class ModelSettings:
     num_kv_heads: int = setting(4, "key/value heads", 1, 256, tiny=1)
     mlp_mult: float = setting(3.0, "MLP width / MODEL_DIM", 0.125, 64)
     tie_embeddings: bool = setting(True, "embedding and head are one")
-    rope_base: float = setting(10000.0, "RoPE base", 1.0)
+    rope_base: float = setting(10000.0, "RoPE base", 1)
     logit_softcap: float = setting(30.0, "largest logit, by tanh", 1e-3)
     bigram_vocab_size: int = setting(10240, "rows of the bigram table", 2, 1 << 24, tiny=1024)
     bigram_dim: int = setting(128, "its width", 1, 16384, tiny=32)
@@ -104,39 +112,35 @@ class ModelSettings:
 
 @dataclass(frozen=True)
 class TrainSettings(ModelSettings):
-    """What the trained weights depend on besides."""
-
     seed: int = setting(42, "of weights and adapters", 0, 2**32 - 1)
-    qk_gain_init: float = setting(1.5, "initial gain of queries")
-    tied_embed_init_std: float = setting(0.005, "initial std of the tied embedding", 1e-9)
-    iterations: int = setting(20_000, "most optimiser steps", 0, tiny=160)
-    warmdown_iters: int = setting(3_500, "steps of the final decay to zero", 0, tiny=80)
-    max_wallclock_seconds: float = setting(600.0, "training time; 0: no limit", 0.0, tiny=0.0)
-    train_batch_tokens: int = setting(786_432, "tokens per optimiser step, all ranks", 1, 1 << 30, tiny=4_096)
+    qk_gain_init: float = setting(1.5, "initial gain of queries", -math.inf)
+    tied_embed_init_std: float = setting(0.005, "tied embedding's initial std", 1e-9)
+    iterations: int = setting(20000, "most steps", tiny=160)
+    warmdown_iters: int = setting(3500, "steps of the decay to zero", tiny=80)
+    max_wallclock_seconds: float = setting(600.0, "training time; 0: no limit", tiny=0.0)
+    train_batch_tokens: int = setting(786432, "tokens per step, all ranks", 1, 1 << 30, tiny=4096)
     train_seq_len: int = setting(2048, "tokens per row", 2, 1 << 20, tiny=256)
-    embed_lr: float = setting(0.6, "lr of both tables, untied", 0.0)
-    tied_embed_lr: float = setting(0.03, "lr of both tables, tied", 0.0)
-    head_lr: float = setting(0.008, "lr of an untied head", 0.0)
-    matrix_lr: float = setting(0.02, "lr of Muon's matrices", 0.0)
-    scalar_lr: float = setting(0.02, "lr of everything else", 0.0)
-    muon_momentum: float = setting(0.99, "Muon's momentum", 0.0, 1.0, tiny=0.95)
+    embed_lr: float = setting(0.6, "lr of both tables, untied")
+    tied_embed_lr: float = setting(0.03, "lr of both tables, tied")
+    head_lr: float = setting(0.008, "lr of an untied head")
+    matrix_lr: float = setting(0.02, "lr of Muon's matrices")
+    scalar_lr: float = setting(0.02, "lr of everything else")
+    muon_momentum: float = setting(0.99, "Muon's momentum", 0, 1, tiny=0.95)
     muon_backend_steps: int = setting(5, "Newton-Schulz steps", 1, 100)
-    muon_momentum_warmup_start: float = setting(0.92, "momentum at step 0", 0.0, 1.0, tiny=0.85)
-    muon_momentum_warmup_steps: int = setting(1_500, "steps to reach MUON_MOMENTUM", 0, tiny=80)
-    beta1: float = setting(0.9, "Adam's, LoRA's included", 0.0, 0.999999)
-    beta2: float = setting(0.95, "Adam's, LoRA's included", 0.0, 0.999999)
-    adam_eps: float = setting(1e-8, "Adam's, in training", 0.0)
-    grad_clip_norm: float = setting(0.3, "largest gradient norm; 0: any", 0.0)
-    weight_decay: float = setting(0.04, "decoupled, of both methods", 0.0)
+    muon_momentum_warmup_start: float = setting(0.92, "momentum at step 0", 0, 1, tiny=0.85)
+    muon_momentum_warmup_steps: int = setting(1500, "steps to MUON_MOMENTUM", tiny=80)
+    beta1: float = setting(0.9, "Adam's, LoRA's included", 0, 0.999999)
+    beta2: float = setting(0.95, "Adam's, LoRA's included", 0, 0.999999)
+    adam_eps: float = setting(1e-8, "Adam's, in training")
+    grad_clip_norm: float = setting(0.3, "largest gradient norm; 0: any")
+    weight_decay: float = setting(0.04, "decoupled, of both methods")
     swa_enabled: bool = setting(True, "average the warmdown's weights")
-    swa_start_frac: float = setting(0.35, "largest lr multiplier of a sample", 0.0, 1.0)
+    swa_start_frac: float = setting(0.35, "largest lr share of a sample", 0, 1)
     swa_every: int = setting(50, "steps between samples", 1, tiny=5)
 
 
 @dataclass(frozen=True)
 class Settings(TrainSettings):
-    """What one session does besides."""
-
     preset: str = setting("record", "tiny: on the bundled sample", choices=("record", "tiny"))
     device: str = setting("cuda", "auto: what there is", choices=("cuda", "cpu", "auto"), tiny="auto")
     data_path: str = setting("./data/datasets/fineweb10B_sp1024", "folder of fineweb_*_*.bin", tiny=f"{SAMPLE}")
@@ -145,57 +149,53 @@ class Settings(TrainSettings):
     )
     run_id: str = setting("", "empty: OUTPUT_DIR's name, or random")
     output_dir: str = setting("", "of all results; empty: runs/RUN_ID")
-    eval_only: str = setting("", "only score this artifact (.ptz) or state dict (.pt)")
+    eval_only: str = setting("", "score only this artifact (.ptz) or state dict (.pt)")
     resume: bool = setting(False, "go on with OUTPUT_DIR's interrupted run")
-    checkpoint_every: int = setting(0, "steps between checkpoints; 0: only when stopped and last", 0)
+    checkpoint_every: int = setting(0, "steps between checkpoints; 0: when stopped and last")
     compile: int = setting(-1, "torch.compile; -1: on CUDA only", choices=(-1, 0, 1))
-    warmup_steps: int = setting(20, "steps of the preflight, undone; 0 counts as 1", 0, tiny=2)
-    micro_batch_tokens: int = setting(98_304, "most tokens of a rank at once", 1, tiny=2_048)
-    val_loss_every: int = setting(500, "steps between validations; 0: only last", 0, tiny=80)
-    val_batch_size: int = setting(524_288, "tokens per validation batch, all ranks", 1, tiny=8_192)
+    warmup_steps: int = setting(20, "preflight's steps, undone; 0 counts as 1", tiny=2)
+    micro_batch_tokens: int = setting(98304, "most tokens of a rank at once", 1, tiny=2048)
+    val_loss_every: int = setting(500, "steps between validations; 0: only last", tiny=80)
+    val_batch_size: int = setting(524288, "tokens per validation batch, all ranks", 1, tiny=8192)
     train_log_every: int = setting(100, "steps between log lines", 1, tiny=20)
-    fp16_keep_name_patterns: str = setting("tok_emb,blocks.8.attn.c_k", "tensors kept in fp16, comma separated")
-    prune_fraction: float = setting(0.03, "smallest weights that become zero", 0.0, 0.15)
+    fp16_keep_name_patterns: str = setting("tok_emb,blocks.8.attn.c_k", "tensors kept in fp16")
+    prune_fraction: float = setting(0.03, "smallest weights that become zero", 0, 0.15)
     quantizer: str = setting("gptq", "rounding of int5 and int6", choices=("gptq", "nearest"))
     quant_sigmas: str = setting(
         "0",
         "0 or two numbers k5,k6 from 1 to 99: int5,int6 in steps of max|row| or k * rms(row) over 15,31",
         form=r"0|[1-9]\d?(\.\d+)?,[1-9]\d?(\.\d+)?",
     )
-    calibration_tokens: int = setting(262_144, "training tokens that GPTQ sees", 1, tiny=32_768)
-    artifact_max_bytes: int = setting(16_000_000, "artifact and this file together", 1)
-    val_docs: int = setting(0, "validation documents scored; 0: all", 0)
+    calibration_tokens: int = setting(262144, "training tokens for GPTQ", 1, tiny=32768)
+    artifact_max_bytes: int = setting(16_000_000, "of artifact and this file", 1)
+    val_docs: int = setting(0, "validation documents scored; 0: all")
     eval_stride: int = setting(64, "stride of the sliding window", 1)
     eval_batch_seqs: int = setting(32, "sliding windows per batch and rank", 1)
-    eval_max_seconds: float = setting(600.0, "from the artifact's load on; 0: no limit", 0.0, tiny=0.0)
+    eval_max_seconds: float = setting(600.0, "from the artifact's load on; 0: no limit", tiny=0.0)
     ttt_enabled: bool = setting(True, "test-time training; 0: sliding window")
     ttt_protocol: str = setting("replay", "epochs, or one pass", choices=("replay", "single_pass"))
     ttt_context: str = setting("cached", "keys and values, or windows", choices=("cached", "recompute"))
-    ttt_lora_targets: str = setting(
-        "c_q,c_v",
-        "layers with adapters: any of " + ",".join(LORA_TARGETS),
-        form=f"{ANY_TARGET}(,{ANY_TARGET})*",
-    )
+    ttt_lora_targets: str = setting("c_q,c_v", "layers with adapters", form=f"{ANY_TARGET}(,{ANY_TARGET})*")
     ttt_lora_rank: int = setting(8, "rank of the adapters", 1, 4096)
-    ttt_lora_alpha: float = setting(0.0, "their output's factor times the rank; 0: the rank", 0.0)
-    ttt_lora_lr: float = setting(0.001, "their peak lr", 0.0)
-    ttt_weight_decay: float = setting(0.0, "decoupled, of the adapters", 0.0)
-    ttt_mixture: bool = setting(False, "score a mixture of the predictions without and with adaptation")
-    ttt_mixture_share: float = setting(0.1, "share of its weights dealt out anew at each target", 1e-6, 1.0)
-    ttt_n_epochs: int = setting(50, "epochs (replay) or steps per chunk (single_pass)", 1, 100_000)
+    ttt_lora_alpha: float = setting(0.0, "rank times their factor; 0: the rank")
+    ttt_lora_lr: float = setting(0.001, "their peak lr")
+    ttt_weight_decay: float = setting(0.0, "decoupled, of the adapters")
+    ttt_mixture: bool = setting(False, "mix the predictions without and with adaptation")
+    ttt_mixture_share: float = setting(0.1, "share of its weights dealt anew at each target", 1e-6, 1)
+    ttt_n_epochs: int = setting(50, "epochs (replay) or steps per chunk (single_pass)", 1, 100000)
     ttt_chunk_size: int = setting(256, "targets per adaptation step", 1)
     ttt_eval_seq_len: int = setting(2048, "longest window, with the chunk", 2, tiny=512)
-    ttt_batch_size: int = setting(0, "documents at once; 0: by device", 0)
+    ttt_batch_size: int = setting(0, "documents at once; 0: by device")
 
     @classmethod
     def from_env(cls, env: dict[str, str]):
         """Raises UserError naming a variable, its value and what is allowed."""
         values = {}
         for f in fields(cls):
+            if env.get("PRESET") == "tiny" and f.metadata["tiny"] is not None:
+                values[f.name] = f.metadata["tiny"]
             if f.name.upper() in env:
                 values[f.name] = parse_setting(f, env[f.name.upper()])
-            elif env.get("PRESET") == "tiny" and f.metadata["tiny"] is not None:
-                values[f.name] = f.metadata["tiny"]
         return cls(**values).checked()
 
     def checked(self):
@@ -209,7 +209,7 @@ class Settings(TrainSettings):
             ("ttt_eval_seq_len", "at least", "ttt_chunk_size"),
         ):
             a, b = getattr(self, one), getattr(self, other)
-            if not {"an even multiple of": a % (2 * b) == 0, "a multiple of": a % b == 0, "at least": a >= b}[rule]:
+            if a < b or ("multiple" in rule and a % (2 * b if "even" in rule else b)):
                 raise UserError(f"{one.upper()}={a} is not {rule} {other.upper()}={b} — change one of the two")
         return self
 
@@ -225,18 +225,11 @@ class Settings(TrainSettings):
 
 def parse_setting(f: Field, raw):
     """A field's value from the environment or a header. Raises UserError."""
-    kind, rule = type(f.default), f.metadata
-    choices = (0, 1) if kind is bool else rule["choices"]
-    if choices:
-        allowed = f"one of {', '.join(map(str, choices))}"
-    elif kind is str:
-        allowed = "printable text of the form documented"
-    else:
-        allowed = f"{kind.__name__} from {rule['low']} to {rule['high']}"
+    kind, rule, name = type(f.default), f.metadata, f.name.upper()
     try:
         value = int(raw) if kind is bool else kind(raw)
-        if choices:
-            good = value in choices
+        if rule["choices"]:
+            good = value in rule["choices"]
         elif kind is str:
             good = value.isprintable() and re.fullmatch(rule["form"], value)
         else:
@@ -245,15 +238,32 @@ def parse_setting(f: Field, raw):
         good = False
     if not good:
         shown = "".join(c if c.isprintable() else "?" for c in str(raw)[:80])
-        raise UserError(f"{f.name.upper()}={shown} — set {f.name.upper()} to {allowed} ({rule['doc']})")
+        raise UserError(f"{name}={shown} — set {name} to {rule['allowed']} ({rule['doc']})")
     return kind(value)
 
 
+def help_text() -> str:
+    """A line for each setting: default, tiny's value, documentation, what is allowed."""
+    text = ""
+    for f in fields(Settings):
+        tiny = "" if f.metadata["tiny"] is None else f" (tiny: {f.metadata['tiny']})"
+        text += f"{f.name.upper()}={f.default}{tiny}: {f.metadata['doc']}; {f.metadata['allowed']}\n"
+    return text.replace("=True", "=1").replace("=False", "=0")
+
+
 def misspelt(env: dict[str, str]) -> list[str]:
-    """Warnings of variables spelt almost like a setting."""
-    known = [f.name.upper() for f in fields(Settings)]
-    near = {name: difflib.get_close_matches(name, known, 1, 0.85) for name in sorted(env) if name not in known}
-    return [f"warning: {name} is not a setting — did you mean {match[0]}?" for name, match in near.items() if match]
+    """Warnings of variables spelt almost like a setting, or of its words with some left out or added."""
+    known = {f.name.upper(): set(f.name.upper().split("_")) for f in fields(Settings)}
+    words = set().union(*known.values())  # other programs' variables have others, too
+    lines = []
+    for name in sorted(env.keys() - known):
+        parts = set(name.upper().split("_"))
+        near = difflib.get_close_matches(name.upper(), known, 1, 0.85)
+        if not near and len(parts) > 1 and parts <= words:
+            near = [other for other in sorted(known) if parts <= known[other] or parts >= known[other]]
+        if near:
+            lines.append(f"warning: {name} is not a setting — did you mean {' or '.join(near)}?")
+    return lines
 
 
 # ======== Ranks ========
@@ -312,7 +322,8 @@ class Ranks:
         self.waits_for_step = False  # in training a signal waits for the end of the step
         self.signal = 0  # the first that this process received, and when
         self.signal_time = 0.0
-        self.ending = None  # code and line, found by the watch thread
+        self.found = self.ending = None  # code and line, found by a thread; once the main one is to end by it
+        self.beats = []  # of all ranks, when last heard
         self.unwinding = self.leaving = False
         self.how_to_go_on = ""  # a command, once there is a folder
 
@@ -336,12 +347,14 @@ class Ranks:
                 # torchrun --max-restarts starts all anew beside the same store, where old values still are
                 self.store = dist.PrefixStore(f"attempt {self.restarts}", store)
                 self.gather(None)
+                self.beats = [0] * self.world
                 # What a signal writes there arrives while its handler waits for a collective to end.
                 self.knock, door = socket.socketpair()
                 door.setblocking(False)
                 signal.set_wakeup_fd(door.detach())
-                # The watch has a clone, since the main thread may wait within the other.
-                threading.Thread(target=self.watch, args=(self.store.clone(),), daemon=True).start()
+                # The pulse has a clone, since the main thread may wait within the other.
+                threading.Thread(target=self.pulse, args=(self.store.clone(),), daemon=True).start()
+                threading.Thread(target=self.watch, daemon=True).start()
         except (KeyError, ValueError, dist.DistError) as e:
             raise UserError(
                 f"no place among ranks: {shown} — launch with torchrun, or unset RANK and WORLD_SIZE"
@@ -403,42 +416,42 @@ class Ranks:
                     what = f"rank {rank} has {name} {theirs[name]}, rank 0 has {value}"
                     raise UserError(f"{what} — start all ranks with the same")
 
-    def watch(self, store: dist.Store):
-        """A thread: show that this rank lives; end it once another has ended or is silent, or a signal finds the main
-        thread stuck. The first rank listens to all others, they to the first."""
+    def pulse(self, store: dist.Store):
+        """A thread: show that this rank lives, and hear of others. A dead machine's answer it waits for for ever."""
+        try:
+            while not self.leaving:
+                store.add(f"beat {self.rank}", 1)
+                self.beats = [store.add(f"beat {rank}", 0) for rank in range(self.world)]
+                if store.check(["end"]):
+                    self.found = json.loads(store.get("end"))["code"], ""
+                time.sleep(0.5)
+        except RuntimeError:
+            self.found = 1, "error: the first rank is dead or out of reach"
+
+    def watch(self):
+        """A thread: end this rank once another has ended or is silent, or a signal finds the main thread stuck. The
+        first rank listens to all others, they to the first."""
         heard = dict.fromkeys(range(1, self.world) if self.rank == 0 else [0], (0, 0))
-        found = None
         knocks = []
-        mine = f"beat {self.rank}"
-        store.add(mine, 1)
         for turn in itertools.count():  # of half a second; clocks go on where a job stands still as a whole
-            if found or self.leaving:
+            if self.found or self.leaving:
                 break
             if select.select([self.knock], [], [], 0.5)[0]:
                 knocks.append((self.knock.recv(1)[0], turn))
             if knocks and not self.waits_for_step and turn - knocks[0][1] > 2 * GRACE:
                 number = knocks[0][0]
-                found = 128 + number, f"stopped by {signal.Signals(number).name}"
-            try:
-                store.wait([mine], timedelta(seconds=PATIENCE))  # the rest waits for an answer for ever
-                store.add(mine, 1)
-                for rank, (count, when) in heard.items():
-                    beats = store.add(f"beat {rank}", 0)
-                    if beats != count:
-                        heard[rank] = beats, turn
-                    elif turn - when > 2 * PATIENCE:
-                        found = 1, f"error: rank {rank} is dead or out of reach"
-                if store.check(["end"]):
-                    found = json.loads(store.get("end"))["code"], ""
-            except RuntimeError:
-                found = 1, "error: the first rank is dead or out of reach"
+                self.found = 128 + number, f"stopped by {signal.Signals(number).name}"
+            for rank, (count, when) in heard.items():
+                if self.beats[rank] != count:
+                    heard[rank] = self.beats[rank], turn
+                elif turn - when > 2 * PATIENCE:
+                    self.found = 1, f"error: rank {rank} is dead or out of reach"
         if not self.leaving:
-            self.ending = found
+            self.ending = self.found
             _thread.interrupt_main(signal.SIGTERM)  # it leaves no file half written
             time.sleep(GRACE)
         if not self.leaving:
-            self.store = store  # it is stuck, maybe in the other one
-            os._exit(self.end(*found))
+            os._exit(self.end(*self.found))  # it is stuck
 
     def on_signal(self, number: int, frame):
         """Raises Interrupted, but a training step is finished first. A second signal does not wait, unless it comes
@@ -460,18 +473,23 @@ class Ranks:
         self.unwinding = self.leaving = True  # no signal, no watch thread comes in between
         if line and code != 2:
             line += f" — go on with: {self.how_to_go_on}" if self.how_to_go_on else " — nothing had begun"
-        first = mine = json.dumps(dict(rank=self.rank, node=self.node, code=code, line=line))
-        with contextlib.suppress(RuntimeError):  # the store is gone
-            if self.world > 1 and self.gathered:  # its machine may hang, and the rest waits for an answer for ever
-                self.store.wait([f"value 1 {self.rank}"], timedelta(seconds=GRACE))
-            first = self.store.compare_set("end", "", mine).decode()
-            heard = self.store.add("heard", 1)
-            until = time.monotonic() + 5
-            while self.rank == 0 and heard < self.world and time.monotonic() < until:
-                time.sleep(0.05)  # the store may end with this process
-                heard = self.store.add("heard", 0)
-        said = json.loads(first)
-        if said["line"] and (first == mine or (self.local == 0 and said["node"] != self.node)):
+        mine = json.dumps(dict(rank=self.rank, node=self.node, code=code, line=line))
+        first = [mine]
+
+        def announce():
+            with contextlib.suppress(RuntimeError):  # the store is gone
+                first[0] = self.store.compare_set("end", "", mine).decode()
+                heard = self.store.add("heard", 1)
+                until = time.monotonic() + 5
+                while self.rank == 0 and heard < self.world and time.monotonic() < until:
+                    time.sleep(0.05)  # the store may end with this process
+                    heard = self.store.add("heard", 0)
+
+        announcing = threading.Thread(target=announce, daemon=True)
+        announcing.start()
+        announcing.join(GRACE)  # the store's machine may be dead
+        said = json.loads(first[0])
+        if said["line"] and (first[0] == mine or (self.local == 0 and said["node"] != self.node)):
             say(said["line"], "stderr")
         return said["code"]
 
@@ -749,6 +767,7 @@ def open_shards(split: str, run):
         if top >= s.vocab_size:
             what = f"{shard.filename} has token {top} but VOCAB_SIZE={s.vocab_size}"
             raise UserError(f"{what} — use shards of the vocabulary")
+    run.ranks.max([0])  # each has checked a part, and uses all
     return shards
 
 
@@ -1384,15 +1403,17 @@ class Optimizer:
 # Learning rate, averaging and the end follow from the elapsed seconds that rank 0 announces, so ranks never diverge.
 # Its clock excludes warm-up, validation and export; the last training data, which GPTQ sees, are read within it.
 
+RECORD_SHARE = 3500 / 6900  # of the record's steps are warmdown
+
 
 def lr_multiplier(step: int, elapsed: float, s):
     """In [0, 1], by the iterations or the seconds of training that are left, whichever are fewer."""
     if not s.warmdown_iters:
         return 1.0
-    rules = [1.0, (s.iterations - step) / s.warmdown_iters]
+    left = s.iterations - step
     if s.max_wallclock_seconds and elapsed:
-        rules.append((s.max_wallclock_seconds - elapsed) * max(step, 1) / (s.warmdown_iters * elapsed))
-    return max(min(rules), 0.0)
+        left = min(left, (s.max_wallclock_seconds - elapsed) * max(step, 1) / elapsed)
+    return min(max(left / s.warmdown_iters, 0.0), 1.0)
 
 
 def forward_backward(forward, micro_batches: list, share: float):
@@ -1420,8 +1441,8 @@ def calibrate(model, loader: BatchLoader, start: int, tokens: int, run):
 
     for name, layer in model.named_modules():
         if isinstance(layer, Linear) and name != "lm_head":
-            size = layer.in_features
-            sums[f"{name}.weight"] = total = torch.zeros(size, size, dtype=torch.float64, device=run.device)
+            total = torch.zeros(layer.in_features, layer.in_features, dtype=torch.float64, device=run.device)
+            sums[f"{name}.weight"] = total
             hooks.append(layer.register_forward_pre_hook(functools.partial(add, total)))
     width = run.s.train_seq_len
     rows = ceil_div(tokens, width)
@@ -1449,6 +1470,7 @@ class Trainer:
         self.elapsed = self.calibration = 0.0  # seconds, the latter's after the former's
         self.finished = False
         self.schedule = run.s  # its seconds without calibration's
+        self.step_seconds = 0.0  # of warm-up's, but for the first
         self.reported = 0  # skipped steps
         self.unsaved = ""  # why the last checkpoint could not be written
         path = run.folder / "checkpoint.pt"
@@ -1458,15 +1480,14 @@ class Trainer:
 
     def state(self):
         """What a checkpoint holds."""
-        counts = {name: getattr(self, name) for name in ("step", "averaged", "elapsed", "finished")}
+        counts = dict(step=self.step, averaged=self.averaged, elapsed=self.elapsed, finished=self.finished)
         return counts | self.tensors | dict(identity=self.identity)
 
     def restore(self, state: dict):
-        for name, value in self.state().items():
-            if name in self.tensors:
-                value.copy_(state[name].view_as(value))
-            elif name != "identity":
-                setattr(self, name, type(value)(state[name]))
+        for name in ("step", "averaged", "elapsed", "finished"):
+            setattr(self, name, state[name])
+        for name, tensor in self.tensors.items():
+            tensor.copy_(state[name].view_as(tensor))
         self.optimizer.grads.zero_()
 
     def save(self, run: Run):
@@ -1496,7 +1517,7 @@ class Trainer:
         for name, value in self.identity.items():
             if theirs[name] != value:
                 both = f"another {name.upper()}: {theirs[name]}, now {value}"
-                raise UserError(f"checkpoint {path} has {both} — restore it, or start afresh in another OUTPUT_DIR")
+                raise UserError(f"checkpoint {path} has {both} — restore it, or start in another OUTPUT_DIR")
 
     def state_dict(self):
         """The model's, copied to the CPU."""
@@ -1508,35 +1529,49 @@ class Trainer:
         account = dict(steps=self.step, seconds=self.elapsed, calibration=self.calibration, averaged=self.averaged)
         return account | dict(resumed=self.resumed, peak_memory=peak, skipped=self.reported)
 
+    def timed(self, work, *arguments):
+        """What it returns, and seconds."""
+        self.run.wait()
+        began = time.perf_counter()
+        result = work(*arguments)
+        self.run.wait()
+        return result, time.perf_counter() - began
+
     def warm_up(self):
         """WARMUP_STEPS steps, at least one, undone: everything is compiled."""
         before = copy.deepcopy(self.state())
         steps = max(self.run.s.warmup_steps, 1)
-        for _ in range(steps):
-            self.train_step()
+        seconds = [self.timed(self.train_step)[1] for _ in range(steps)]
+        self.step_seconds = float(np.median(seconds[1:])) if steps > 1 else 0.0  # the first compiles
         self.restore(before)
         self.run.log(f"warmup_step:{steps}/{steps}")
 
-    def timed_calibration(self, start, tokens):
-        self.run.wait()
-        began = time.perf_counter()
-        hessians = calibrate(self.model, self.loader, start, tokens, self.run)
-        self.run.wait()
-        return hessians, time.perf_counter() - began
+    def calibrate(self, start, tokens):
+        return self.timed(calibrate, self.model, self.loader, start, tokens, self.run)
 
     def reserve(self):
-        """Keep free what calibration will take, by trying it. Returns Hessians. Raises UserError if no time is left."""
+        """Keep free what calibration takes, by trying it. Returns Hessians. Raises UserError if no time is left."""
         s = self.run.s
-        hessians, _ = self.timed_calibration(0, s.train_seq_len * self.run.ranks.world)  # may load kernels
+        hessians, _ = self.calibrate(0, s.train_seq_len * self.run.ranks.world)  # may load kernels
         if s.max_wallclock_seconds and not self.finished:
-            hessians, seconds = self.timed_calibration(0, s.calibration_tokens)
+            hessians, seconds = self.calibrate(0, s.calibration_tokens)
             (seconds,) = self.run.ranks.max([seconds])
             left = s.max_wallclock_seconds - 1.5 * seconds
             if left <= 0:
                 what = f"calibration takes {seconds:.1f} s of MAX_WALLCLOCK_SECONDS={s.max_wallclock_seconds}"
                 raise UserError(f"{what} — raise it, lower CALIBRATION_TOKENS, or set QUANTIZER=nearest")
             self.schedule = replace(s, max_wallclock_seconds=left)
+            self.note_warmdown(left)
         return hessians
+
+    def note_warmdown(self, seconds):
+        """Where it is longer than the run will be."""
+        s = self.run.s
+        steps = min(s.iterations, seconds / self.step_seconds) if self.step_seconds else math.inf
+        if steps < s.warmdown_iters:
+            what = f"note: the warmdown is longer than this run's about {steps:.0f} steps, so the learning rate reaches"
+            cure = f"WARMDOWN_ITERS={RECORD_SHARE * steps:.0f} would be the record's share"
+            self.run.log(f"{what} {steps / s.warmdown_iters:.1%} of its peak; {cure}")
 
     def over(self):
         """Whether another step of mean length would pass a limit."""
@@ -1545,22 +1580,21 @@ class Trainer:
         return self.step >= self.run.s.iterations or self.elapsed * (1 + ahead) >= limit
 
     def train(self, stream):
-        """Returns the Hessians. Raises Interrupted once a checkpoint is written, UserError on NaN."""
+        """Returns the Hessians. Raises Interrupted, once a checkpoint is written."""
         run, s = self.run, self.run.s
         rows = f"rows per rank:{self.loader.rows} rows per micro-step:{self.loader.micro_rows}"
         run.log(f"training tokens:{self.loader.tokens} {rows}")
-        run.wait()
         if run.cuda:
             torch.cuda.reset_peak_memory_stats()
         began = time.perf_counter() - self.elapsed  # moved on by what is not training
         run.ranks.waits_for_step = True
         while not self.finished:
-            if self.over() or (s.val_loss_every and self.step % s.val_loss_every == 0):
-                run.wait()
-                paused = time.perf_counter()
-                self.report(evaluate_standard(self.forward, stream, run))
-                began += time.perf_counter() - paused
-            if self.over():
+            over = self.over()
+            if over or (s.val_loss_every and self.step % s.val_loss_every == 0):
+                score, seconds = self.timed(evaluate_standard, self.forward, stream, run)
+                self.report(score)
+                began += seconds
+            if over:
                 break
             loss = self.train_step()
             elapsed = time.perf_counter() - began if run.ranks.rank == 0 else 0.0  # one clock counts
@@ -1613,24 +1647,22 @@ class Trainer:
     def finish(self):
         """Average the samples and calibrate; a checkpoint that is finished needs only the latter."""
         run = self.run
-        was_finished = self.finished
+        new = not self.finished
         self.finished = True
-        enough = self.averaged >= 2
-        if enough and not was_finished:
+        if new and self.averaged >= 2:
             self.optimizer.weights.copy_(self.average / self.averaged)
-        read = self.step * run.s.train_batch_tokens
-        hessians, self.calibration = self.timed_calibration(read, run.s.calibration_tokens)
-        outcome = "their mean is the final model" if enough else "too few, the last weights are final"
+        hessians, self.calibration = self.calibrate(self.step * run.s.train_batch_tokens, run.s.calibration_tokens)
+        outcome = "their mean is the final model" if self.averaged >= 2 else "too few, the last weights are final"
         run.log(f"swa: {self.averaged} checkpoints: {outcome}")
-        if not was_finished:
+        if new:
             self.save(run)
         run.log(f"training {pairs(self.account())}")
         return hessians
 
 
 # ======== Export ========
-# The artifact holds the model's configuration and its numbers, sorted by kind; names, shapes and kinds follow from the
-# configuration, so the reader knows every length beforehand.
+# The artifact holds a model's configuration and its numbers, sorted by kind. All names, shapes and kinds follow from
+# the configuration, so the reader knows every length beforehand.
 
 CONTROL = ("attn_scale", "mlp_scale", "resid_mix", "q_gain", "skip_weights", "smear", "bigram.scale")
 LIMITS = {"int5": 15, "int6": 31, "int8": 127}  # largest code
@@ -1639,7 +1671,6 @@ MAGIC = b"PGOLFGPT"
 FORMAT = 2
 HEADER = "<8sIQQ32s"  # magic, format, lengths of the frame and of what it expands to, SHA-256 of the frame
 HEADER_BYTES = struct.calcsize(HEADER)
-DAMAGE = zstandard.ZstdError, struct.error, ValueError, AttributeError, TypeError, RecursionError, OverflowError
 MOST_EXPANDED = 1 << 29  # bytes
 MOST_CONFIG = 1 << 16  # bytes: JSON parsed may take forty times as many
 LARGEST_STRETCH = 8.0
@@ -1655,8 +1686,7 @@ class Stored(NamedTuple):
     scale: Tensor | None = None
 
     def restored(self):
-        values = self.values.float()
-        return values if self.scale is None else values * self.scale.float()[:, None]
+        return self.values.float() * (1.0 if self.scale is None else self.scale.float()[:, None])
 
 
 def prune(weight: Tensor, fraction: float):
@@ -1682,14 +1712,14 @@ def kind_of(name: str, size: int, fp16_patterns: str):
 
 
 def row_steps(weight: Tensor, kind: str, s, stretch: float = 1.0):
-    """The quantisation step of each row of a float32 matrix, (rows, 1) float32, of int5 and int6 as fp16 has it."""
+    """Of each row of a float32 matrix, (rows, 1) float32; of int5 and int6 as fp16 has it."""
     limit = LIMITS[kind]
     if kind == "int8":  # rows are clipped at their 99.99984% magnitude (the challenge's baseline)
-        return torch.quantile(weight.abs(), 0.9999984, dim=1, keepdim=True).div(limit).clamp_min(1 / limit)
-    sizes = weight.abs().amax(dim=1, keepdim=True)  # thwu1's record
+        return weight.abs().quantile(0.9999984, 1, keepdim=True).div(limit).clamp_min(1 / limit)
+    sizes = weight.abs().amax(1, keepdim=True)  # thwu1's record
     if s.quant_sigmas != "0":  # follows the row's bulk
         k = float(s.quant_sigmas.split(",")[kind == "int6"])
-        sizes = k * weight.square().mean(dim=1, keepdim=True).sqrt()
+        sizes = k * weight.square().mean(1, keepdim=True).sqrt()
     return (sizes / limit * stretch).half().clamp_min(torch.finfo(torch.float16).tiny).float()
 
 
@@ -1700,31 +1730,30 @@ def nearest(weight: Tensor, step: Tensor, limit: int):
 
 
 def gptq(weight: Tensor, step: Tensor, hessian: Tensor, limit: int):
-    """Codes of n matrices (n, rows, cols) under steps (n, rows, 1), that keep W x rather than W (Frantar et al. 2022).
-    `hessian` (n, cols, cols)."""
-    # Rounding a column changes the layer's output by its error times an input. The columns still to come can undo most
-    # of that, as far as their inputs are correlated: row j of the Cholesky factor U of H^-1 = U'U says how the best
-    # correction is spread over columns j, j + 1, … once all before j are fixed. Columns of the largest inputs come
-    # first, while most others can still make up for them.
+    """Codes of n matrices (n, rows, cols) under steps (n, rows, 1) and Hessians (n, cols, cols), that keep W x rather
+    than W (Frantar et al. 2022)."""
+    # Rounding a column changes the layer's output by its error times an input. Later columns can undo most of that, as
+    # far as their inputs are correlated: row j of the Cholesky factor U of H^-1 = U'U says how the best correction is
+    # spread over columns j, j + 1, … once all before are fixed. Columns of the largest inputs come first, while most
+    # others can still make up for them.
     h = hessian.float()
     order = h.diagonal(dim1=1, dim2=2).argsort(descending=True, stable=True)  # (n, cols)
     h = h.gather(1, order[:, :, None].expand_as(h)).gather(2, order[:, None].expand_as(h))
     order = order[:, None].expand_as(weight)
     w = weight.gather(2, order)
     diagonal = h.diagonal(dim1=1, dim2=2)
-    diagonal += (0.01 * diagonal.mean(1, keepdim=True)).clamp_min(1e-8)  # an input may always be zero
+    diagonal += (0.01 * diagonal.mean(1, keepdim=True)).clamp_min(1e-8)  # an input may be zero
     u = torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(h)), upper=True)
     codes = torch.empty_like(w)
     for start in range(0, w.size(2), GPTQ_BLOCK):
-        block = w[:, :, start : start + GPTQ_BLOCK]
-        span = slice(start, start + block.size(2))
-        spread = u[:, span, span]
+        span = slice(start, min(start + GPTQ_BLOCK, w.size(2)))
+        block, spread = w[:, :, span], u[:, span, span]
         errors = torch.empty_like(block)
         for j in range(block.size(2)):
             column = block[:, :, j : j + 1]
             code = nearest(column, step, limit)
             codes[:, :, start + j] = code[:, :, 0]
-            errors[:, :, j] = ((column - code * step) / spread[:, j, None, j : j + 1])[:, :, 0]
+            errors[:, :, j : j + 1] = (column - code * step) / spread[:, j, None, j : j + 1]
             block[:, :, j + 1 :] -= errors[:, :, j : j + 1] * spread[:, j, None, j + 1 :]
         w[:, :, span.stop :] -= errors @ u[:, span, span.stop :]
     return torch.empty_like(codes).scatter_(2, order, codes)
@@ -1755,15 +1784,14 @@ def quantize_model(state: dict[str, Tensor], s, hessians: dict[str, Tensor] | No
 
 def streams_of(tensors: dict[str, Stored]):
     """The pieces of each of an artifact's streams, in file order."""
-    streams = {kind: [tensor.values for tensor in tensors.values() if tensor.kind == kind] for kind in STREAMS}
-    return streams | dict(scale=[tensor.scale for tensor in tensors.values() if tensor.scale is not None])
+    streams = {kind: [t.values for t in tensors.values() if t.kind == kind] for kind in STREAMS}
+    return streams | dict(scale=[t.scale for t in tensors.values() if t.scale is not None])
 
 
 def entropy(codes: np.ndarray):
     """Bits per code, drawn one by one."""
-    p = np.bincount(codes.view(np.uint8).ravel()) / codes.size
-    p = p[p > 0]
-    return abs(float((p * np.log2(p)).sum()))
+    p = torch.from_numpy(np.bincount(codes.view(np.uint8).ravel()) / codes.size)
+    return abs(torch.special.entr(p).sum().item()) / math.log(2)
 
 
 def artifact_config(s):
@@ -1779,8 +1807,8 @@ def layout(s):
 
 def pack(tensors: dict[str, Stored], s):
     """Quantised tensors -> artifact, and what became of each stream; the same input gives the same bytes."""
-    # One zstd frame: the length of the configuration (4 bytes), the configuration as JSON, the streams as byte planes:
-    # all first bytes of a stream's numbers, then all second ones, each compressed with statistics of its own.
+    # One zstd frame: the configuration's length (4 bytes), it as JSON, the streams as byte planes: all first bytes of a
+    # stream's numbers, then all second ones, each compressed with statistics of its own.
     config = json.dumps(artifact_config(s)).encode()
     planes = {"config": np.frombuffer(len(config).to_bytes(4, "little") + config, np.uint8)[None]}
     for kind, pieces in streams_of({name: tensors[name] for name in layout(s)}).items():
@@ -1788,17 +1816,16 @@ def pack(tensors: dict[str, Stored], s):
             numbers = torch.cat([piece.flatten() for piece in pieces]).numpy().astype(STREAMS[kind])
             planes[kind] = numbers.view(np.uint8).reshape(-1, numbers.itemsize).T
     expanded = sum(plane.size for plane in planes.values())
-    # codes hardly repeat, so matches are chance: none under 7 bytes is smaller and four times faster
+    # Codes hardly repeat, so matches are chance: none under 7 bytes is smaller and four times faster.
     level22 = zstandard.ZstdCompressionParameters.from_level(22, source_size=expanded, min_match=7)
     compressor = zstandard.ZstdCompressor(compression_params=level22).compressobj(size=expanded)
     frame = b""
     kinds = {}
     for kind, rows in planes.items():
         before = len(frame)
-        n = rows.shape[1]
         for row in rows:
             frame += compressor.compress(row.tobytes()) + compressor.flush(zstandard.COMPRESSOBJ_FLUSH_BLOCK)
-        size = len(frame) - before
+        size, n = len(frame) - before, rows.shape[1]
         kinds[kind] = dict(weights=n, bytes=size, bits_per_weight=8 * size / n)
         if kind in LIMITS:
             kinds[kind]["entropy"] = entropy(rows)
@@ -1823,14 +1850,14 @@ def unpack(blob: bytes, origin: str = "artifact"):
         if len(raw) != expanded or start > MOST_CONFIG:
             raise ValueError(f"it does not expand to {expanded} bytes, or has {start - 4} of configuration")
         config = json.loads(raw[4:start])
-        types = {name: type(value) for name, value in artifact_config(Settings()).items()}
-        if {name: type(value) for name, value in config.items()} != types:
+        usual = artifact_config(Settings())
+        if config.keys() != usual.keys() or any(type(config[name]) is not type(usual[name]) for name in usual):
             raise ValueError("the configuration is not a model's")
         s = Settings.from_env({name.upper(): value for name, value in config.items()})
         state = restored(raw[start:], s)
         if not all(weight.isfinite().all() for weight in state.values()):
             raise ValueError("a weight is not finite")
-    except DAMAGE as e:
+    except Exception as e:  # damage makes libraries raise many kinds
         what = f"{origin} is damaged or no artifact of this script ({type(e).__name__}: {str(e)[:80]})"
         raise UserError(f"{what} — fetch or make it again") from e
     return s, state
@@ -1861,11 +1888,11 @@ def fit(state: dict[str, Tensor], hessians: dict[str, Tensor], run):
     cap = run.s.artifact_max_bytes
     state = {name: prune(weight, run.s.prune_fraction) for name, weight in state.items()}
     s = replace(run.s, prune_fraction=0.0)
-    codes = 0
+    codes = 1
     for name, stored in quantize_model(state, s).items():
         if not stored.restored().isfinite().all():
             what = "beyond fp16's range" if state[name].isfinite().all() else "that are not finite"
-            raise UserError(f"{name} has weights {what} — lower the learning rates, or raise WEIGHT_DECAY")
+            raise UserError(f"{name} has weights {what} — lower the learning rates, or raise WEIGHT_DECAY or ADAM_EPS")
         codes += stored.values.numel() * (stored.kind in ("int5", "int6"))
     stretch = low = 1.0  # does not fit, once it is tried
     high = LARGEST_STRETCH
@@ -1882,8 +1909,7 @@ def fit(state: dict[str, Tensor], hessians: dict[str, Tensor], run):
         if low in (high, LARGEST_STRETCH) or 0 <= free <= SLACK * cap:
             break
         # Twice the step is a bit less per code, or not quite where steps are coarse; bisection helps where that misses.
-        bits = 8 * (SLACK / 2 * cap - free) / max(codes, 1)
-        stretch *= 2 ** min(bits, 3)
+        stretch *= 2 ** min(8 * (SLACK / 2 * cap - free) / codes, 3)
         if stretch >= high and not best:
             stretch = high
         elif not low < stretch < high:
@@ -1899,11 +1925,11 @@ def export(state: dict[str, Tensor], hessians: dict[str, Tensor], run):
     floats = io.BytesIO()
     torch.save(state, floats)
     run.write("final_model.pt", floats.getbuffer())
-    code = len(SOURCE_BYTES)
-    total = len(blob) + code
+    total = len(blob) + len(SOURCE_BYTES)
     cap = run.s.artifact_max_bytes
-    account = dict(model_bytes=len(blob), code_bytes=code, total_bytes=total, max_bytes=cap, fits=total <= cap)
-    account |= dict(stretch=stretch, seconds=time.perf_counter() - began, sha256=hashlib.sha256(blob).hexdigest())
+    account = dict(model_bytes=len(blob), code_bytes=len(SOURCE_BYTES), total_bytes=total, max_bytes=cap)
+    account |= dict(fits=total <= cap, stretch=stretch, seconds=time.perf_counter() - began)
+    account["sha256"] = hashlib.sha256(blob).hexdigest()
     for kind, row in kinds.items():
         run.log(f"export kind:{kind} {pairs(row)}")
     run.log(f"export {pairs(account)}")
@@ -2524,7 +2550,8 @@ def report_documents(scores: Scores, seconds: dict[str, float], began: float, ru
     account = dict(documents=len(stream.lengths)) | time_spent(began, run) | dict(passes=seconds)
     if len(scores.epochs):
         again = scores.epochs[0] != UNSCORED
-        account["epoch_1_again"] = float(np.abs(scores.epochs[0] - nll[1])[again].max(initial=0.0))
+        with np.errstate(invalid="ignore"):  # both may be infinite
+            account["epoch_1_again"] = finite(float(np.abs(scores.epochs[0] - nll[1])[again].max(initial=0.0)))
     run.write("ttt_documents.npz", npz(arrays))
     run.write("ttt_positions.npz", npz(by_position(targets, stream)))
     return label_figures(nll, lacking.sum(1).tolist(), arrays.get("nll_mixture"), account, stream, run)

@@ -1,148 +1,311 @@
-"""Does a later token reach an earlier score? `python data/audit.py RUN --documents 2` finds out by experiment.
+"""The certificate of a score: what its figures claim, found by experiment. `python data/audit.py RUN... --documents 2`
 
-It prints the largest change of any target's NLL up to a point, behind which all tokens were replaced, beside that of an
-unchanged repeat, and ends with code 1 if a backward-looking figure moved. --positions writes sums for plot.py instead.
+Each finding is a line with its figure, pass or fail, and goes into the run's result.json; exit code 1 if one fails.
+  causal      an earlier score moves when later tokens, or those of other documents, are replaced
+  normalised  probabilities of what may come next, from earlier tokens alone, are 1 together, and the score is of them
+  repeated    the documents, scored again, have the NLL that the run kept
+  bytes       the counted bytes of every document are those of its decoded text
+  disjoint    validation documents that stand in the training shards
+  decodes     (--decode) files that expand to the documents have the size that the score says
 """
 
 import argparse
-import io
+import hashlib
 import json
-import math
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
+from tqdm import tqdm
 
 import common
+import sequential
+from sequential import ADAPTED, MIXTURE, train_gpt
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import train_gpt
+AROUND = 8  # tokens of no document that stand before each
+DRAWN = 100  # targets whose probabilities are summed
+SUM_ERROR = 1e-5
+NATS = {"float32": 1e-3, "bfloat16": 0.2}  # by which a target's score may differ from its recomputed one; rounding
+SHARE = 0.005  # by which a document's NLL may differ from the run's: GPUs and CPUs round differently
+OPENING = 64  # tokens
+BLOCK = 1 << 24  # training tokens looked at together
+OUTCOMES = {True: "pass", False: "fail", None: "not judged"}
 
-FIRST_SPAN = 64  # tokens; each next span of a document is as long as all before it
+
+class Finding(NamedTuple):
+    name: str
+    outcome: bool | None  # None: it could not be judged
+    figure: float
+    detail: str
 
 
 class Traced(train_gpt.DocumentBatch):
-    """A batch that keeps the NLL of every target: `trace` (1 + figures, B, targets) float32, NaN where not scored."""
+    """A batch that keeps the NLL of targets for replay's last epoch, too: the row after PLAIN and ADAPTED."""
 
-    def __init__(self, *arguments):
-        super().__init__(*arguments)
-        self.trace = np.full((len(self.sums), len(self.lengths), int(self.lengths[0])), math.nan, np.float32)
+    LAST = 2
 
-    def step(self, visit):
-        nll = super().step(visit)
-        s, first = self.run.s, int(self.position)
-        for row, scored in enumerate(nll.cpu().numpy() if visit.score else ()):
-            end = min(int(self.lengths[row]), first + s.ttt_chunk_size)
-            begin = max(0, end - s.ttt_eval_seq_len) if visit.context is None else first
-            self.trace[int(self.figure), row, first:end] = scored[first - begin : end - begin]
-        return nll
+    def load(self, documents: np.ndarray) -> None:
+        super().load(documents)
+        self.targets = self.targets[[0, 1, 1]]
 
-
-def trace(model, stream, run, documents: np.ndarray, seeds: np.ndarray) -> np.ndarray:
-    """NLL of every target of documents given longest first, as Traced has it, under the adapters of `seeds`."""
-    batch = Traced(model, stream, documents, run)
-    batch.plain()
-    batch.adapt(np.stack([train_gpt.draw_lora_a(run.s, int(seed)) for seed in seeds]))
-    if run.signal:  # train_gpt's handler lets a signal wait
-        raise KeyboardInterrupt
-    return batch.trace
+    def _run_step(self, chunk: int, n: int, cached: bool, row: int | None = None, **asked) -> None:
+        last = self.run.s.ttt_figures
+        if asked.get("score") and int(self.figure) == last > 1:
+            row = self.LAST
+        super()._run_step(chunk, n, cached, row, **asked)
 
 
-def figure_names(s) -> dict[str, int]:
-    """The figures that are compared, and their rows in a trace."""
-    if s.ttt_protocol == "single_pass":
-        return {"no_adaptation": 0, "single_pass": 1}
-    last = {f"last_epoch_{s.ttt_n_epochs}": s.ttt_n_epochs} if s.ttt_n_epochs > 1 else {}
-    return {"no_adaptation": 0, "epoch_1": 1} | last
+class Sample(NamedTuple):
+    """Documents, longest first, by their numbers in the run; `tokens` begin AROUND others, each at one of `starts`."""
+
+    numbers: np.ndarray
+    tokens: np.ndarray
+    starts: np.ndarray
+    lengths: np.ndarray
 
 
-def audit(model, stream, run, documents: int) -> list[dict]:
-    """One row for each document and figure: t, the largest change of an NLL up to t in nats, and the repeat's."""
+def draw(stream, run, count: int, rng: np.random.Generator) -> Sample:
+    """Documents of two chunks or more; UserError if there are none."""
+    size = run.s.ttt_chunk_size
+    numbers = rng.permutation(np.flatnonzero(stream.lengths > size))[:count]
+    if not len(numbers):
+        raise common.UserError(f"no document has two chunks of {size} targets — score longer documents")
+    numbers = numbers[np.argsort(-stream.lengths[numbers], kind="stable")]
+    lengths = stream.lengths[numbers]
+    text = stream.tokens.cpu().numpy()
+    parts = []
+    for start, length in zip(stream.starts[numbers], lengths, strict=True):
+        parts += rng.integers(train_gpt.BOS + 1, run.s.vocab_size, AROUND), text[start : start + length + 1]
+    ends = np.cumsum(lengths + 1 + AROUND)
+    return Sample(numbers, np.concatenate(parts), ends - lengths - 1, lengths)
+
+
+def trace(model, run, sample: Sample, tokens: np.ndarray) -> dict[str, list[np.ndarray]]:
+    """NLL of every target of the sample's documents, were these its tokens, by the names of the run's figures."""
     s = run.s
-    rng = np.random.default_rng([s.seed, 0xA0D17])
-    chosen = rng.permutation(np.flatnonzero(stream.lengths > s.ttt_chunk_size))[:documents]
-    chosen = chosen[np.argsort(-stream.lengths[chosen], kind="stable")]
-    if not len(chosen):
-        raise common.UserError(f"no document has two chunks of {s.ttt_chunk_size} targets — score longer documents")
-    lengths = stream.lengths[chosen]
-    points = rng.integers(1, lengths)
-    tokens = stream.tokens.cpu().numpy()
-    places = [start + np.arange(n + 1) for start, n in zip(stream.starts[chosen], lengths, strict=True)]
-    before = tokens[np.concatenate(places)]
-    later = np.concatenate([np.arange(n + 1) > t for n, t in zip(lengths, points, strict=True)])
-    other = rng.integers(train_gpt.BOS + 1, s.vocab_size - 1, len(before))
-    other += other >= before  # never the token itself
-    starts = np.cumsum(lengths + 1) - lengths - 1
-    traces = []
-    for flat in (before, before, np.where(later, other, before)):
-        own = train_gpt.Stream(flat, np.zeros(len(flat) - 1, np.int16), run.device, (starts, lengths))
-        traces.append(trace(model, own, run, np.arange(len(chosen)), chosen))
+    stream = train_gpt.Stream(tokens, tokens[1:] * 0, run.device, (sample.starts, sample.lengths))
+    batch = Traced(model, stream, len(sample.numbers), run)
+    batch.load(np.arange(len(sample.numbers)))
+    batch.score()
+    batch.adapt(s.ttt_n_epochs, a=np.stack([train_gpt.draw_lora_a(s, int(number)) for number in sample.numbers]))
+    plain, adapted = batch.target_nll(train_gpt.PLAIN), batch.target_nll(train_gpt.ADAPTED)
+    found = {"no_adaptation": plain, "epoch_1" if s.ttt_protocol == "replay" else "single_pass": adapted}
+    if s.ttt_mixture:
+        ends = np.cumsum(sample.lengths)
+        flat = (*map(np.concatenate, (plain, adapted)), ends - sample.lengths, sample.lengths)
+        found["mixture"] = np.split(train_gpt.mixture(*flat, s.ttt_mixture_share), ends[:-1])
+    if s.ttt_figures > 1:
+        found[f"last_epoch_{s.ttt_figures}"] = batch.target_nll(Traced.LAST)
+    return found
+
+
+def causal(model, run, sample: Sample, before: dict, rng: np.random.Generator) -> tuple[Finding, list[dict]]:
+    """Whether a score knows what it must not, and a row for each document and figure: t, the largest change of an NLL
+    of a target up to t in nats, and that of an unchanged repeat."""
+    other = rng.integers(train_gpt.BOS + 1, run.s.vocab_size - 1, len(sample.tokens))
+    changed = other + (other >= sample.tokens)  # never the token itself
+    points = rng.integers(1, sample.lengths)
+    for start, t in zip(sample.starts, points, strict=True):
+        changed[start : start + t + 1] = sample.tokens[start : start + t + 1]
+    repeat, after = trace(model, run, sample, sample.tokens), trace(model, run, sample, changed)
     rows = []
-    for i, (document, t) in enumerate(zip(chosen.tolist(), points.tolist(), strict=True)):
-        for name, figure in figure_names(s).items():
-            seen, *others = (x[figure, i, :t] for x in traces)  # token j is target j - 1: t targets have an index <= t
-            repeat, change = (float(np.abs(x - seen).max()) for x in others)
-            row = {"document": document, "targets": int(lengths[i]), "t": t, "figure": name}
-            rows.append(row | {"backward_looking": not name.startswith("last"), "change": change, "repeat": repeat})
-    return rows
+    for i, (document, t) in enumerate(zip(sample.numbers.tolist(), points.tolist(), strict=True)):
+        for name in before:
+            seen, *others = (x[name][i][:t] for x in (before, repeat, after))  # token j is target j - 1
+            noise, change = (largest(x - seen) for x in others)
+            row = {"document": document, "targets": int(sample.lengths[i]), "t": t, "figure": name}
+            rows.append(row | {"backward_looking": not name.startswith("last"), "change": change, "repeat": noise})
+    judged = [row for row in rows if row["backward_looking"]]
+    worst = max(row["change"] for row in judged)
+    detail = f"nats by which a score of {len(sample.numbers)} documents moved"
+    leak = [row["change"] for row in rows if not row["backward_looking"]]
+    detail += f"; replay's last epoch, no score, by {max(leak):.3g}" if leak else ""
+    return Finding("causal", all(row["change"] <= row["repeat"] for row in judged), worst, detail), rows
 
 
-def positions(model, stream, run, documents: int | None) -> dict[str, np.ndarray]:
-    """Sums by span of the first documents: figures (F,), nll (F, S), targets, bytes and ends (S,)."""
-    names = figure_names(run.s)
-    lengths = stream.lengths[:documents]
-    starts = np.array([0, *(FIRST_SPAN << i for i in range(20) if FIRST_SPAN << i < lengths.max())])
-    sums = np.zeros((len(names) + 2, len(starts)))
-    bytes_ = stream.bytes.cpu().numpy()
-    for batch in train_gpt.batch_documents(lengths, run):
-        found = trace(model, stream, run, batch, batch)[list(names.values())]
-        for i, document in enumerate(batch):
-            n, start = lengths[document], stream.starts[document]
-            rows = np.vstack([found[:, i, :n], np.ones(n), bytes_[start : start + n]])
-            begun = starts[starts < n]
-            sums[:, : len(begun)] += np.add.reduceat(rows, begun, axis=1)
-    ends = np.append(starts[1:], lengths.max())
-    return {"figures": np.array(list(names)), "nll": sums[:-2], "targets": sums[-2], "bytes": sums[-1], "ends": ends}
+def largest(differences: np.ndarray) -> float:
+    """The largest absolute value; 1e9, which JSON has, for what is no number."""
+    return float(np.nan_to_num(np.abs(differences), nan=1e9, posinf=1e9).max())
 
 
-def open_run(left: common.Run) -> tuple:
-    """The model that a run scored, the text, and the settings; UserError if either is not what it was."""
-    kept = {k: v for k, v in left.result["settings"].items() if k in train_gpt.Settings.__dataclass_fields__}
-    kept["eval_only"] = kept.get("eval_only") or str(left.path.with_name("final_model.ptz"))
-    kept |= {"output_dir": str(left.path.parent), "resume": False, "compile": 0, "device": "auto"}
+def normalised(model, run, sample: Sample, scored: list[np.ndarray], figure: str, rng: np.random.Generator) -> Finding:
+    """Whether the probabilities of all tokens at drawn targets, recomputed from the tokens before, are 1 together, and
+    that of the target is the scored one."""
+    count = min(DRAWN, int(sample.lengths.sum()))
+    drawn = np.zeros(int(sample.lengths.sum()), bool)
+    drawn[rng.choice(len(drawn), count, replace=False)] = True
+    errors, differences = [], []
+    for i, here in enumerate(np.split(drawn, np.cumsum(sample.lengths)[:-1])):
+        if not here.any():
+            continue
+        last = int(np.flatnonzero(here)[-1])
+        document = sample.tokens[sample.starts[i] :]
+
+        def choose(position: int, nll: np.ndarray, i=i, here=here, document=document, last=last) -> int:
+            if position > last:
+                raise sequential.Enough
+            token = int(document[position + 1])
+            if here[position]:
+                errors.append(np.exp(-nll.astype(np.float64)).sum() - 1)
+                differences.append(nll[token] - scored[i][position])
+            return token
+
+        reader = sequential.Sequential(model, run, int(sample.lengths[i]), choose, figure, int(document[0]))
+        reader.read(int(sample.numbers[i]))
+    error, difference = largest(np.array(errors)), largest(np.array(differences))
+    allowed = NATS[str(run.dtype).split(".")[1]]
+    detail = f"nats by which a score differs from its recomputed probability, at {count} targets; their sums are 1"
+    detail += f" within {error:.1g}"
+    return Finding("normalised", error <= SUM_ERROR and difference <= allowed, difference, detail)
+
+
+def repeated(left: common.Run, sample: Sample, scored: list[np.ndarray], figure: str) -> Finding:
+    """Whether the documents' NLL are what the run kept; where the deadline cut one off, it is not compared."""
+    kept = common.read_scores(left)[figure][sample.numbers]
+    again = np.array([nll.sum(dtype=np.float64) for nll in scored])
+    finished = np.isfinite(kept)
+    if not finished.any():
+        return Finding("repeated", None, 0.0, "the deadline cut off all drawn documents")
+    worst = largest((again / kept - 1)[finished])
+    return Finding(
+        "repeated", worst <= SHARE, worst, f"share by which {finished.sum()} documents' NLL differ from the run's"
+    )
+
+
+def counted_bytes(stream, tokenizer) -> Finding:
+    """Whether every document's counted bytes are those of its decoded text."""
+    ids = range(tokenizer.vocab_size())
+    byte = np.array([tokenizer.is_byte(i) for i in ids])
+    letter = next((i for i in ids if tokenizer.id_to_piece(i) == "<0x41>"), 0)
+
+    def size(tokens: np.ndarray) -> int:
+        text = tokenizer.decode(tokens.tolist())
+        if "\ufffd" in text:  # bytes that form no character, shown as 3; a letter for each of them is as long as they
+            text = tokenizer.decode(np.where(byte[tokens], letter, tokens).tolist())
+        return len(text.encode())
+
+    tokens = stream.tokens.cpu().numpy()
+    wrong, worst = [], 0
+    places = zip(stream.starts.tolist(), stream.lengths.tolist(), stream.document_bytes.tolist(), strict=True)
+    for document, (start, length, counted) in enumerate(places):
+        decoded = size(tokens[start : start + length + 1]) - size(tokens[start : start + 1])
+        if decoded != counted:
+            wrong.append(f"document {document} counts {counted} and has {decoded}")
+            worst = max(worst, abs(counted - decoded))
+    detail = "; ".join(wrong[:1]) or f"counted and not in the text of {len(stream.lengths):,} documents"
+    return Finding("bytes", not wrong, float(worst), f"bytes: {detail}")
+
+
+def documents_of(shards: list[np.ndarray]) -> Iterator[np.ndarray]:
+    """The documents of a stream of shards, without BOS."""
+    held = np.array([train_gpt.BOS], "<u2")  # what comes before the first is a document, too
+    with tqdm(
+        desc="reading training shards", total=sum(map(len, shards)), unit=" tokens", disable=None, leave=False
+    ) as bar:
+        for shard in shards:
+            for first in range(0, len(shard), BLOCK):
+                block = shard[first : first + BLOCK]
+                held = np.concatenate((held, block))
+                begins = np.flatnonzero(held == train_gpt.BOS)
+                for begin, end in zip(begins, begins[1:], strict=False):
+                    yield held[begin + 1 : end]
+                held = held[begins[-1] :]
+                bar.update(len(block))
+    yield held[1:]
+
+
+def disjoint(left: common.Run, stream, run) -> Finding:
+    """Share of validation documents that are training documents as well, and of those that begin like one."""
     try:
-        run = train_gpt.Run(train_gpt.Settings(**kept).checked())
-        settings, state, digest = train_gpt.read_model(Path(run.s.eval_only), run)
-        run = run.using(**settings.of(train_gpt.ModelSettings))
-        model = train_gpt.scoring_model(run)
-        train_gpt.load_weights(model, state, run.s.eval_only)
-        stream = train_gpt.load_validation(run)
+        shards = train_gpt.open_shards("train", run)
     except train_gpt.UserError as error:
-        raise common.UserError(str(error)) from error
-    if (digest, stream.fingerprint) != (left.result["weights_sha256"], left.result["data"]["validation"]):
-        raise common.UserError(f"{left.path} is of another artifact or text — {common.UNTOUCHED}")
-    return model, stream, run
+        return Finding("disjoint", None, 0.0, str(error).split(" — ")[0])
+    trained = left.result["data"].get("train")
+    if trained and train_gpt.fingerprint(shards) != trained:
+        return Finding("disjoint", None, 0.0, f"the shards in {run.s.data_path} are not those that were trained on")
+
+    def digests(tokens: np.ndarray) -> tuple[bytes, bytes]:
+        opening = tokens[:OPENING] if len(tokens) >= OPENING else tokens[:0]
+        return tuple(hashlib.blake2b(part.tobytes(), digest_size=16).digest() for part in (tokens, opening))
+
+    text = stream.tokens.cpu().numpy().astype("<u2")
+    own = [document for document in documents_of([text]) if len(document)]
+    wholes, openings = zip(*map(digests, own), strict=True)
+    wanted = set(wholes), set(openings) - {digests(text[:0])[1]}
+    seen = set(), set()
+    for document in documents_of(shards):
+        for found, known, digest in zip(seen, wanted, digests(document), strict=True):
+            if digest in known:
+                found.add(digest)
+    whole, opening = (
+        sum(x in found for x in of) / len(own) for of, found in zip((wholes, openings), seen, strict=True)
+    )
+    which = "the training shards" if trained else f"the shards in {run.s.data_path}"
+    detail = f"share of {len(own):,} documents that stand in {which}; of {opening:.3g} the first {OPENING} tokens do"
+    return Finding("disjoint", whole == 0, whole, detail)
+
+
+def decodes(left: common.Run, documents: int) -> Finding:
+    """compress.py's check."""
+    import compress
+
+    rows = compress.check_documents(left, None, documents)
+    score, size = (sum(row[name] for row in rows) for name in ("score", "size"))
+    right = all(row["as_scored"] and row["same"] for row in rows)
+    lost = sum(not row["same"] for row in rows)
+    detail = f"bytes of {len(rows)} documents' files, {score:.1f} by the score; {lost} did not come back"
+    return Finding("decodes", right, float(size), detail)
+
+
+def certify(left: common.Run, documents: int, decode: bool) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """A run's findings, each printed as it is found, as result.json has them, and causal's rows."""
+    model, run = sequential.open_run(left)
+    stream = sequential.open_stream(left, run)
+    tokenizer, _ = sequential.open_tokenizer(run)
+    rng = np.random.default_rng([run.s.seed, 0xA0D17])
+    sample = draw(stream, run, documents, rng)
+    targets = int(sample.lengths.sum())
+    passes = 3 * (2 + run.s.ttt_n_epochs)
+    print(f"{left.path}: {len(sample.numbers)} documents, {targets:,} targets, about {passes} times", flush=True)
+    before = trace(model, run, sample, sample.tokens)
+    figure = MIXTURE if left.score is left.figures.get(MIXTURE) else ADAPTED
+    scored = before[MIXTURE] if figure == MIXTURE else list(before.values())[1]
+    found, rows = causal(model, run, sample, before, rng)
+    certificate = dict(source_sha256=train_gpt.SOURCE_SHA256, documents=len(sample.numbers), findings={})
+
+    def note(finding: Finding) -> None:
+        outcome = OUTCOMES[finding.outcome]
+        print(f"{outcome:<10} {finding.name:<10} {finding.figure:.3g} {finding.detail}", flush=True)
+        certificate["findings"][finding.name] = dict(outcome=outcome, figure=finding.figure, detail=finding.detail)
+
+    note(found)
+    note(normalised(model, run, sample, scored, figure, rng))
+    note(repeated(left, sample, scored, figure))
+    note(counted_bytes(stream, tokenizer))
+    note(disjoint(left, stream, run))
+    if decode:
+        note(decodes(left, documents))
+    return certificate, rows
 
 
 def main(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("run", type=Path, help="a run's folder, or a result_<tag>.json in it")
-    parser.add_argument("--documents", type=common.number(int, 1), help="default: 2, with --positions all")
-    parser.add_argument("--positions", action="store_true", help="write ttt_positions.npz instead")
-    arguments = parser.parse_args()
-    left = common.read_run(arguments.run)
-    opened = open_run(left)
-    if arguments.positions:
-        content = io.BytesIO()
-        np.savez(content, weights=left.result["weights_sha256"], **positions(*opened, arguments.documents))
-        common.write_atomic(left.beside("ttt_positions"), content.getvalue())
-        print(f"wrote {left.beside('ttt_positions')}")
-        return
-    rows = audit(*opened, arguments.documents or 2)
-    for row in rows:
-        print("audit " + " ".join(f"{k}:{v:.3e}" if isinstance(v, float) else f"{k}:{v}" for k, v in row.items()))
-    left.result["evaluation"]["audit"] = rows
-    common.write_atomic(left.path, json.dumps(left.result, indent=1).encode())
-    if any(row["backward_looking"] and not row["change"] <= row["repeat"] for row in rows):
+    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="a run's folder")
+    parser.add_argument("--documents", type=common.number(int, 1), default=2, metavar="K", help="default: 2")
+    parser.add_argument("--decode", action="store_true", help="compress and expand K documents, too: it takes long")
+    options = parser.parse_args()
+    runs = [common.read_run(path) for path in options.runs]
+    for left in runs:
+        if "sliding" in left.figures:
+            raise common.UserError(f"{left.path} is of a sliding window — give runs with test-time training")
+    failed = False
+    for left in runs:
+        certificate, rows = certify(left, options.documents, options.decode)
+        left.result["evaluation"] |= dict(certificate=certificate, audit=rows)
+        common.write_atomic(left.path, json.dumps(left.result, indent=1).encode())
+        failed |= any(finding["outcome"] == "fail" for finding in certificate["findings"].values())
+    if failed:
         sys.exit(1)
 
 

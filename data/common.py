@@ -236,7 +236,7 @@ def check_shard(path: Path) -> int:
     return header[2]
 
 
-# What result.json (schema version 2) and its parts hold: dotted paths, by the type that they must be of.
+# What result.json and its parts hold: dotted paths, by the type that they must be of.
 RESULT = {
     str: "run_id source_sha256 weights_sha256 environment.torch environment.device environment.dtype data.validation",
     int: "seed settings.seed source_bytes world_size",
@@ -269,13 +269,14 @@ class Run:
     @property
     def figures(self) -> dict[str, dict[str, Any]]:
         """The figures of the evaluation by name; replay's last epoch, if any, comes last."""
-        names = ("sliding", "no_adaptation", "backward_looking", "last_epoch")
+        names = ("sliding", "no_adaptation", "backward_looking", "mixture", "last_epoch")
         return {name: figure for name in names if (figure := self.result["evaluation"].get(name))}
 
     @property
     def score(self) -> dict[str, Any]:
-        """The figure that counts: of the sliding window, or the backward-looking one of test-time training."""
-        return self.figures.get("sliding") or self.figures["backward_looking"]
+        """The figure that counts: of the sliding window, or what test-time training names as its score."""
+        named = value_of(self.result, "evaluation.score")
+        return self.figures.get("sliding") or self.figures["mixture" if named == "mixture" else "backward_looking"]
 
 
 def read_run(path: Path) -> Run:
@@ -286,8 +287,8 @@ def read_run(path: Path) -> Run:
         json.dumps(result, ensure_ascii=False).encode()  # no half of a character
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is no JSON of a run ({error}) — {UNTOUCHED}") from error
-    if (version := value_of(result, "schema_version")) != 2:
-        raise UserError(f"{path} has schema_version {version!r}, not 2 — {UNTOUCHED}")
+    if (version := value_of(result, "schema_version")) not in (2, 3):
+        raise UserError(f"{path} has schema_version {version!r}, not 3 — {UNTOUCHED}")
 
     def require(form: dict[type, str], place: str, part: Any) -> None:
         for kind, names in form.items():
@@ -300,6 +301,8 @@ def read_run(path: Path) -> Run:
     evaluation = result["evaluation"]
     for name in ["sliding"] if "sliding" in evaluation else ["no_adaptation", "backward_looking", "last_epoch"]:
         require(FIGURE, f"evaluation.{name}.", evaluation.get(name))
+    if evaluation.get("score") == "mixture":
+        require(FIGURE, "evaluation.mixture.", evaluation.get("mixture"))
     for name, form in OPTIONAL.items():
         if result.get(name) is not None:
             require(form, f"{name}.", result[name])
@@ -360,9 +363,20 @@ def read_documents(run: Run) -> dict[str, np.ndarray]:
     if "sliding" in run.figures:
         raise UserError(f"{run.path} is of a sliding window — give runs with test-time training")
     path = run.beside("ttt_documents")
-    arrays = read_arrays(path, {"bytes": 1, "nll_no_adaptation": 1, "nll_per_epoch": 2})
+    mixture = {"nll_mixture": 1} if "mixture" in run.figures else {}
+    axes = {"bytes": 1, "nll_no_adaptation": 1, "nll_per_epoch": 2, "figures_finished": 1}
+    arrays = read_arrays(path, axes | mixture)
     found = arrays["nll_no_adaptation"].sum(), *arrays["nll_per_epoch"][:1].sum(1)
     for nats, figure in zip(found, run.figures.values(), strict=False):
         if not figure["lacking"] and not math.isclose(nats, figure["val_loss"] * figure["targets"], rel_tol=1e-6):
             raise UserError(f"{path} has other figures than {run.path} — {UNTOUCHED}")
     return arrays
+
+
+def read_scores(run: Run) -> dict[str, np.ndarray]:
+    """NLL (D,) in nats of each document by the names of an evaluation's figures; NaN where a deadline cut one off."""
+    arrays = read_documents(run)
+    finished = arrays["figures_finished"] > 0
+    scores = {"backward_looking": arrays["nll_per_epoch"][0], "mixture": arrays.get("nll_mixture")}
+    found = {name: np.where(finished, nll, np.nan) for name, nll in scores.items() if nll is not None}
+    return found | {"no_adaptation": arrays["nll_no_adaptation"]}

@@ -377,7 +377,7 @@ def test_a_cap_that_nothing_meets_gets_the_coarsest_artifact_and_says_how_much_i
     limit, lines = len(blob) + CODE - 1, []
     s, weights, hessians, _ = wide
     run = run_of(run, replace(s, artifact_max_bytes=limit), tmp_path)
-    run.log = lines.append
+    run.log = lambda line, console=True: lines.append(line)
     account = train_gpt.export(weights, hessians, run)
     assert account["fits"] is False and account["stretch"] == train_gpt.LARGEST_STRETCH
     assert account["total_bytes"] == limit + 1 and (tmp_path / "final_model.ptz").read_bytes() == blob

@@ -87,6 +87,24 @@ def test_two_machines_score_an_artifact_as_one_does(tmp_path, trained, changes):
     assert figures(first[0]) == figures(second[0])
 
 
+def test_two_machines_stopped_in_training_go_on_to_the_artifact_of_one_that_was_not(tmp_path):
+    """One of them is told; the checkpoint is on the other."""
+    settings = WIDE | dict(ITERATIONS=24, WARMDOWN_ITERS=12, TRAIN_LOG_EVERY=1, TTT_N_EPOCHS=1)
+    folders, each = machines(tmp_path)
+    stopped = runs.launch(folders, [1, 1], each, **settings)
+    stopped[0].until("step:5/24 train")
+    stopped[1].kill(signal.SIGTERM)
+    assert runs.codes(stopped) == [143, 143]
+    for process in stopped:  # one line a machine
+        (line,) = (line for line in process.err.splitlines() if "SIGTERM" in line)
+        assert "go on with: RESUME=1 " in line
+    again = runs.launch(folders, [1, 1], each, RESUME=1, **settings)
+    together = runs.ranks(tmp_path / "one", 2, **settings)
+    assert runs.codes(again) + runs.codes(together) == [0] * 4
+    assert again[0].artifact == together[0].artifact and figures(again[0]) == figures(together[0])
+    assert again[0].result["training"]["resumed"] is True and "step:4/24 train" not in again[0].out
+
+
 # ---- What ranks must have in common
 
 

@@ -498,7 +498,7 @@ def test_each_figure_says_how_many_documents_it_lacks_and_takes_their_plain_scor
     whole, _, _ = evaluated(model, stream, run_of(run, replace(s, eval_max_seconds=0), tmp_path / "whole"))
     lines = []
     other = run_of(run, s, tmp_path / "cut")
-    other.log = lines.append
+    other.log = lambda line, console=True: lines.append(line)
     clock = Clock(monkeypatch)
     cut, score, _ = evaluated(model, stream, other, clock.now)
     # 3 + 2 for the score, 12 for the epochs of documents of 40 and 30, 6 left: three of those of 20 and 10

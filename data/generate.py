@@ -1,0 +1,89 @@
+"""Text from a run's artifact: `python data/generate.py RUN --prompt TEXT` prints the prompt and how it goes on.
+
+Each token is drawn from the model's prediction; at --temperature 0 it is the likeliest. --adapt adapts to the prompt
+first, as replay does to a document; --prompt - reads it from standard input.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+
+import common
+import sequential
+from sequential import train_gpt
+
+
+def sample(nll: np.ndarray, temperature: float, top_k: int, rng: np.random.Generator) -> int:
+    """A token drawn from probabilities ∝ exp(-nll / temperature), among the `top_k` likeliest unless that is 0."""
+    order = np.argsort(nll, kind="stable")[: top_k or None]
+    if temperature == 0:
+        return int(order[0])
+    scaled = -nll[order].astype(np.float64) / temperature
+    weights = np.exp(scaled - scaled.max())
+    return int(rng.choice(order, p=weights / weights.sum()))
+
+
+def adapted(model, run, prompt: list[int]) -> torch.Tensor:
+    """The adapters (1, n) float32 after TTT_N_EPOCHS epochs over the prompt, BOS included, as replay has them."""
+    run = run.using(ttt_protocol="replay")
+    place = np.array([0]), np.array([len(prompt) - 1])
+    tokens = np.array(prompt)
+    batch = train_gpt.DocumentBatch(model, train_gpt.Stream(tokens, tokens[1:] * 0, run.device, place), 1, run)
+    batch.load(np.array([0]))
+    batch.adapt(run.s.ttt_n_epochs)
+    return batch.adapters.flat
+
+
+def generate(model, run, prompt: list[int], options: argparse.Namespace) -> list[int]:
+    """Up to `options.tokens` tokens after the prompt, BOS included; fewer if the text ends with another BOS."""
+    rng = np.random.default_rng(options.seed)
+    drawn: list[int] = []
+
+    def choose(position: int, nll: np.ndarray) -> int:
+        if position + 1 < len(prompt):
+            return prompt[position + 1]
+        token = sample(nll, options.temperature, options.top_k, rng)
+        if token == train_gpt.BOS:
+            raise sequential.Enough
+        drawn.append(token)
+        return token
+
+    figure = sequential.ADAPTED if options.adapt else sequential.NO_ADAPTATION
+    reader = sequential.Sequential(model, run, len(prompt) - 1 + options.tokens, choose, figure)
+    if options.adapt and len(prompt) > 1:
+        reader.adapters.flat.copy_(adapted(model, run, prompt))
+    reader.read_on()
+    return drawn
+
+
+def main(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("run", type=Path, metavar="RUN", help="a run's folder: its artifact, settings and tokenizer")
+    add("--prompt", default="", metavar="TEXT", help="how the text begins; -: standard input (default: nothing)")
+    add("--tokens", type=common.number(int, 1), default=200, metavar="N", help="tokens to draw at most (default: 200)")
+    add("--temperature", type=temperature, default=0.8, metavar="T", help="0: the likeliest token (default: 0.8)")
+    add("--top-k", type=common.number(int, 0), default=0, metavar="K", help="draw among the K likeliest (default: all)")
+    add("--seed", type=common.number(int, 0), default=0, metavar="S", help="of the draws (default: 0)")
+    add("--adapt", action="store_true", help="adapt to the prompt first")
+    options = parser.parse_args()
+    left = common.read_run(options.run)
+    torch.set_num_threads(1)
+    model, run = sequential.open_run(left, "cpu")
+    tokenizer, _ = sequential.open_tokenizer(run)
+    text = sys.stdin.read() if options.prompt == "-" else options.prompt
+    prompt = tokenizer.encode(text.encode("utf-8", "replace").decode())
+    drawn = generate(model, run, [train_gpt.BOS, *prompt], options)
+    begun = tokenizer.decode(prompt)
+    print(text + tokenizer.decode(prompt + drawn).removeprefix(begun))
+
+
+def temperature(text: str) -> float:
+    """An argparse type: a float from 0 to 100."""
+    return 0.0 if float(text) == 0 else common.number(float, 0, 100)(text)
+
+
+if __name__ == "__main__":
+    common.run_tool(main)

@@ -1,0 +1,151 @@
+"""A run's model and evaluation, opened again, and its documents read token after token: for audit, compress, generate.
+
+What is read is unknown until it is chosen, so no prediction can depend on it. The steps between the tokens are those of
+train_gpt.py's own evaluation: Sequential is a DocumentBatch that predicts what the evaluation is about to score.
+"""
+
+import contextlib
+import hashlib
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+import common
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import train_gpt
+
+NO_ADAPTATION, ADAPTED, MIXTURE, LAST_EPOCH = "no_adaptation", "backward_looking", "mixture", "last_epoch"
+Choose = Callable[[int, np.ndarray], int]
+
+
+@contextlib.contextmanager
+def user_errors() -> Iterator[None]:
+    """train_gpt.py's errors of the user as this folder's."""
+    try:
+        yield
+    except train_gpt.UserError as error:
+        raise common.UserError(str(error)) from error
+
+
+def open_run(left: common.Run, device: str = "auto") -> tuple[train_gpt.GPT, train_gpt.Run]:
+    """The model that a run scored, frozen, and its settings; UserError if the weights are not what they were."""
+    known = train_gpt.Settings.__dataclass_fields__
+    kept = {name: value for name, value in left.result["settings"].items() if name in known}
+    kept["eval_only"] = kept.get("eval_only") or str(left.path.with_name("final_model.ptz"))
+    kept |= {"output_dir": str(left.path.parent), "resume": False, "compile": 0, "device": device}
+    texts = {name.upper(): str(int(value) if isinstance(value, bool) else value) for name, value in kept.items()}
+    with user_errors():
+        run = train_gpt.Run(train_gpt.Settings.from_env(texts))
+        weights = train_gpt.read_weights(Path(run.s.eval_only), run)
+        if weights.sha256 != left.result["weights_sha256"]:
+            raise common.UserError(
+                f"{run.s.eval_only} is another artifact than {left.path} scored — {common.UNTOUCHED}"
+            )
+        run = run.using(**weights.settings.of(train_gpt.ModelSettings))
+        model = train_gpt.scoring_model(run)
+        train_gpt.load_weights(model, weights.state, run.s.eval_only, run)
+    return model, run
+
+
+def open_stream(left: common.Run, run: train_gpt.Run) -> train_gpt.Stream:
+    """The text that a run scored; UserError if it is not what it was."""
+    with user_errors():
+        stream = train_gpt.load_validation(run)
+    if stream.fingerprint != left.result["data"]["validation"]:
+        raise common.UserError(f"{left.path} scored another text than is in {run.s.data_path} — {common.UNTOUCHED}")
+    return stream
+
+
+def open_tokenizer(run: train_gpt.Run) -> tuple:
+    """The SentencePieceProcessor of a run, and the SHA-256 of its file."""
+    with user_errors():
+        tokenizer = train_gpt.load_tokenizer(run.s.tokenizer_path, run.s.vocab_size)
+    return tokenizer, hashlib.sha256(Path(run.s.tokenizer_path).read_bytes()).hexdigest()
+
+
+class Enough(Exception):
+    """No further token is to be chosen."""
+
+
+class Sequential(train_gpt.DocumentBatch):
+    """A document of `length` targets of which at first only the token before them, `lead`, is known.
+
+    `choose(position, nll)` gets the NLL (vocabulary,) float32, or float64 of a mixture, of what may follow the tokens
+    up to `position`, and returns the token that does. `figure` says which of the evaluation's predictions they are."""
+
+    def __init__(self, model, run, length: int, choose: Choose, figure: str, lead: int = train_gpt.BOS):
+        tokens = np.zeros(length + 1, np.int64)
+        tokens[0] = lead
+        place = np.array([0]), np.array([length])
+        super().__init__(model, train_gpt.Stream(tokens, tokens[1:], run.device, place), 1, run)
+        self.load(np.array([0]))
+        self.choose, self.kind = choose, figure
+        self.weight = np.full(1, 0.5)  # of the prediction without adaptation, in a mixture
+        self.unadapted = None
+        if figure == MIXTURE:
+            self.unadapted = Sequential(model, run, length, choose, NO_ADAPTATION)
+            self.unadapted.stream = self.stream  # one text, read by both
+
+    def read(self, document: int) -> np.ndarray:
+        """Chooses all tokens, under the adapters of the document of that number, and returns them, `lead` included. It
+        ends early if `choose` raises Enough."""
+        with contextlib.suppress(Enough):
+            if self.kind == NO_ADAPTATION:
+                self.score()
+            else:
+                self.adapt(1, a=train_gpt.draw_lora_a(self.run.s, document)[None])
+        return self.stream.tokens.cpu().numpy()
+
+    def read_on(self) -> None:
+        """Chooses all tokens under the adapters as they are, or until `choose` raises Enough."""
+        with contextlib.suppress(Enough):
+            self._read_through(train_gpt.PLAIN, cached=True, train=False)
+
+    def _run_step(self, chunk: int, n: int, cached: bool, row: int | None = None, **asked) -> None:
+        if row is not None:  # about to score the chunk: it is yet to be chosen
+            self._choose_chunk(chunk * self.run.s.ttt_chunk_size, cached)
+            if self.unadapted:
+                self.unadapted._run_step(chunk, n, cached=True, keep=True)
+        super()._run_step(chunk, n, cached, row, **asked)
+
+    @torch.no_grad()
+    def _choose_chunk(self, first: int, cached: bool) -> None:
+        end = min(first + self.run.s.ttt_chunk_size, int(self.lengths[0]))
+        self._begin(first, end, cached)
+        if self.unadapted:
+            self.unadapted._begin(first, end, cached=True)
+        for position in range(first, end):
+            nll = self._predict(position)
+            after = None
+            if self.unadapted:
+                share = self.run.s.ttt_mixture_share
+                nll, after = train_gpt.mix(self.unadapted._predict(position), nll, self.weight, share)
+            token = self.choose(position, nll)
+            if after is not None:
+                self.weight = after[token : token + 1]
+            self.stream.tokens[position + 1] = token
+
+    def _begin(self, first: int, end: int, cached: bool) -> None:
+        """Prepares for the tokens of a chunk: adapters, and the keys and values that they attend to.
+
+        A recomputed window begins at position 0 of `kv`, and all of it before the chunk is run at once."""
+        self.loras = self.adapters.layers(1)[1] if self.kind != NO_ADAPTATION else None
+        self.origin = 0 if cached else max(0, end - self.run.s.ttt_eval_seq_len)  # where RoPE counts from
+        self.slot = self.window - min(first, self.window) if cached else 0  # of the context's first token
+        self.shift = self.window - first if cached else -self.origin  # from a token's position to its slot
+        if not cached and first > self.origin:
+            self._forward(self.origin, first)
+
+    def _forward(self, begin: int, end: int) -> torch.Tensor:
+        """Logits (end - begin, vocabulary) after each of the tokens from `begin` to before `end`."""
+        at = torch.arange(begin - train_gpt.GPT.LEAD, end, device=self.kv.device).clamp_min(0)
+        past = train_gpt.Past(begin - self.origin, self.kv[..., self.slot : end + self.shift, :])
+        return self.model(self.stream.tokens[at].long()[None], None, self.loras, past)[0]
+
+    def _predict(self, position: int) -> np.ndarray:
+        return -F.log_softmax(self._forward(position, position + 1)[0], dim=-1).cpu().numpy()
