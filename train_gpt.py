@@ -89,9 +89,9 @@ def setting(default, doc: str, low=0, high=math.inf, choices=(), form=".*", tiny
     """A field: its documentation, range, choices or pattern, and value under PRESET=tiny."""
     kind = type(default)
     choices = (0, 1) if kind is bool else choices
-    allowed = f"{kind.__name__} from {low} to {high}"
-    if choices or kind is str:
-        allowed = f"one of {', '.join(map(str, choices))}" if choices else f"printable text like {form}"
+    allowed = f"printable text like {form}" if kind is str else f"{kind.__name__} from {low} to {high}"
+    if choices:
+        allowed = f"one of {', '.join(map(str, choices))}"
     rule = dict(doc=doc, low=low, high=high, choices=choices, form=form, tiny=tiny, allowed=allowed)
     return field(default=default, metadata=rule)
 
@@ -190,7 +190,7 @@ class Settings(TrainSettings):
 
     @classmethod
     def from_env(cls, env: dict[str, str]):
-        """Raises UserError naming a variable, its value and what is allowed."""
+        """Raises UserError."""
         values = {}
         for f in fields(cls):
             if env.get("PRESET") == "tiny" and f.metadata["tiny"] is not None:
@@ -244,7 +244,7 @@ def parse_setting(f: Field, raw):
 
 
 def help_text() -> str:
-    """A line for each setting: default, tiny's value, documentation, what is allowed."""
+    """A line for each setting."""
     text = ""
     for f in fields(Settings):
         tiny = "" if f.metadata["tiny"] is None else f" (tiny: {f.metadata['tiny']})"
@@ -1407,8 +1407,8 @@ class Optimizer:
 
 
 # ======== Training ========
-# Learning rate, averaging and the end follow from the elapsed seconds that rank 0 announces, so ranks never diverge.
-# Its clock excludes warm-up, validation and export; the last training data, which GPTQ sees, are read within it.
+# Learning rate, averaging and the end follow from the seconds that rank 0 announces, so ranks never diverge. Its clock
+# excludes warm-up, validation and export; the last training data, which GPTQ sees, are read within it.
 
 RECORD_SHARE = 3500 / 6900  # of the record's steps are warmdown
 
@@ -1435,8 +1435,7 @@ def forward_backward(forward, micro_batches: list, share: float):
 
 @torch.no_grad()
 def calibrate(model, loader: BatchLoader, start: int, tokens: int, run):
-    """H = E[x x'] of the inputs x of every linear layer, by its weight's name: (cols, cols) float64; for GPTQ alone.
-    From position `start` of the training stream on."""
+    """E[x x'] of the inputs x of linear layers, by their weights' names, (cols, cols) float64; for GPTQ alone."""
     if run.s.quantizer != "gptq":
         return {}
     sums = {}
@@ -1512,19 +1511,18 @@ class Trainer:
         self.unsaved = run.ranks.from_first(write)
 
     def resume(self, path: Path):
-        """From the first rank's file. Raises UserError if it is damaged or another training's."""
+        """From the first rank's file. Raises UserError."""
         content = self.run.ranks.from_first(path.read_bytes)
         try:
             state = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
-            theirs = {name: state["identity"].get(name) for name in self.identity}
-            if theirs == self.identity:
+            theirs = state["identity"]
+            others = [f"{k.upper()}: {theirs.get(k)}, now {v}" for k, v in self.identity.items() if theirs.get(k) != v]
+            if not others:
                 self.restore(state)
         except Exception as e:  # damage makes torch.load raise many kinds
             raise UserError(f"checkpoint {path} is damaged ({type(e).__name__}) — delete it to start afresh") from e
-        for name, value in self.identity.items():
-            if theirs[name] != value:
-                both = f"another {name.upper()}: {theirs[name]}, now {value}"
-                raise UserError(f"checkpoint {path} has {both} — restore it, or start in another OUTPUT_DIR")
+        if others:
+            raise UserError(f"checkpoint {path} has another {others[0]} — restore it, or change OUTPUT_DIR")
 
     def state_dict(self):
         """The model's, copied to the CPU."""
@@ -1545,7 +1543,7 @@ class Trainer:
         return result, time.perf_counter() - began
 
     def warm_up(self):
-        """WARMUP_STEPS steps, at least one, undone: everything is compiled."""
+        """Steps, undone: everything is compiled."""
         before = copy.deepcopy(self.state())
         steps = max(self.run.s.warmup_steps, 1)
         seconds = [self.timed(self.train_step)[1] for _ in range(steps)]
@@ -1625,11 +1623,11 @@ class Trainer:
         return self.finish()
 
     def report(self, what):
-        """Log a loss with the time, and steps that changed nothing. Raises UserError after ten of those in a row."""
+        """Log a loss, and steps that changed nothing. Raises UserError after ten of those in a row."""
         skipped, in_a_row = self.optimizer.skipped.tolist()
         if skipped > self.reported:
-            last = f"batch from token {(self.step - 1) * self.run.s.train_batch_tokens}"
-            self.run.log(f"note: {skipped} steps by {self.step} ({last}) had no finite gradient and changed nothing")
+            last = f"by {self.step} (batch from token {(self.step - 1) * self.run.s.train_batch_tokens})"
+            self.run.log(f"note: {skipped} steps {last} had no finite gradient and changed nothing")
             self.reported = skipped
         if in_a_row >= 10:
             what = f"{in_a_row} steps in a row, up to {self.step}, had no finite gradient"
@@ -1653,7 +1651,7 @@ class Trainer:
         return loss
 
     def finish(self):
-        """Average the samples and calibrate; a checkpoint that is finished needs only the latter."""
+        """Average and calibrate; a finished checkpoint needs only the latter."""
         run = self.run
         new = not self.finished
         self.finished = True
@@ -1767,8 +1765,8 @@ def gptq(weight: Tensor, step: Tensor, hessian: Tensor, limit: int):
     return torch.empty_like(codes).scatter_(2, order, codes)
 
 
-def quantize_model(state: dict[str, Tensor], s, hessians: dict[str, Tensor] | None = None, stretch=1.0):
-    """Prune and quantise every tensor of a float32 state dict, in its order; those with a Hessian by GPTQ."""
+def quantize_model(state: dict[str, Tensor], s, hessians=None, stretch=1.0):
+    """Prune and quantise a float32 state dict's tensors, in order; those with a Hessian by GPTQ."""
     tensors = {}
     batches = {}  # matrices of one kind and shape
     for name, weight in state.items():
@@ -1814,7 +1812,7 @@ def layout(s):
 
 
 def pack(tensors: dict[str, Stored], s):
-    """Quantised tensors -> artifact, and what became of each stream; the same input gives the same bytes."""
+    """Artifact, and what became of each stream; the same input gives the same bytes."""
     # One zstd frame: the configuration's length (4 bytes), it as JSON, the streams as byte planes: all first bytes of a
     # stream's numbers, then all second ones, each compressed with statistics of its own.
     config = json.dumps(artifact_config(s)).encode()
@@ -1843,8 +1841,7 @@ def pack(tensors: dict[str, Stored], s):
 
 
 def unpack(blob: bytes, origin: str = "artifact"):
-    """Settings with the model's configuration, and float32 state dict. Raises UserError for anything but a whole,
-    honest artifact."""
+    """Settings with the model's configuration, and float32 state dict. Raises UserError."""
     frame = blob[HEADER_BYTES:]
     try:
         magic, version, length, expanded, digest = struct.unpack(HEADER, blob[:HEADER_BYTES])
@@ -1858,8 +1855,8 @@ def unpack(blob: bytes, origin: str = "artifact"):
         if len(raw) != expanded or start > MOST_CONFIG:
             raise ValueError(f"it does not expand to {expanded} bytes, or has {start - 4} of configuration")
         config = json.loads(raw[4:start])
-        usual = artifact_config(Settings())
-        if config.keys() != usual.keys() or any(type(config[name]) is not type(usual[name]) for name in usual):
+        types, usual = ({k: type(v) for k, v in c.items()} for c in (config, artifact_config(Settings())))
+        if types != usual:
             raise ValueError("the configuration is not a model's")
         s = Settings.from_env({name.upper(): value for name, value in config.items()})
         state = restored(raw[start:], s)
@@ -1872,7 +1869,7 @@ def unpack(blob: bytes, origin: str = "artifact"):
 
 
 def restored(raw: bytes, s):
-    """The float32 state dict of the streams. Raises ValueError if they are not as long as the model's."""
+    """The streams' float32 state dict. Raises ValueError if they are not as long as the model's."""
     tensors = layout(s)
     read = {}
     for kind, pieces in streams_of(tensors).items():
@@ -1890,13 +1887,12 @@ def restored(raw: bytes, s):
     return state
 
 
-def fit(state: dict[str, Tensor], hessians: dict[str, Tensor], run):
-    """The least stretch of the steps whose artifact fits the cap, or the largest; with what pack() returns for it.
-    Raises UserError."""
+def fit(state: dict[str, Tensor], hessians: dict, run):
+    """The least stretch of steps whose artifact fits the cap, or the largest; and what pack() returns for it."""
     cap = run.s.artifact_max_bytes
     state = {name: prune(weight, run.s.prune_fraction) for name, weight in state.items()}
     s = replace(run.s, prune_fraction=0.0)
-    codes = 1
+    codes = 0
     for name, stored in quantize_model(state, s).items():
         if not stored.restored().isfinite().all():
             what = "beyond fp16's range" if state[name].isfinite().all() else "that are not finite"
@@ -1917,7 +1913,7 @@ def fit(state: dict[str, Tensor], hessians: dict[str, Tensor], run):
         if low in (high, LARGEST_STRETCH) or 0 <= free <= SLACK * cap:
             break
         # Twice the step is a bit less per code, or not quite where steps are coarse; bisection helps where that misses.
-        stretch *= 2 ** min(8 * (SLACK / 2 * cap - free) / codes, 3)
+        stretch *= 2 ** min(8 * (SLACK / 2 * cap - free) / max(codes, 1), 3)
         if stretch >= high and not best:
             stretch = high
         elif not low < stretch < high:
@@ -1925,8 +1921,8 @@ def fit(state: dict[str, Tensor], hessians: dict[str, Tensor], run):
     return best or (stretch, blob, kinds)
 
 
-def export(state: dict[str, Tensor], hessians: dict[str, Tensor], run):
-    """Write the artifact and final_model.pt; on the first rank. Returns the account. Raises UserError."""
+def export(state: dict[str, Tensor], hessians: dict, run):
+    """Write the artifact and final_model.pt. Returns the account. Raises UserError."""
     began = time.perf_counter()
     stretch, blob, kinds = fit(state, hessians, run)
     run.write("final_model.ptz", blob)  # what is small and matters comes before what is large
@@ -1945,7 +1941,7 @@ def export(state: dict[str, Tensor], hessians: dict[str, Tensor], run):
 
 
 # ======== Evaluation ========
-# Bits per byte, every target exactly once: one function scores windows for all modes, a Score knows what it covers.
+# Every target exactly once: one function scores windows for all modes, a Score knows what it covers.
 
 
 class Score(NamedTuple):
@@ -1968,9 +1964,9 @@ class Score(NamedTuple):
 
     def checked(self, stream) -> "Score":
         """Itself. Raises RuntimeError if it does not cover the stream."""
-        if self[1:] != (stream.target_count, stream.byte_count):
-            counts = f"{self.targets} targets and {self.bytes} bytes"
-            raise RuntimeError(f"scored {counts} of {stream.target_count} and {stream.byte_count}")
+        whole = stream.target_count, stream.byte_count
+        if self[1:] != whole:
+            raise RuntimeError(f"scored {self.targets} targets and {self.bytes} bytes of {whole}")
         return self
 
     def figure(self, protocol, context, seconds, **more) -> dict:
@@ -1986,8 +1982,8 @@ def finite(number: float) -> float | None:
 
 
 def score_windows(forward, stream, windows: tuple, width: int, lora=None, past: Past | None = None):
-    """Score targets [skip, length) of B windows, each (B,) int64 with its start; padded on the right to `width`: NLL
-    (B, width) float32, 0 where not scored, and detached sums (B, 3) float64 of NLL, targets and bytes."""
+    """Score targets [skip, length) of B windows, `windows` start, length and skip, (B,) int64 each. Returns NLL (B,
+    width) float32, 0 where not scored, and detached sums (B, 3) float64 of NLL, targets, bytes."""
     start, length, skip = windows
     column = torch.arange(-GPT.LEAD if past else 0, width, device=start.device)
     at = (start[:, None] + column).clamp(0, stream.target_count - 1)
@@ -2008,7 +2004,7 @@ def overlapping(stream, size, stride):
 
 @torch.no_grad()
 def evaluate_standard(forward, stream, run, stride=None):
-    """The Score by rows of TRAIN_SEQ_LEN targets side by side or, in the sliding evaluation, every `stride`."""
+    """The Score by windows of TRAIN_SEQ_LEN targets, side by side or every `stride`."""
     s = run.s
     run.ranks.stage = ("the sliding evaluation", "EVAL_BATCH_SEQS") if stride else ("validation", "VAL_BATCH_SIZE")
     size = s.train_seq_len
@@ -2029,7 +2025,7 @@ def evaluate_standard(forward, stream, run, stride=None):
 
 
 def evaluate_sliding(forward, stream, run):
-    """The Score by windows every EVAL_STRIDE, each scoring what no earlier one reached."""
+    """The Score by windows every EVAL_STRIDE."""
     return evaluate_standard(forward, stream, run, run.s.eval_stride)
 
 
