@@ -1033,6 +1033,11 @@ def grouped(x: Tensor, kv_heads: int) -> Tensor:
     return x.reshape(x.size(0), kv_heads, -1, *x.shape[3:])
 
 
+def grouped_rows_first(x: Tensor, kv_heads: int) -> Tensor:
+    """As grouped(), but in memory (B, rows, kv heads, head_dim): flash's backward would copy it there."""
+    return x.unflatten(1, (kv_heads, -1)).permute(0, 2, 3, 1, 4).flatten(1, 2).transpose(1, 2)
+
+
 def plain(q, k, v):
     """Causal attention of q (B, heads, T, head_dim) to k and v (B, kv heads, S, head_dim), whose last T entries are the
     queries' own positions, written out in float32 at least."""
@@ -1057,7 +1062,9 @@ class ContextAttention(torch.autograd.Function):
         far, far_lse, ctx.far = flash(grouped(q, k.size(1)), keys, values, False)
         far_lse = far_lse.reshape(lse.shape)
         lse = torch.logaddexp(lse, far_lse)
-        y = y.lerp(far.reshape(q.shape), (far_lse - lse).exp().to(q.dtype)[..., None])
+        # In memory (B, T, heads, head_dim): so the output projection and flash's backward need no copy.
+        near, y = y, y.new_empty(y.transpose(1, 2).shape).transpose(1, 2)
+        torch.lerp(near, far.reshape(q.shape), (far_lse - lse).exp().to(q.dtype)[..., None], out=y)
         ctx.context = keys, values  # autograd would take the next chunk's entry into the cache for a change of these
         ctx.save_for_backward(q, k, v, y, lse)
         return y
@@ -1066,8 +1073,10 @@ class ContextAttention(torch.autograd.Function):
     def backward(ctx, gradient):
         q, k, v, y, lse = ctx.saved_tensors
         near, dk, dv = flash_backward(gradient, q, k, v, y, lse, ctx.near)
-        gradient, joint, y, lse = (grouped(x, k.size(1)) for x in (gradient, q, y, lse))
-        far, _, _ = flash_backward(gradient, joint, *ctx.context, y, lse, ctx.far)
+        gradient, y = (grouped_rows_first(x, k.size(1)) for x in (gradient, y))
+        q_rows, lse = (grouped(x, k.size(1)) for x in (q, lse))
+        # Two of the kernel's five matrix products are for the context's gradients, which nobody needs.
+        far, _, _ = flash_backward(gradient, q_rows, *ctx.context, y, lse, ctx.far)
         return near + far.reshape(q.shape), dk, dv, None, None
 
 
@@ -1077,16 +1086,19 @@ def attend(q, k, v, kv, backend="flash"):
     context = []  # keys and values
     if kv is not None:
         before, own = kv.split((kv.size(3) - k.size(2), k.size(2)), dim=3)
-        own.copy_(torch.stack((k.detach(), v.detach()), 1))
+        own[:, 0], own[:, 1] = k.detach(), v.detach()
         context = before.unbind(1) if before.size(3) else []
     if backend == "plain":
         if context:
             k, v = (torch.cat(parts, 2) for parts in zip(context, (k, v), strict=True))
         # The backward pass computes the scores again, so that nothing large is kept.
         return checkpoint(plain, q, k, v, use_reentrant=False, preserve_rng_state=False)
-    if not context:  # the operator knows its own backward
-        return flash(q, k, v, True)[0]
-    return ContextAttention.apply(q, k, v, *context)
+    if context:
+        return ContextAttention.apply(q, k, v, *context)
+    y = flash(q, k, v, True)[0]  # the operator knows its own backward
+    if kv is None:
+        return y
+    return y.transpose(1, 2).contiguous().transpose(1, 2)  # as after a context: compiled code serves both
 
 
 class Linear(nn.Linear):
@@ -2166,7 +2178,7 @@ class DocumentBatch:
         self.lr = torch.zeros((), device=run.device)
         self.graphs = {}  # by ChunkStep: None once it has run eagerly, False if it cannot be recorded
         self.recording = True  # until that fails
-        self.memory_before = 0
+        self.memory_before = None  # beside tensors, when the first is recorded
         if run.cuda:  # one stream: graphs share memory
             self.pool, self.recorder = torch.cuda.graph_pool_handle(), torch.cuda.Stream()
 
@@ -2281,7 +2293,8 @@ class DocumentBatch:
             torch.cuda.empty_cache()  # while a graph is recorded the allocator gives nothing back
         if not self.recording or device_is_full():
             return False
-        self.memory_before = self.memory_before or memory_beside_tensors()
+        if self.memory_before is None:
+            self.memory_before = memory_beside_tensors()
         graph = torch.cuda.CUDAGraph()
         self.recorder.wait_stream(torch.cuda.current_stream())
         try:

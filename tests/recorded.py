@@ -36,10 +36,12 @@ class Recorder(TorchDispatchMode):
         name = operator.overloadpacket.__name__
         assert name not in self.READS, f"{name} reads from the device while a graph is captured"
         kwargs = kwargs or {}
+        arguments = operator._schema.arguments
+        passed = dict(zip((argument.name for argument in arguments), args, strict=False)) | kwargs  # `out` is one, too
         writes = [
-            x
-            for argument, x in zip(operator._schema.arguments, args, strict=False)
-            if argument.alias_info is not None and argument.alias_info.is_write
+            passed[argument.name]
+            for argument in arguments
+            if argument.name in passed and argument.alias_info is not None and argument.alias_info.is_write
         ]
         for x in writes:
             (memory,) = storages(x)

@@ -28,7 +28,7 @@ def graphs(monkeypatch) -> Graphs:
 @pytest.fixture
 def graphed(run, graphs) -> train_gpt.Run:
     """A run that believes it has a GPU, with graphs accepted and a log to read."""
-    s = small(num_layers=2, ttt_n_epochs=3, ttt_batch_size=4)
+    s = small(num_layers=2, ttt_n_epochs=2, ttt_batch_size=4)
     other = run_of(run, s)
     other.cuda = other.graphs = True
     other.event, other.log_file = torch.cuda.Event(), io.StringIO()
