@@ -1503,7 +1503,7 @@ class Trainer:
 
     def restore(self, state: dict):
         for name in ("step", "averaged", "elapsed", "finished"):
-            setattr(self, name, state[name])
+            setattr(self, name, type(getattr(self, name))(state[name]))  # or it raises
         for name, tensor in self.tensors.items():
             tensor.copy_(state[name].view_as(tensor))
         self.optimizer.grads.zero_()
