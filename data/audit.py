@@ -41,22 +41,6 @@ class Finding(NamedTuple):
     detail: str
 
 
-class Traced(train_gpt.DocumentBatch):
-    """A batch that keeps the NLL of targets for replay's last epoch, too: the row after PLAIN and ADAPTED."""
-
-    LAST = 2
-
-    def load(self, documents: np.ndarray) -> None:
-        super().load(documents)
-        self.targets = self.targets[[0, 1, 1]]
-
-    def _run_step(self, chunk: int, n: int, cached: bool, row: int | None = None, **asked) -> None:
-        last = self.run.s.ttt_figures
-        if asked.get("score") and int(self.figure) == last > 1:
-            row = self.LAST
-        super()._run_step(chunk, n, cached, row, **asked)
-
-
 class Sample(NamedTuple):
     """Documents, longest first, by their numbers in the run; `tokens` begin AROUND others, each at one of `starts`."""
 
@@ -86,18 +70,21 @@ def trace(model, run, sample: Sample, tokens: np.ndarray) -> dict[str, list[np.n
     """NLL of every target of the sample's documents, were these its tokens, by the names of the run's figures."""
     s = run.s
     stream = train_gpt.Stream(tokens, tokens[1:] * 0, run.device, (sample.starts, sample.lengths))
-    batch = Traced(model, stream, len(sample.numbers), run)
+    batch = train_gpt.DocumentBatch(model, stream, len(sample.numbers), run)
     batch.load(np.arange(len(sample.numbers)))
+    drawn = np.stack([train_gpt.draw_lora_a(s, int(number)) for number in sample.numbers])
     batch.score()
-    batch.adapt(s.ttt_n_epochs, a=np.stack([train_gpt.draw_lora_a(s, int(number)) for number in sample.numbers]))
-    plain, adapted = batch.target_nll(train_gpt.PLAIN), batch.target_nll(train_gpt.ADAPTED)
+    plain = batch.target_nll()
+    batch.adapt(1, a=drawn)
+    adapted = batch.target_nll()
     found = {"no_adaptation": plain, "epoch_1" if s.ttt_protocol == "replay" else "single_pass": adapted}
     if s.ttt_mixture:
         ends = np.cumsum(sample.lengths)
         flat = (*map(np.concatenate, (plain, adapted)), ends - sample.lengths, sample.lengths)
         found["mixture"] = np.split(train_gpt.mixture(*flat, s.ttt_mixture_share), ends[:-1])
     if s.ttt_figures > 1:
-        found[f"last_epoch_{s.ttt_figures}"] = batch.target_nll(Traced.LAST)
+        batch.adapt(s.ttt_n_epochs, a=drawn)
+        found[f"last_epoch_{s.ttt_figures}"] = batch.target_nll()
     return found
 
 
@@ -176,26 +163,15 @@ def repeated(left: common.Run, sample: Sample, scored: list[np.ndarray], figure:
 
 def counted_bytes(stream, tokenizer) -> Finding:
     """Whether every document's counted bytes are those of its decoded text."""
-    ids = range(tokenizer.vocab_size())
-    byte = np.array([tokenizer.is_byte(i) for i in ids])
-    letter = next((i for i in ids if tokenizer.id_to_piece(i) == "<0x41>"), 0)
-
-    def size(tokens: np.ndarray) -> int:
-        text = tokenizer.decode(tokens.tolist())
-        if "\ufffd" in text:  # bytes that form no character, shown as 3; a letter for each of them is as long as they
-            text = tokenizer.decode(np.where(byte[tokens], letter, tokens).tolist())
-        return len(text.encode())
-
     tokens = stream.tokens.cpu().numpy()
-    wrong, worst = [], 0
-    places = zip(stream.starts.tolist(), stream.lengths.tolist(), stream.document_bytes.tolist(), strict=True)
-    for document, (start, length, counted) in enumerate(places):
-        decoded = size(tokens[start : start + length + 1]) - size(tokens[start : start + 1])
-        if decoded != counted:
-            wrong.append(f"document {document} counts {counted} and has {decoded}")
-            worst = max(worst, abs(counted - decoded))
-    detail = "; ".join(wrong[:1]) or f"counted and not in the text of {len(stream.lengths):,} documents"
-    return Finding("bytes", not wrong, float(worst), f"bytes: {detail}")
+    documents = [tokens[start : start + n + 1] for start, n in zip(stream.starts, stream.lengths, strict=True)]
+    decoded = np.array(train_gpt.decoded_bytes(tokenizer, documents))
+    differences = np.abs(stream.document_bytes - decoded)
+    wrong = int(differences.argmax())
+    detail = f"bytes counted and not in the text, or not counted, at most, of {len(documents):,} documents"
+    if differences[wrong]:
+        detail += f"; document {wrong} counts {stream.document_bytes[wrong]} and has {decoded[wrong]}"
+    return Finding("bytes", not differences[wrong], float(differences[wrong]), detail)
 
 
 def documents_of(shards: list[np.ndarray]) -> Iterator[np.ndarray]:
@@ -266,9 +242,8 @@ def certify(left: common.Run, documents: int, decode: bool) -> tuple[dict[str, A
     tokenizer, _ = sequential.open_tokenizer(run)
     rng = np.random.default_rng([run.s.seed, 0xA0D17])
     sample = draw(stream, run, documents, rng)
-    targets = int(sample.lengths.sum())
-    passes = 3 * (2 + run.s.ttt_n_epochs)
-    print(f"{left.path}: {len(sample.numbers)} documents, {targets:,} targets, about {passes} times", flush=True)
+    what = f"{len(sample.numbers)} documents of {sample.lengths.sum():,} targets"
+    print(f"{left.path}: scores {what} three times, then token after token; it may take minutes", flush=True)
     before = trace(model, run, sample, sample.tokens)
     figure = MIXTURE if left.score is left.figures.get(MIXTURE) else ADAPTED
     scored = before[MIXTURE] if figure == MIXTURE else list(before.values())[1]

@@ -6,6 +6,7 @@ train_gpt.py's own evaluation: Sequential is a DocumentBatch that predicts what 
 
 import contextlib
 import hashlib
+import math
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -103,15 +104,16 @@ class Sequential(train_gpt.DocumentBatch):
 
     def read_on(self) -> None:
         """Chooses all tokens under the adapters as they are, or until `choose` raises Enough."""
+        self.deadline = math.inf
         with contextlib.suppress(Enough):
-            self._read_through(train_gpt.PLAIN, cached=True, train=False)
+            self._read_through(cached=True, train=False)
 
-    def _run_step(self, chunk: int, n: int, cached: bool, row: int | None = None, **asked) -> None:
-        if row is not None:  # about to score the chunk: it is yet to be chosen
+    def _run_step(self, chunk: int, n: int, cached: bool, **asked) -> None:
+        if asked.get("score"):  # what is to be scored is yet to be chosen
             self._choose_chunk(chunk * self.run.s.ttt_chunk_size, cached)
             if self.unadapted:
                 self.unadapted._run_step(chunk, n, cached=True, keep=True)
-        super()._run_step(chunk, n, cached, row, **asked)
+        super()._run_step(chunk, n, cached, **asked)
 
     @torch.no_grad()
     def _choose_chunk(self, first: int, cached: bool) -> None:

@@ -1,135 +1,178 @@
-"""Tests of data/audit.py: what it finds in real runs, that it finds a planted leak, and the sums by position."""
+"""Tests of data/audit.py: a sound run's certificate, and planted faults, each of which must be found."""
 
 from __future__ import annotations
 
-import importlib
 import json
-import math
 import os
-import signal
-from collections.abc import Iterator
+import shutil
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 import runs
-import train_gpt
-from tools import call, is_one_line_error, plot
+import scored
+from tools import call, is_one_line_error
 
-audit = importlib.import_module("audit")
+audit = scored.tool("audit")
+FINDINGS = {"causal", "normalised", "repeated", "bytes", "disjoint"}
+UNCOMPARED = ("    compare_bytes(sp, compared,", "    0 and compare_bytes(sp, compared,")  # else the run itself refuses
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run with three evaluations: replay, its windows recomputed, and single_pass."""
-    folder = tmp_path_factory.mktemp("audit") / "run"
-    runs.run(folder)
-    for settings in ({"TTT_CONTEXT": "recompute"}, {"TTT_PROTOCOL": "single_pass"}):
-        runs.run(folder, EVAL_ONLY=folder / "final_model.ptz", **settings)
-    return folder
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return scored.write_data(tmp_path_factory.mktemp("audit") / "data")
 
 
-@pytest.fixture(autouse=True)
-def signals() -> Iterator[None]:
-    """Takes away the handlers of the run that the audit makes in this process."""
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    yield
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
+@pytest.fixture(scope="module")
+def weights(data: Path) -> Path:
+    return scored.write_weights(data.parent / "weights.pt")
 
 
-def results(folder: Path) -> dict[tuple[str, str], Path]:
-    """The results of a folder by protocol and context."""
-    found = {}
-    for path in folder.glob("result*.json"):
-        settings = json.loads(path.read_text())["settings"]
-        found[settings["ttt_protocol"], settings["ttt_context"]] = path
-    return found
+@pytest.fixture(scope="module")
+def mixed(data: Path, weights: Path) -> Path:
+    return scored.evaluate(data.parent / "mixed", weights, data, **scored.MIXTURE)
 
 
-EVALUATIONS = [("replay", "cached"), ("replay", "recompute"), ("single_pass", "cached")]
+@pytest.fixture(scope="module")
+def replayed(data: Path, weights: Path) -> Path:
+    return scored.evaluate(data.parent / "replayed", weights, data, TTT_CONTEXT="recompute")
 
 
-@pytest.mark.parametrize("evaluation", EVALUATIONS)
-def test_only_the_last_epoch_moves(folder: Path, evaluation: tuple[str, str]) -> None:
-    path = results(folder)[evaluation]
-    before = json.loads(path.read_text())
-    found = call(audit, path, "--documents", 4)
+def result_of(folder: Path) -> dict:
+    return json.loads((folder / "result.json").read_text())
+
+
+def failures(folder: Path) -> set[str]:
+    findings = result_of(folder)["evaluation"]["certificate"]["findings"]
+    return {name for name, finding in findings.items() if finding["outcome"] == "fail"}
+
+
+def test_sound_runs_pass_and_only_the_last_epoch_moves(mixed: Path, replayed: Path) -> None:
+    before = [result_of(folder) for folder in (mixed, replayed)]
+    found = call(audit, mixed, replayed, "--documents", 2, "--decode")
     assert found.code == 0, found.err
-    after = json.loads(path.read_text())
-    rows = after["evaluation"].pop("audit")
-    before["evaluation"].pop("audit", None)
-    assert after == before
-    names = ["no_adaptation", "epoch_1", "last_epoch_3"]
-    assert [row["figure"] for row in rows] == (
-        names if evaluation[0] == "replay" else ["no_adaptation", "single_pass"]
-    ) * 4
-    assert len(found.out.splitlines()) == len(rows)
-    for row in rows:
-        assert 1 <= row["t"] < row["targets"] and row["repeat"] == 0
-        assert row["backward_looking"] == (row["figure"] != "last_epoch_3")
-        assert row["change"] == 0 if row["backward_looking"] else row["change"] > 0
+    for folder, old in zip((mixed, replayed), before, strict=True):
+        result = result_of(folder)
+        certificate, rows = (result["evaluation"].pop(name) for name in ("certificate", "audit"))
+        assert result == old
+        assert certificate["source_sha256"] == result["source_sha256"]
+        outcomes = {name: finding["outcome"] for name, finding in certificate["findings"].items()}
+        assert outcomes == dict.fromkeys(FINDINGS | {"decodes"}, "pass")
+        last = "mixture" if folder is mixed else "last_epoch_2"
+        first = "single_pass" if folder is mixed else "epoch_1"
+        assert [row["figure"] for row in rows] == ["no_adaptation", first, last] * 2
+        for row in rows:
+            assert 1 <= row["t"] < row["targets"] and row["repeat"] == 0
+            assert row["backward_looking"] == (row["figure"] != "last_epoch_2")
+            assert row["change"] == 0 if row["backward_looking"] else row["change"] > 0
+    lines = found.out.splitlines()
+    assert len(lines) == 2 * (1 + len(FINDINGS) + 1)
+    assert str(mixed) in lines[0] and "2 documents" in lines[0]
 
 
-def test_a_planted_leak_is_found(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    adapt = train_gpt.DocumentBatch.adapt
-
-    def adapt_twice(batch: train_gpt.DocumentBatch, a: np.ndarray) -> None:
-        adapt(batch, a)
-        batch.adapters.begin = lambda a: None
-        adapt(batch, a)
-
-    path = results(folder)["single_pass", "cached"]
-    content = path.read_bytes()
-    monkeypatch.setattr(train_gpt.DocumentBatch, "adapt", adapt_twice)
-    assert call(audit, path).code == 1
-    rows = json.loads(path.read_text())["evaluation"]["audit"]
-    assert [row["change"] > 0 for row in rows] == [False, True] * 2
-    path.write_bytes(content)
-
-
-@pytest.mark.parametrize("evaluation", EVALUATIONS)
-def test_sums_by_position_are_those_of_the_result(folder: Path, evaluation: tuple[str, str]) -> None:
-    path = results(folder)[evaluation]
-    result = json.loads(path.read_text())
-    assert call(audit, path, "--positions").code == 0
-    written = path.with_name(path.name.replace("result", "ttt_positions")).with_suffix(".npz")
-    with np.load(written) as arrays:
-        sums = {name: arrays[name].sum(-1) for name in ("nll", "targets", "bytes")}
-        spans, ends = arrays["targets"], arrays["ends"]
-    counts = result["evaluation"]["no_adaptation"]
-    assert (sums["targets"], sums["bytes"]) == (counts["targets"], counts["bytes"])
-    targets = np.array(runs.LENGTHS)
-    targets[-1] -= 1  # the others end with the next one's BOS
-    assert spans.tolist() == [np.clip(targets, 0, 64).sum(), np.clip(targets - 64, 0, 64).sum()]
-    assert ends.tolist() == [64, targets.max()]
-    names = ["no_adaptation", "backward_looking", "last_epoch"][: len(sums["nll"])]
-    losses = [result["evaluation"][name]["val_loss"] for name in names]
-    assert sums["nll"] / sums["targets"] == pytest.approx(losses, rel=1e-6)
-    rates = drawn_positions(path)
-    assert len(rates) == len(names) and all(len(line) == 2 for line in rates)
-    assert call(audit, path, "--positions", "--documents", 1).code == 0
-    with np.load(written) as arrays:
-        assert arrays["targets"].sum() == runs.LENGTHS[0]
-        alone = arrays["nll"][0, 0] / math.log(2) / arrays["bytes"][0]
-    assert drawn_positions(path)[0][0] == pytest.approx(alone) != rates[0][0]
-
-
-def drawn_positions(path: Path) -> list[np.ndarray]:
-    """Bits per byte by position, as plot.py draws them: a line for each figure."""
-    (axes,) = plot.draw(plot.read_runs([path]), ["position"]).axes
-    return [line.get_ydata() for line in axes.lines]
+FAULTS = {
+    "a space of three bytes": (
+        {"bytes"},
+        [('sp.id_to_piece(i).replace("▁", " ") for i in ids]', "sp.id_to_piece(i) for i in ids]"), UNCOMPARED],
+    ),
+    "byte pieces of three bytes": ({"bytes"}, [('["?" if sp.is_byte(i)', '["???" if sp.is_byte(i)'), UNCOMPARED]),
+    "logits that see the target": (
+        {"normalised"},
+        [
+            (
+                "F.cross_entropy(self.logits(x).flatten(0, 1),",
+                "F.cross_entropy((self.logits(x) + 0.1 * F.one_hot(targets, 300)).flatten(0, 1),",
+            )
+        ],
+    ),
+    "a gate that reads the next token": (
+        {"normalised", "repeated"},
+        [("F.pad(x[:, :-1], (0, 0, 1, 0))", "F.pad(x[:, 1:], (0, 0, 0, 1))")],
+    ),
+    "adaptation before scoring": (
+        {"causal", "normalised"},
+        [
+            (
+                "            self._run_step(chunk, n, cached, score=True)\n            for rate",
+                "            self.lr.fill_(rates[0])\n            self._run_step(chunk, n, cached, train=True)\n"
+                "            self._run_step(chunk, n, cached, score=True)\n            for rate",
+            )
+        ],
+    ),
+    "a gate that reads across a document's start": (
+        {"causal", "normalised", "repeated"},
+        [("torch.where((at >= 0)[:, None], x, 0.0)", "x")],
+    ),
+    "scores that are no logarithms of probabilities": (
+        {"normalised"},
+        [("F.cross_entropy(self.logits(x)", "F.nll_loss(self.logits(x)")],
+    ),
+    "a mixture's weight that sees its own target": (
+        {"normalised"},
+        [("    p = weighted + (1 - weight) * p1\n", "    weight = weighted / (weighted + (1 - weight) * p1)\n"
+          "    p = weight * p0 + (1 - weight) * p1\n")],
+    ),
+}  # fmt: skip
 
 
-def test_mistakes_are_one_line(folder: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("fault", FAULTS)
+def test_planted_faults_are_found(fault: str, data: Path, weights: Path, tmp_path: Path) -> None:
+    expected, edits = FAULTS[fault]
+    with scored.planted(tmp_path, *edits) as (module, tool):
+        folder = scored.evaluate(tmp_path / "run", weights, data, module, **scored.MIXTURE)
+        found = call(tool, folder)
+    assert found.code == 1 and not found.err, found.err
+    assert failures(folder) == expected, found.out
+
+
+def test_a_training_shard_with_validation_documents_is_found(data: Path, weights: Path, tmp_path: Path) -> None:
+    other = tmp_path / "data"
+    shutil.copytree(data, other)
+    validation = runs.documents(scored.LENGTHS, 7)
+    runs.write_shard(
+        other / "fineweb_train_000001.bin", validation[:30]
+    )  # the first document runs on into the next shard
+    runs.write_shard(other / "fineweb_train_000002.bin", validation[30:60])
+    folder = scored.evaluate(tmp_path / "run", weights, other, **scored.MIXTURE)
+    found = call(audit, folder)
+    assert found.code == 1 and failures(folder) == {"disjoint"}, found.out
+    finding = result_of(folder)["evaluation"]["certificate"]["findings"]["disjoint"]
+    assert finding["figure"] == pytest.approx(2 / 3)  # of three with text, the last is not there
+
+
+def test_a_run_of_a_faulty_copy_is_found_by_the_sound_one(data: Path, weights: Path, tmp_path: Path) -> None:
+    with scored.planted(tmp_path, *FAULTS["adaptation before scoring"][1]) as (module, _):
+        folder = scored.evaluate(tmp_path / "run", weights, data, module, **scored.MIXTURE)
+    assert call(audit, folder, "--decode", "--documents", 1).code == 1
+    assert failures(folder) >= {"repeated"}
+
+
+def test_what_cannot_be_judged_is_said(mixed: Path, data: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    shutil.copytree(mixed, folder)
+    shutil.copytree(data, tmp_path / "data", ignore=shutil.ignore_patterns("*train*"))
+    result = result_of(folder)
+    result["settings"]["data_path"] = str(tmp_path / "data")
+    (folder / "result.json").write_text(json.dumps(result))
+    found = call(audit, folder, "--documents", 1)
+    assert found.code == 0 and "not judged disjoint" in found.out, found.out
+
+
+def test_mistakes_are_one_line(mixed: Path, weights: Path, tmp_path: Path) -> None:
     assert is_one_line_error(call(audit, tmp_path), "result.json")
     (tmp_path / "result.json").write_text("{}")
-    assert is_one_line_error(call(audit, tmp_path), "result.json")
-    for name in ("result.json", "final_model.ptz"):
-        (tmp_path / name).write_bytes((folder / name).read_bytes())
-    result = json.loads((tmp_path / "result.json").read_text())
-    (tmp_path / "result.json").write_text(json.dumps(result | {"weights_sha256": "ab" * 32}))
-    assert is_one_line_error(call(audit, tmp_path), "another artifact")
-    os.truncate(tmp_path / "final_model.ptz", 99)
-    assert is_one_line_error(call(audit, tmp_path), "final_model.ptz")
+    assert is_one_line_error(call(audit, mixed, tmp_path), "result.json")
+    result = result_of(mixed)
+    copy = tmp_path / "weights.pt"
+    shutil.copy(weights, copy)
+    for change, word in (
+        ({"weights_sha256": "ab" * 32}, "another artifact"),
+        ({"data": {"validation": "ab" * 32}}, "another text"),
+        ({"settings": result["settings"] | {"ttt_lora_rank": -1}}, "TTT_LORA_RANK"),
+    ):
+        (tmp_path / "result.json").write_text(json.dumps(result | change))
+        assert is_one_line_error(call(audit, tmp_path), word)
+    settings = result["settings"] | {"eval_only": str(copy)}
+    (tmp_path / "result.json").write_text(json.dumps(result | {"settings": settings}))
+    os.truncate(copy, 99)
+    assert is_one_line_error(call(audit, tmp_path), "weights.pt")
