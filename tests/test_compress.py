@@ -1,0 +1,226 @@
+"""Tests of data/compress.py: every file comes back, its size is the score's, and what cannot come back is refused."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import random
+from pathlib import Path
+
+import constriction
+import numpy as np
+import pytest
+import sentencepiece
+
+import runs
+import scored
+import train_gpt
+from tools import call, common, is_one_line_error, text
+
+compress, sequential = scored.tool("compress"), scored.tool("sequential")
+ODD = {
+    "nothing": b"",
+    "letters": b"abc de fgh",
+    "white space": b"  a\r\nb\n\n\tc  ",
+    "not UTF-8": b"abc\xff\xfe de\x80",
+    "U+2581": "a ▁b▁▁".encode(),
+    "normalised": "ﬁ ｆｕｌｌ e\u0301 x\u00a0y \u2028".encode(),
+    "half a surrogate pair": b"a\xed\xa0\x80b",
+    "controls and pieces": b"\x00 <s> </s> <unk> <0x41> \xef\xbf\xbd",
+    "random": random.Random(0).randbytes(300),
+    "text with some of it": b"the quick brown fox jumps over the lazy dog " * 9 + b"\xff\n" + "▁ 中😀".encode(),
+}
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return scored.write_data(tmp_path_factory.mktemp("compress") / "data")
+
+
+@pytest.fixture(scope="module")
+def weights(data: Path) -> Path:
+    return scored.write_weights(data.parent / "weights.pt")
+
+
+@pytest.fixture(scope="module")
+def mixed(data: Path, weights: Path) -> Path:
+    return scored.evaluate(data.parent / "mixed", weights, data, **scored.MIXTURE)
+
+
+@pytest.fixture(scope="module")
+def replayed(data: Path, weights: Path) -> Path:
+    return scored.evaluate(data.parent / "replayed", weights, data)
+
+
+@pytest.fixture(scope="module")
+def made(mixed: Path) -> Path:
+    """A file of mixed predictions, and what it was made of, beside it."""
+    folder = mixed.parent
+    (folder / "made.txt").write_bytes(b"abc\xff\n\nabd efg\n\n")
+    found = call(compress, "compress", mixed, folder / "made.txt", folder / "made", "--delimiter", "\\n\\n")
+    assert found.code == 0, found.err
+    return folder / "made"
+
+
+def tokenizers() -> list:
+    train = dict(vocab_size=300, model_type="bpe", minloglevel=2, pad_id=0, bos_id=1, eos_id=2, unk_id=3)
+    model = text.train_tokenizer([ODD["text with some of it"].decode(errors="ignore") * 9], 290)
+    sentences = dict(input=str(runs.data() / "text"), model_prefix=str(runs.data() / "other"))
+    sentencepiece.SentencePieceTrainer.train(**train | sentences | dict(vocab_size=40, byte_fallback=False))
+    paths = runs.data() / "tokenizer.model", runs.data() / "other.model"
+    return [
+        sentencepiece.SentencePieceProcessor(model_proto=x) for x in (model, *(path.read_bytes() for path in paths))
+    ]
+
+
+def test_any_bytes_are_tokens_and_what_they_lack() -> None:
+    for (
+        tokenizer
+    ) in tokenizers():  # loses nothing; puts a space in front, drops others, folds; has few letters, no bytes
+        for name, part in ODD.items():
+            tokens, patches, inserted = compress.tokenize(part, tokenizer)
+            assert compress.restored(tokens, patches, inserted, tokenizer) == part, name
+            assert len(inserted) == sum(patches[2::3])
+        tokens, _, inserted = compress.tokenize(ODD["text with some of it"], tokenizer)
+        assert len(tokens) > 20 and len(inserted) < 40  # the text does not go beside its tokens for what is odd in it
+
+
+def test_counts_are_what_the_coder_codes() -> None:
+    nll = -np.log(np.random.default_rng(0).dirichlet(np.full(300, 0.05)) + 1e-300)
+    counts = compress.quantised(nll)
+    assert counts.sum() == 2**24 - 300 and counts.min() == 0 and (counts == counts.round()).all()
+    for token in (int(counts.argmax()), int(np.argsort(counts)[-3]), int(counts.argmin())):
+        coder = constriction.stream.queue.RangeEncoder()
+        distribution = constriction.stream.model.Categorical(counts, perfect=False, lazy=True)
+        coder.encode(np.full(4000, token, np.int32), distribution)
+        bits = -math.log2((counts[token] + 1) / 2**24)
+        assert coder.num_bits() == pytest.approx(4000 * bits, abs=64)
+    for bad in (np.nan, np.inf, -np.inf):
+        with pytest.raises(common.UserError, match="NaN"):
+            compress.quantised(np.full(300, bad))
+
+
+@pytest.mark.parametrize("figure", ["no_adaptation", "backward_looking", "mixture"])
+@pytest.mark.parametrize("settings", [scored.MIXTURE, scored.MIXTURE | dict(TTT_CONTEXT="recompute"), {}])
+def test_one_token_at_a_time_predicts_what_the_evaluation_does(
+    figure: str, settings: dict, data: Path, weights: Path
+) -> None:
+    files = dict(EVAL_ONLY=weights, DATA_PATH=data, TOKENIZER_PATH=data / "tokenizer.model")
+    run = runs.alone(**scored.SETTINGS | files | settings)
+    model = train_gpt.scoring_model(run)
+    train_gpt.load_weights(model, train_gpt.read_weights(weights, run).state, "weights", run)
+    stream = train_gpt.load_validation(run)
+    expected = scored.target_nll(run, model, stream, 0, figure)
+    tokens = stream.tokens.numpy()
+    found = []
+
+    def choose(position: int, nll: np.ndarray) -> int:
+        found.append(nll[tokens[position + 1]])
+        assert np.exp(-nll.astype(np.float64)).sum() == pytest.approx(1, abs=1e-5)
+        return tokens[position + 1]
+
+    read = sequential.Sequential(model, run, len(expected), choose, figure).read(0)
+    assert (read == tokens[: len(expected) + 1]).all()
+    assert np.array(found) == pytest.approx(expected, abs=1e-4)
+
+
+def test_a_file_comes_back(made: Path, mixed: Path, tmp_path: Path) -> None:
+    found = call(compress, "expand", mixed, made, tmp_path / "back")
+    assert found.code == 0, found.err
+    assert (tmp_path / "back").read_bytes() == made.with_suffix(".txt").read_bytes()
+    assert "tokens/s" in found.out
+    assert is_one_line_error(call(compress, "expand", mixed, made, tmp_path / "back"), "already")
+
+
+@pytest.mark.parametrize("part", ["nothing", "not UTF-8", "random"])
+def test_odd_files_come_back(part: str, replayed: Path, tmp_path: Path) -> None:
+    (tmp_path / "in").write_bytes(ODD[part])
+    assert call(compress, "compress", replayed, tmp_path / "in", tmp_path / "file").code == 0
+    assert call(compress, "expand", replayed, tmp_path / "file", tmp_path / "out").code == 0
+    assert (tmp_path / "out").read_bytes() == ODD[part]
+
+
+def test_sizes_are_what_the_score_says(mixed: Path, replayed: Path) -> None:
+    for folder, figure, arrays in (
+        (mixed, None, "nll_mixture"),
+        (replayed, None, "nll_per_epoch"),
+        (mixed, "no_adaptation", "nll_no_adaptation"),
+    ):
+        found = call(compress, "check", folder, "--documents", 1, *(["--figure", figure] if figure else []))
+        assert found.code == 0, found.err
+        row = dict(word.split(":") for word in found.out.splitlines()[0].split() if ":" in word)
+        with np.load(folder / "ttt_documents.npz") as kept:
+            nll = np.atleast_2d(kept[arrays])[0, int(row["document"])]
+        assert float(row["score"]) == pytest.approx(nll / math.log(2) / 8, abs=0.06)
+        assert abs(int(row["size"]) - nll / math.log(2) / 8) <= 16 + 0.005 * nll
+
+
+def test_a_size_unlike_the_score_fails(mixed: Path, tmp_path: Path) -> None:
+    for path in mixed.iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    result = json.loads((mixed / "result.json").read_text())
+    with np.load(mixed / "ttt_documents.npz") as kept:
+        arrays = dict(kept)
+    arrays["nll_mixture"] = arrays["nll_mixture"] / 10
+    np.savez(tmp_path / "ttt_documents.npz", **arrays)
+    (tmp_path / "result.json").write_text(json.dumps(result))
+    assert call(compress, "check", tmp_path, "--documents", 1).code == 1
+
+
+def test_checks_find_the_first_difference(mixed: Path) -> None:
+    """The other machine's model differs by a millionth, or only from the second document on."""
+    codec = compress.Codec.open(common.read_run(mixed), "no_adaptation")
+    tokens = runs.documents([150], 3)[1:]
+    documents = [compress.Document(i, 149, tokens) for i in range(2)]
+    words = codec.encode(documents)
+    unknown = [dataclasses.replace(document, tokens=None) for document in documents]
+    assert all((found == tokens).all() for found in codec.decode(unknown, words))
+    decoding = codec.decode(unknown, words)
+    assert (next(decoding) == tokens).all()
+    with train_gpt.torch.no_grad():
+        codec.model.tok_emb.weight.mul_(1 + 1e-6)
+    with pytest.raises(common.UserError, match="of document 1"):
+        next(decoding)
+    with pytest.raises(common.UserError, match="of document 0"):
+        next(codec.decode(unknown, words))
+
+
+def test_a_machine_that_computes_otherwise_writes_nothing(
+    made: Path, mixed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    predict = sequential.Sequential._predict
+    monkeypatch.setattr(sequential.Sequential, "_predict", lambda *args: predict(*args) * np.float32(1 + 1e-6))
+    found = call(compress, "expand", mixed, made, tmp_path / "back")
+    assert is_one_line_error(found, str(made), "computes other probabilities")
+    assert not (tmp_path / "back").exists()
+
+
+def test_other_runs_and_damaged_files_are_refused(
+    made: Path, mixed: Path, replayed: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refused(folder: Path, path: Path, word: str) -> bool:
+        found = call(compress, "expand", folder, path, tmp_path / "back")
+        return is_one_line_error(found, word) and not (tmp_path / "back").exists()
+
+    assert refused(replayed, made, "ttt_protocol")
+    other = scored.write_weights(tmp_path / "other.pt", seed=1)
+    assert refused(scored.evaluate(tmp_path / "other", other, data, **scored.MIXTURE), made, "artifact")
+    blob = made.read_bytes()
+    damaged = tmp_path / "damaged"
+    for place in (0, 9, 15, 30, len(blob) // 2, len(blob) - 1):
+        damaged.write_bytes(blob[:place] + bytes([blob[place] ^ 1]) + blob[place + 1 :])
+        assert refused(mixed, damaged, "damaged"), place
+    for size in (0, 5, 20, len(blob) - 1):
+        damaged.write_bytes(blob[:size])
+        assert refused(mixed, damaged, "damaged"), size
+    monkeypatch.setattr(np, "__version__", "1.0")
+    assert refused(mixed, made, "numpy")
+
+
+def test_the_last_epoch_has_no_file_and_the_tool_says_why(replayed: Path, mixed: Path, tmp_path: Path) -> None:
+    (tmp_path / "in").write_bytes(b"abc")
+    found = call(compress, "compress", replayed, tmp_path / "in", tmp_path / "out", "--figure", "last_epoch")
+    assert is_one_line_error(found, "trained on the text that it predicts", "backward_looking")
+    found = call(compress, "compress", replayed, tmp_path / "in", tmp_path / "out", "--figure", "mixture")
+    assert is_one_line_error(found, "has no mixture")

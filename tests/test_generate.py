@@ -1,0 +1,72 @@
+"""Tests of data/generate.py: the likeliest continuation is the model's own, and draws are of its probabilities."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import scored
+import train_gpt
+from tools import call, common, is_one_line_error
+
+generate, sequential = scored.tool("generate"), scored.tool("sequential")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    base = tmp_path_factory.mktemp("generate")
+    data = scored.write_data(base / "data")
+    return scored.evaluate(base / "run", scored.write_weights(base / "weights.pt"), data)
+
+
+def test_the_likeliest_tokens_are_those_of_whole_forward_passes(folder: Path) -> None:
+    model, run = sequential.open_run(common.read_run(folder), "cpu")
+    tokenizer, _ = sequential.open_tokenizer(run)
+    prompt = tokenizer.encode("abc de")
+    tokens = [train_gpt.BOS, *prompt]
+    for _ in range(10):  # fewer than the context holds
+        with torch.no_grad():
+            tokens.append(int(model(torch.tensor([tokens]))[0, -1].argmax()))
+    assert train_gpt.BOS not in tokens[1:]
+    found = call(generate, folder, "--prompt", "abc de", "--tokens", 10, "--temperature", 0)
+    assert found.code == 0, found.err
+    assert found.out == "abc de" + tokenizer.decode(tokens[1:])[len(tokenizer.decode(prompt)) :] + "\n"
+
+
+def test_draws_repeat_by_their_seed_and_adapting_changes_them(folder: Path) -> None:
+    def text(*options: object) -> str:
+        found = call(generate, folder, "--prompt", "ab cd ef gh ab cd", "--tokens", 12, *options)
+        assert found.code == 0 and found.out.startswith("ab cd ef gh ab cd"), found.err
+        return found.out
+
+    assert text("--seed", 3) == text("--seed", 3)
+    assert len({text("--seed", seed) for seed in range(3)}) > 1
+    assert text("--seed", 3, "--adapt") not in (text("--seed", 3), text("--seed", 4))
+    assert text("--top-k", 1, "--seed", 5) == text("--temperature", 0)
+
+
+def test_draws_follow_temperature_and_top_k() -> None:
+    nll = -np.log(np.array([0.1, 0.4, 0.2, 0.3]))
+    rng = np.random.default_rng(0)
+    shares = np.bincount([generate.sample(nll, 1.0, 0, rng) for _ in range(4000)], minlength=4) / 4000
+    assert shares == pytest.approx([0.1, 0.4, 0.2, 0.3], abs=0.03)
+    shares = np.bincount([generate.sample(nll, 0.5, 2, rng) for _ in range(4000)], minlength=4) / 4000
+    assert shares == pytest.approx([0, 0.64, 0, 0.36], abs=0.03)  # 0.4 and 0.3, squared
+    assert generate.sample(nll, 0, 0, rng) == 1
+
+
+def test_a_text_ends_with_the_next_ones_bos(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn = iter([7, 8, train_gpt.BOS])
+    monkeypatch.setattr(generate, "sample", lambda *_: next(drawn))
+    model, run = sequential.open_run(common.read_run(folder), "cpu")
+    options = type("Options", (), dict(seed=0, temperature=1.0, top_k=0, tokens=50, adapt=False))
+    assert generate.generate(model, run, [train_gpt.BOS], options) == [7, 8]
+
+
+def test_mistakes_are_one_line(folder: Path, tmp_path: Path) -> None:
+    assert is_one_line_error(call(generate, tmp_path, "--prompt", "a"), "result.json")
+    assert is_one_line_error(call(generate, folder, "--tokens", 0), "--tokens")
+    assert is_one_line_error(call(generate, folder, "--temperature", -1), "--temperature")
