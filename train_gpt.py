@@ -383,7 +383,7 @@ class Ranks:
 
     def max(self, values) -> np.ndarray:
         """The elementwise maximum over the ranks. Returns when all have come, so it is the barrier, too."""
-        result = torch.as_tensor(values).clone()
+        result = torch.from_numpy(np.array(values))  # float64 for Python's floats
         if self.world > 1:
             dist.all_reduce(result, dist.ReduceOp.MAX)
         return result.numpy()
@@ -1531,6 +1531,8 @@ class Trainer:
             others = [f"{k.upper()}: {theirs.get(k)}, now {v}" for k, v in self.identity.items() if theirs.get(k) != v]
             if not others:
                 self.restore(state)
+        except torch.OutOfMemoryError:
+            raise
         except Exception as e:  # damage makes torch.load raise many kinds
             raise UserError(f"checkpoint {path} is damaged ({type(e).__name__}) — delete it to start afresh") from e
         if others:
@@ -1669,11 +1671,11 @@ class Trainer:
         self.finished = True
         if new and self.averaged >= 2:
             self.optimizer.weights.copy_(self.average / self.averaged)
+        if new:
+            self.save(run)  # before calibration, which a signal may end
         hessians, self.calibration = self.calibrate(self.step * run.s.train_batch_tokens, run.s.calibration_tokens)
         outcome = "their mean is the final model" if self.averaged >= 2 else "too few, the last weights are final"
         run.log(f"swa: {self.averaged} checkpoints: {outcome}")
-        if new:
-            self.save(run)
         run.log(f"training {pairs(self.account())}")
         return hessians
 
@@ -1917,9 +1919,10 @@ def fit(state: dict[str, Tensor], hessians: dict, run):
         blob, kinds = pack(quantize_model(state, s, hessians, stretch), s)
         free = cap - len(SOURCE_BYTES) - len(blob)
         run.log(f"export: steps stretched by {stretch:.4f}: {free} bytes free of ARTIFACT_MAX_BYTES={cap}")
+        tried = stretch, blob, kinds
         if free >= 0:
             high = stretch
-            best = stretch, blob, kinds
+            best = tried
         else:
             low = stretch
         if low in (high, LARGEST_STRETCH) or 0 <= free <= SLACK * cap:
@@ -1930,7 +1933,7 @@ def fit(state: dict[str, Tensor], hessians: dict, run):
             stretch = high
         elif not low < stretch < high:
             stretch = (low + high) / 2
-    return best or (stretch, blob, kinds)
+    return best or tried
 
 
 def export(state: dict[str, Tensor], hessians: dict, run):
@@ -2232,7 +2235,8 @@ class DocumentBatch:
     def _document_sums(self) -> Tensor:
         nll = self.nll[: len(self.lengths)]
         beyond = torch.arange(nll.size(1), device=nll.device) >= self.end[: len(nll), None]
-        return nll.masked_fill(beyond, 0.0).sum(1, dtype=torch.float64)
+        nll = nll.masked_fill(beyond, 0.0)
+        return torch.where((nll == UNSCORED).any(1), UNSCORED, nll.sum(1, dtype=torch.float64))  # whatever else it has
 
     def _single_pass(self, rates: list[float], cached: bool):
         self.nll.fill_(UNSCORED)
@@ -2712,9 +2716,11 @@ def score_file(model: GPT, stream, run: Run, **known) -> Score:
     """Load the file, evaluate it and report; result.json takes what else is `known`. Raises UserError, once that is
     written, for a score that is not finite."""
     s = run.s
-    # Killed sessions took a little longer than they could say.
-    earlier = [row["seconds"] for row in run.sessions if row["stage"] == "evaluation"]
-    began = time.perf_counter() - run.ranks.from_first(sum, earlier)
+    earlier = 0.0  # seconds of sessions whose scores are still there; killed ones took a little longer
+    for row in run.sessions:
+        if row["stage"] == "evaluation":
+            earlier = 0.0 if row["ended"] == "finished" else earlier + row["seconds"]
+    began = time.perf_counter() - float(run.ranks.max([earlier])[0])
     path = Path(s.eval_only or run.folder / "final_model.ptz")
     scores = None
     with run.session("evaluation"):
@@ -2995,9 +3001,9 @@ def entry(arguments: list[str] = ()) -> int:
     except torch.OutOfMemoryError as e:
         stage, limit = ranks.stage
         return ranks.end(2, f"error: out of memory in {stage}: {' '.join(str(e).split())[:120]} — set {limit} lower")
-    except RuntimeError as e:
+    except Exception as e:
         ranks.unwinding = True
-        broken = ranks.world > 1 and re.search("gloo|nccl|connection", str(e), re.I)
+        broken = ranks.world > 1 and isinstance(e, RuntimeError) and re.search("gloo|nccl|connection", str(e), re.I)
         if broken:
             time.sleep(2)  # the rank that broke a collective says why
         elif not ranks.ending:
