@@ -164,9 +164,9 @@ def quantised(nll: np.ndarray) -> np.ndarray:
     counts are COUNTS together and no token is impossible. UserError for what is no distribution."""
     probabilities = np.exp(-nll.astype(np.float64))
     total = COUNTS - len(nll)
-    counts = np.floor(probabilities * (total / probabilities.sum()))
-    if not np.isfinite(counts).all():
+    if not 0 < probabilities.sum() < math.inf:
         raise UserError("the model predicts no numbers but NaN — use a run whose score is finite")
+    counts = np.floor(probabilities * (total / probabilities.sum()))
     counts[counts.argmax()] += total - counts.sum()
     return counts
 

@@ -86,6 +86,7 @@ class Machine:
         began = time.perf_counter()
         if began - self.began > self.limit:
             self.skip(name, f"{self.limit:g} seconds are over")
+            self.write()
             return
         try:
             part(self)
@@ -436,22 +437,22 @@ def golden_run(m: Machine, inputs, dtype: torch.dtype, **changes) -> t.Run:
     return run
 
 
-def golden_documents(run: t.Run, model: t.GPT, inputs, tokens: np.ndarray, documents: list[dict]) -> np.ndarray:
-    """Mean NLL of the documents, without adaptation and per figure, (1 + figures, documents)."""
+def golden_documents(run: t.Run, model: t.GPT, inputs, tokens: np.ndarray, documents: list[dict], adapt=True):
+    """Mean NLL of the documents, (figures, documents), or without adaptation, (1, documents)."""
     targets = sum(document["targets"] for document in documents)
     stream = t.Stream(tokens[: targets + 1], np.ones(targets, np.int16), run.device)
     order = np.argsort(-stream.lengths, kind="stable")
     batch = t.DocumentBatch(model, stream, len(order), run)
     batch.load(order)
-    s = run.s
-    names = [(layer, target) for layer in range(s.num_layers) for target in "qv"]
-    a = [[inputs.lora_a(7, *name, int(d), s.ttt_lora_rank, s.model_dim) for name in names] for d in order]
-    batch.score()
-    plain = batch.figure_nll()[:1]
-    batch.sums.zero_()
-    batch.adapt(s.ttt_n_epochs, a=np.array(a).reshape(len(order), -1))
-    found = np.concatenate((plain, batch.figure_nll()[1:])) / stream.lengths[order]
-    return found[:, np.argsort(order)]
+    if adapt:
+        s = run.s
+        names = [(layer, target) for layer in range(s.num_layers) for target in "qv"]
+        a = [[inputs.lora_a(7, *name, int(d), s.ttt_lora_rank, s.model_dim) for name in names] for d in order]
+        batch.adapt(s.ttt_n_epochs, a=np.array(a).reshape(len(order), -1))
+    else:
+        batch.score()
+    found = batch.figure_nll()[1:] if adapt else batch.figure_nll()[:1]
+    return (found / stream.lengths[order])[:, np.argsort(order)]
 
 
 def golden_figures(m: Machine, folder: Path, dtype: torch.dtype):
@@ -471,16 +472,14 @@ def golden_figures(m: Machine, folder: Path, dtype: torch.dtype):
     def known(name):
         return np.array([document[name] for document in documents])
 
-    cached = golden_documents(run, model, inputs, tokens, documents)
-    yield "no adaptation", cached[0], known("no_adaptation_val_loss")
-    yield "replay, 4 epochs", cached[1:], known("replay_epochs_4_val_loss").T
+    arguments = model, inputs, tokens, documents
+    yield "no adaptation", golden_documents(run, *arguments, adapt=False)[0], known("no_adaptation_val_loss")
+    yield "replay, 4 epochs", golden_documents(run, *arguments), known("replay_epochs_4_val_loss").T
     single = golden_run(m, inputs, dtype, ttt_protocol="single_pass", ttt_n_epochs=3)
-    found = golden_documents(single, model, inputs, tokens, documents)
-    yield "single_pass, 3 steps", found[1], known("single_pass_epochs_3_val_loss")
+    yield "single_pass, 3 steps", golden_documents(single, *arguments)[0], known("single_pass_epochs_3_val_loss")
     documents = expected["ttt_replay"]["docs"]
     recompute = golden_run(m, inputs, dtype, ttt_context="recompute", ttt_n_epochs=1)
-    found = golden_documents(recompute, model, inputs, tokens, documents)
-    yield "recompute, epoch 1", found[1:], known("epochs_1_val_loss").T
+    yield "recompute, epoch 1", golden_documents(recompute, *arguments), known("epochs_1_val_loss").T
 
 
 def compare_golden(m: Machine):
