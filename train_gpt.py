@@ -2786,6 +2786,12 @@ def preflight(trainer: Trainer | None, model: GPT, run: Run) -> dict[str, float]
         score_file(model, stream, small)
         done("evaluation")
     run.log("preflight " + " ".join(f"{name}:{value:.1f}s" for name, value in seconds.items()))
+    describe_device(run)
+    return seconds
+
+
+def describe_device(run: Run):
+    """What the preflight has found of memory and graphs."""
     if run.cuda:
         sizes = *torch.cuda.mem_get_info(), torch.cuda.memory_reserved()
         run.log("memory free:{:.1f} of {:.1f} GiB, kept by the allocator:{:.1f}".format(*(x / 2**30 for x in sizes)))
@@ -2793,7 +2799,6 @@ def preflight(trainer: Trainer | None, model: GPT, run: Run) -> dict[str, float]
         run.log(f"CUDA graphs against eager steps: {pairs(run.rehearsed)} (accepted: nll 0.001, movement 0.1)")
         if not run.graphs:
             run.log("note: CUDA graphs do not compute what they record here; every step is launched kernel by kernel")
-    return seconds
 
 
 class Rehearsal(NamedTuple):
