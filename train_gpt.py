@@ -579,8 +579,9 @@ class Run:
     @property
     def attention(self) -> str:
         """The backend, which depends on the model's width, too."""
+        capability = self.capability if self.cuda else None
         built = torch.backends.cuda.is_flash_attention_available() and not torch.version.hip
-        return attention_backend(self.capability, self.s.model_dim // self.s.num_heads, self.dtype, built)
+        return attention_backend(capability, self.s.model_dim // self.s.num_heads, self.dtype, built)
 
     def using(self, **changes) -> "Run":
         """A copy with other settings."""

@@ -431,9 +431,6 @@ def golden_run(m: Machine, inputs, dtype: torch.dtype, **changes) -> t.Run:
     run = m.run.using(**inputs.CONFIG, **(settings | changes))
     run.compile = run.graphs = False
     run.dtype = dtype
-    capability = torch.cuda.get_device_capability() if run.cuda else None
-    built = torch.backends.cuda.is_flash_attention_available() and not torch.version.hip
-    run.attention = t.attention_backend(capability, run.s.model_dim // run.s.num_heads, dtype, built)
     return run
 
 

@@ -290,6 +290,17 @@ def test_the_dtype_and_the_attention_of_a_device(capability, head_dim, built, dt
     assert train_gpt.attention_backend(capability, head_dim, dtype, built) == expected
 
 
+def test_a_run_takes_up_the_attention_of_the_width_that_it_is_given(run, monkeypatch):
+    """As EVAL_ONLY does, whose file's header fixes the model."""
+    monkeypatch.setattr(torch.backends.cuda, "is_flash_attention_available", lambda: True)
+    other = run_of(run, small(model_dim=32, num_heads=4))
+    other.cuda, other.capability, other.dtype = True, (9, 0), torch.bfloat16
+    assert other.attention == "flash"
+    assert other.using(num_heads=2, model_dim=24).attention == "plain"
+    other.cuda = False
+    assert other.using(num_heads=2, model_dim=24).attention == "flash"
+
+
 def test_flash_does_not_take_float32_on_a_gpu():
     assert train_gpt.attention_backend((9, 0), 64, torch.float32) == "plain"
 
