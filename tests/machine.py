@@ -448,7 +448,10 @@ def golden_documents(run: t.Run, model: t.GPT, inputs, tokens: np.ndarray, docum
         batch.adapt(s.ttt_n_epochs, a=np.array(a).reshape(len(order), -1))
     else:
         batch.score()
-    found = batch.figure_nll()[1:] if adapt else batch.figure_nll()[:1]
+    if adapt and batch.epochs:
+        found = batch.epoch_nll()
+    else:
+        found = np.array([[nll.sum(dtype=np.float64) for nll in batch.target_nll()]])
     return (found / stream.lengths[order])[:, np.argsort(order)]
 
 

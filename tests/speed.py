@@ -203,7 +203,6 @@ def batch_at_full_context(model: t.GPT, documents: int, run: t.Run) -> tuple[t.D
     batch.load(np.arange(documents))
     batch.score()  # fills the cache
     batch.adapters.begin(np.stack([t.draw_lora_a(s, i) for i in range(documents)]))
-    batch.figure.fill_(1)
     batch.lr.fill_(s.ttt_lora_lr)
     return batch, last
 
