@@ -55,10 +55,6 @@ def shown(value: float | int | str | bool) -> str:
     return f"{value:,.0f}" if abs(value) >= 1000 or value == int(value) else f"{value:.4g}"
 
 
-def count_of(devices: int) -> str:
-    return f"{devices} such devices" if devices > 1 else "1 such device"
-
-
 class Machine:
     """A run, what parts have found, and the account of it. `limit` seconds: no part begins later, and no measurement
     repeats for longer than a sixtieth of it."""
@@ -108,12 +104,6 @@ class Machine:
     def skip(self, name: str, why: str):
         self.skipped.append(dict(part=name, why=why))
         t.say(f"skipped    {name}: {why}")
-
-    def needs(self, found, name: str):
-        """What an earlier part left. Raises Skip if it did not."""
-        if not found:
-            raise Skip(f"{name} was not measured")
-        return found
 
     def write(self):
         """The JSON file: no path, no name of a user or a host is in it."""
@@ -217,31 +207,32 @@ def measure_ceilings(m: Machine):
 # ---- Parts: training
 
 
-def micro_batch(m: Machine, forward: Callable, rows: int) -> tuple[int, list]:
-    """The most rows that fit, by halving, and on a CPU those that fit the time; with a micro-batch of them."""
+def micro_batch(m: Machine, rows: int) -> list:
+    """One of so many rows."""
     s = m.run.s
+    count = rows * s.train_seq_len
+    if m.shard:
+        tokens = speed.tokens_of(m.shard, m.run)
+    else:
+        tokens = np.random.default_rng(0).integers(0, s.vocab_size, count + 1)
+    run = m.run.using(train_batch_tokens=count, micro_batch_tokens=count)
+    return t.BatchLoader([tokens], run).batch(0)
+
+
+def most_that_fit(most: int, work: Callable[[int], None], run: t.Run) -> int:
+    """The number, from `most` on halved, at which work(number) does not run out of the GPU's memory."""
+    number = most
     while True:
-        count = rows * s.train_seq_len
-        if m.shard:
-            tokens = speed.tokens_of(m.shard, m.run)
-        else:
-            tokens = np.random.default_rng(0).integers(0, s.vocab_size, count + 1)
-        changes = dict(train_batch_tokens=count, micro_batch_tokens=count)
-        batch = t.BatchLoader([tokens], m.run.using(**changes)).batch(0)
         try:
-            began = time.perf_counter()
-            t.forward_backward(forward, batch, 1.0)
-            m.run.wait()
+            work(number)
+            run.wait()
+            return number
         except torch.cuda.OutOfMemoryError:
-            if rows == 1:
+            if number == 1:
                 raise
-            torch.cuda.empty_cache()
-            rows //= 2
-            continue
-        seconds = time.perf_counter() - began
-        if m.run.cuda or seconds <= m.most or rows == 1:
-            return rows, batch
-        rows = max(1, int(rows * m.most / seconds / 2))
+        gc.collect()  # only now does nothing hold what the failed attempt had
+        torch.cuda.empty_cache()
+        number //= 2
 
 
 def measure_training(m: Machine):
@@ -253,7 +244,12 @@ def measure_training(m: Machine):
     forward = run.compiled(model, dynamic=False)
     with m.peak_memory("training"):
         began = time.perf_counter()
-        rows, batch = micro_batch(m, forward, min(s.micro_batch_tokens, s.train_batch_tokens) // s.train_seq_len)
+        wanted = min(s.micro_batch_tokens, s.train_batch_tokens) // s.train_seq_len
+        if not run.cuda:  # rows that fit the time: memory is not what is short
+            row = seconds_of(run, lambda: t.forward_backward(forward, micro_batch(m, 1), 1.0), 1)
+            wanted = min(wanted, max(1, int(m.most / row)))
+        rows = most_that_fit(wanted, lambda n: t.forward_backward(forward, micro_batch(m, n), 1.0), run)
+        batch = micro_batch(m, rows)
         optimizer.step(0, 1e-6)
         run.wait()
         m.row("measured", "first training step", time.perf_counter() - began, "s", "compilation included")
@@ -269,7 +265,7 @@ def measure_training(m: Machine):
         step = s.train_batch_tokens / devices / tokens * gradients + update
         steps = min(int(speed.BUDGET / step), s.iterations)
         note = f"{step * 1000:.1f} ms a step of {s.train_batch_tokens:,} tokens, without communication"
-        m.row("predicted", f"steps in ten minutes, {count_of(devices)}", steps, "", note)
+        m.row("predicted", f"steps in ten minutes, {count_of(devices, 'such device')}", steps, "", note)
 
 
 def measure_export(m: Machine):
@@ -314,7 +310,8 @@ def compare_graphs(m: Machine):
     """Whether steps recorded as CUDA graphs compute what eager ones do; if so, later parts record them."""
     if not m.run.cuda:
         raise Skip("there is no GPU")
-    small = m.run.using(ttt_n_epochs=2, ttt_protocol="replay")
+    small = m.run.using(ttt_n_epochs=2, ttt_protocol="replay", ttt_context="cached")
+    small = small.using(ttt_batch_size=largest_batch(m, small))
     began = time.perf_counter()
     equal = t.rehearse_adaptation(adapting_model(m), small)
     m.row("measured", "CUDA graphs equal eager steps", equal)
@@ -324,49 +321,44 @@ def compare_graphs(m: Machine):
 
 
 def largest_batch(m: Machine, run: t.Run) -> int:
-    """Documents side by side: the run's own number, halved until they fit."""
-    size = run.s.ttt_batch_size or t.TTT_BATCH[run.device.type]
-    while True:
-        try:
-            batch, last = speed.batch_at_full_context(adapting_model(m), size, run)
-            speed.step_of(batch, last, size, train=True)()
-            run.wait()
-            return size
-        except torch.cuda.OutOfMemoryError:
-            if size == 1:
-                raise
-            size //= 2
-        batch = None  # noqa: F841 - gives its memory back
-        torch.cuda.empty_cache()
+    """Documents side by side: the run's own number, or as many as fit."""
+
+    def work(size: int):
+        batch, last = speed.batch_at_full_context(adapting_model(m), size, run)
+        speed.step_of(batch, last, size, True, cached=run.s.ttt_context == "cached")()
+
+    return most_that_fit(run.s.ttt_batch_size or t.TTT_BATCH[run.device.type], work, run)
+
+
+def count_of(number: int, what: str) -> str:
+    return f"{number} {what}{'s' * (number > 1)}"
 
 
 def measure_protocol(m: Machine, name: str, **changes):
     """Seconds of single steps, cached and recompute."""
-    run = m.run.using(**changes)
+    run = m.run.using(ttt_context="cached", **changes)
     s = run.s
-    model = adapting_model(m)
+    chunk = s.ttt_chunk_size
     with m.peak_memory(name):
         size = largest_batch(m, run)
-        steps = speed.time_steps(model, size, run, 5, m.most)
-    m.steps[name] = steps
-    chunk = s.ttt_chunk_size
+        steps = m.steps[name] = speed.time_steps(adapting_model(m), size, run, 5, m.most)
     for documents, short, full in ((size, "batch", "batch_full"), (1, "one", "one_full")):
         for where, corner in (("at full context", full), ("without context", short)):
             rate = documents * chunk / getattr(steps.train, corner)
-            what = f"{name}, {documents} documents {where}, cached"
+            what = f"{name}, {count_of(documents, 'document')} {where}, cached"
             m.row("measured", what, rate, "token-epochs/s", "one training step")
     if m.ceilings:
-        window = s.ttt_eval_seq_len - chunk
-        flop = 2 * size * chunk * speed.flop_per_token(s, window)  # no gradients of weights
+        flop = 2 * size * chunk * speed.flop_per_token(s, s.ttt_eval_seq_len - chunk)  # no gradients of weights
         share = 100 * flop / steps.train.batch_full / m.ceilings.flops
         m.row("measured", f"{name}, share of the matrix product", share, "%", "of the training step at full context")
-    for documents in (size, 1):
-        batch, last = speed.batch_at_full_context(model, documents, run.using(ttt_context="recompute"))
-        seconds = seconds_of(run, speed.step_of(batch, last, documents, True, cached=False), 3, most=m.most)
-        what = f"{name}, {documents} documents at full context, recompute"
-        m.row("measured", what, documents * chunk / seconds, "token-epochs/s", "one training step")
     if steps.recording:
         m.row("measured", f"{name}, a new shape", steps.recording, "s", "an eager step and a recorded one")
+    recompute = run.using(ttt_context="recompute")
+    for documents in (largest_batch(m, recompute), 1):
+        batch, last = speed.batch_at_full_context(adapting_model(m), documents, recompute)
+        seconds = seconds_of(run, speed.step_of(batch, last, documents, True, cached=False), 3, most=m.most)
+        what = f"{name}, {count_of(documents, 'document')} at full context, recompute"
+        m.row("measured", what, documents * chunk / seconds, "token-epochs/s", "one training step")
 
 
 def measure_replay(m: Machine):
@@ -378,12 +370,14 @@ def measure_recommended(m: Machine):
 
 
 def measure_mixture(m: Machine):
-    """Two sizes with one document of the longest length in each; the rest of the work grows with the targets."""
+    """Of few targets that have the longest document, and of more in shorter ones: the full split has both."""
     longest = speed.FULL_SPLIT_LONGEST
-    few, many = 2 * longest, 12 * longest
-    seconds = [speed.mixture_seconds(n, longest, n // 1240) for n in (few, many)]
-    m.row("measured", f"mixture of {many:,} targets", seconds[1], "s", f"one document of {longest:,}")
-    m.mixture = seconds[0] + (seconds[1] - seconds[0]) / (many - few) * (speed.FULL_SPLIT_TARGETS - few)
+    few, more = 2 * longest, 10 * longest
+    turns = speed.mixture_seconds(few, longest, few // 1240)
+    m.row("measured", f"mixture of {few:,} targets", turns, "s", f"one document of {longest:,}")
+    rest = speed.mixture_seconds(more, longest // 40, more // 1240)
+    m.row("measured", f"mixture of {more:,} targets", rest, "s", f"none above {longest // 40:,}")
+    m.mixture = turns + rest / more * (speed.FULL_SPLIT_TARGETS - few)
     m.row("predicted", "mixture of the full split", m.mixture, "s")
 
 
@@ -402,7 +396,13 @@ def predict_evaluations(m: Machine):
             note = f"{inside} the {speed.BUDGET:.0f} s; slowest of {found.balance:.2f} of the mean"
             if name == "replay":  # at the deadline its later epochs are cut, not the score
                 note = f"{inside} the {speed.BUDGET:.0f} s; its score, epoch 1, is complete after {found.score:,.0f}"
-            m.row("predicted", f"full split, {describe_protocol(steps.s)}, {count_of(devices)}", found.all, "s", note)
+            m.row(
+                "predicted",
+                f"full split, {describe_protocol(steps.s)}, {count_of(devices, 'such device')}",
+                found.all,
+                "s",
+                note,
+            )
 
 
 def describe_protocol(s: t.Settings) -> str:
