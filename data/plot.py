@@ -215,10 +215,11 @@ def late(documents: int) -> str:
 
 
 def draw_ttt(ax: Any, runs: list[Run]) -> None:
-    """Bits per byte by replay epoch. Only epoch 1 is a score; a shaded field around the others says what they are."""
+    """Bits per byte by replay epoch, and of other scores. Of epochs only 1 is one; a shaded field says so of others."""
     last = max(max(run.epochs, default=1) for run in runs)
     right = 1.03 * last + 0.3
-    ax.axvspan(1.5, right, color=PALE, lw=0, zorder=0)
+    if last > 1:
+        ax.axvspan(1.5, right, color=PALE, lw=0, zorder=0)
     for run in runs:
         who = named(runs, run)
         if run.no_adaptation is not None:
@@ -241,14 +242,21 @@ def draw_ttt(ax: Any, runs: list[Run]) -> None:
     ax.set(xlabel="epoch", ylabel="bits per byte (lower is better)", xlim=(0.2, right))
     ax.set_xticks(sorted({1, last, *range(10, last - 4, 10)}))
     ax.margins(y=0.12)
+    if last > 1:
+        annotate_epochs(ax, last, min((run.epochs[1] for run in runs if run.replayed), default=None))
+    ax.legend(**BELOW)
+
+
+def annotate_epochs(ax: Any, last: int, first: float | None) -> None:
+    """Says of replay's epochs which one is a score; `first` is the lowest of those, None where none is finite."""
     note = {"bbox": {"facecolor": PALE, "edgecolor": "none", "pad": 3}, "zorder": 1.5}  # below the curves
     seen = f"epochs 2 to {last}: has trained\non what it scores \N{EM DASH}\nnot a compression rate"
     ax.text(0.97, 0.66, seen, color=WARNING, style="italic", transform=ax.transAxes, ha="right", va="top", **note)
-    first = min(run.epochs[1] for run in runs if run.replayed)
+    if first is None:
+        return
     note |= {"arrowprops": {"arrowstyle": "-|>", "color": "black", "shrinkB": 7, "relpos": (0.1, 1)}, "weight": "bold"}
     score = "epoch 1:\nbackward-looking,\na valid score"
     ax.annotate(score, (1, first), xytext=(0.07, 0.08), textcoords="axes fraction", **note)
-    ax.legend(**BELOW)
 
 
 def draw_position(ax: Any, runs: list[Run]) -> None:
@@ -314,7 +322,7 @@ PANELS = {  # the title, how it is drawn, whether a run has anything for it
     "time": ("Loss against time", partial(draw_training, x="seconds", y="loss"), lambda run: run.train or run.val),
     "bpb": ("Validation bits per byte", partial(draw_training, x="step", y="bpb"), lambda run: len(run.val) > 1),
     "bytes": ("Bytes", draw_bytes, lambda run: run.kinds),
-    "ttt": ("Test-time training, epoch by epoch", draw_ttt, lambda run: run.replayed),
+    "ttt": ("Test-time training, epoch by epoch", draw_ttt, lambda run: run.scored),
     "position": ("Bits per byte by position in the document", draw_position, lambda run: run.positions),
     "documents": ("Gain of test-time training, document by document", draw_documents, lambda run: run.gains),
 }
@@ -324,7 +332,7 @@ PANELS = {  # the title, how it is drawn, whether a run has anything for it
 NEEDED = dict.fromkeys(("loss", "time"), "a log with losses") | {
     "bpb": "a log with two validations",
     "bytes": "a log with the export of an artifact",
-    "ttt": "replay of more than one epoch",
+    "ttt": "result.json of test-time training",
     "position": "result.json and ttt_positions.npz of test-time training",
     "documents": "result.json and ttt_documents.npz of test-time training",
 }

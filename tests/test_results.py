@@ -1243,6 +1243,14 @@ def test_the_mixture_is_drawn_as_a_valid_score_of_its_own(tmp_path: Path) -> Non
     assert mixed.get_ydata() == pytest.approx(2 / math.log(2) / np.array([8, 7]))
 
 
+def test_a_single_pass_alone_has_its_panel_without_words_of_epochs(folder: Path) -> None:
+    a, b = np.array([50.0, 60.0]), np.array([7, 8])
+    a_scored_run(folder, a, a - 1, b)
+    (axes,) = drawn(folder, what=("ttt",)).axes
+    assert [label.split()[0] for label in legend(axes)] == ["no", "single"]
+    assert not axes.texts
+
+
 def test_documents_that_a_deadline_cut_off_gain_nothing_and_are_not_drawn(folder: Path) -> None:
     a, b = np.array([50.0, 60.0, 70.0]), np.array([7, 8, 0])
     a_scored_run(folder, a, a - 1, b, lacking=1)
@@ -1340,7 +1348,7 @@ def test_a_panel_that_is_left_out_is_said(scored: Path, reference: Path, tmp_pat
     out = call(plot, scored, reference, "--what", "loss", "ttt", "position", "--out", tmp_path / "x").out
     assert "no panel position: it takes result.json and ttt_positions.npz of test-time training" in out
     (said,) = [line for line in out.splitlines() if "panel ttt" in line]
-    assert said.endswith("/reference.txt: it takes replay of more than one epoch") and "ours" not in said
+    assert said.endswith("/reference.txt: it takes result.json of test-time training") and "ours" not in said
     assert "loss" not in out
 
 
