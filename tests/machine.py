@@ -507,9 +507,9 @@ def scored(m: Machine, stream: t.Stream, run: t.Run) -> list[list[np.ndarray]]:
     batch = t.DocumentBatch(adapting_model(m), stream, len(stream.lengths), run)
     batch.load(np.arange(len(stream.lengths)))
     batch.score()
-    plain = batch.target_nll(t.PLAIN)
+    plain = batch.target_nll()
     batch.adapt(1)
-    return [plain, batch.target_nll(t.ADAPTED)]
+    return [plain, batch.target_nll()]
 
 
 def compare_contexts(m: Machine):
