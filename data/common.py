@@ -252,6 +252,7 @@ ROWS = {
     "audit": {int: "document", str: "figure", bool: "backward_looking", float: "change repeat"},
     "curve": FIGURE | {int: "targets bytes lacking epoch"},
 }
+FINDING = {str: "outcome detail", float: "figure"}
 UNTOUCHED = "give a finished run as it was left"
 
 
@@ -310,6 +311,10 @@ def read_run(path: Path) -> Run:
         require({list: name}, "evaluation.", evaluation)
         for index, row in enumerate(evaluation[name]):
             require(ROWS[name], f"evaluation.{name}[{index}].", row)
+    if (certificate := evaluation.get("certificate")) is not None:
+        require({str: "source_sha256", dict: "findings"}, "evaluation.certificate.", certificate)
+        for name, finding in certificate["findings"].items():
+            require(FINDING, f"evaluation.certificate.findings.{name}.", finding)
     if result["seed"] != result["settings"]["seed"]:
         raise UserError(f"{path} has seed {result['seed']} and another in its settings — {UNTOUCHED}")
     return Run(path, result)

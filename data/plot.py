@@ -108,7 +108,7 @@ class Run:
             self.single_pass = self.final
         else:
             self.epochs = {row["epoch"]: row["val_bpb"] for row in found.result["evaluation"].get("curve", [])}
-        if (path := found.beside("ttt_positions")).is_file():  # audit.py --positions wrote it
+        if (path := found.beside("ttt_positions")).is_file():
             arrays = read_arrays(path, {"nll": 2, "ends": 1, "bytes": 1})
             names = arrays.get("figures", np.array(()))
             if str(arrays.get("weights")) != self.scored[0] or names.shape != arrays["nll"].shape[:1]:
@@ -270,7 +270,7 @@ NEEDED = dict.fromkeys(("loss", "time"), "a log with losses") | {
     "bpb": "a log with two validations",
     "bytes": "a log with the export of an artifact",
     "ttt": "replay of more than one epoch",
-    "position": "ttt_positions.npz, which data/audit.py RUN --positions writes",
+    "position": "ttt_positions.npz, which test-time training leaves beside result.json",
 }
 
 

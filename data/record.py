@@ -45,10 +45,18 @@ KEPT = {
     "every_target_scored_once": "all figures count the same targets and bytes, and loss and bpb agree",
     "backward_looking_score": SCORE_LABEL,
     "quantised_artifact": "scored from the artifact",
+    "certificate_causal": "no score moved when later tokens, or other documents, were replaced",
+    "certificate_normalised": "scores are probabilities that add up to 1, recomputed from earlier tokens alone",
+    "certificate_repeated": "documents scored again have the run's NLL",
+    "certificate_bytes": "counted bytes are those of the decoded text",
+    "certificate_disjoint": "no validation document stands whole in the training shards",
+    "certificate_decodes": "files that expand to the documents have the size that the score says",
     "same_experiment": "source, data, settings, torch, dtype and device agree",
     "distinct_trainings": "every seed has a model of its own",
     "significant_improvement": f"p < {SIGNIFICANCE} against an improvement of no more than {MARGIN} nats",
 }
+CERTIFICATE = "certificate_"  # before the names of data/audit.py's findings
+DECODES = "certificate_decodes"  # judged where audit.py --decode was run
 OUTCOMES = {True: "pass", False: "fail", None: "not applicable"}
 
 # What must agree in all runs of a submission, beside all settings but those that change nothing of the experiment.
@@ -136,10 +144,26 @@ def judge_run(run: Run) -> Iterator[Finding]:
     audit = result["evaluation"].get("audit", [])
     if any(row["backward_looking"] and row["change"] > row["repeat"] for row in audit):
         yield "backward_looking_score", False, f"the audit of {seed} found later tokens in earlier scores"
+    yield from judge_certificate(run, seed)
     if not result["quantised"]:
         yield "quantised_artifact", False, f"{seed} scored an unquantised state dict"
     elif artifact and artifact["sha256"] != result["weights_sha256"]:
         yield "quantised_artifact", False, f"{seed} scored another file than the artifact it made"
+
+
+def judge_certificate(run: Run, seed: str) -> Iterator[Finding]:
+    """What data/audit.py did not find to be right."""
+    certificate = run.result["evaluation"].get("certificate")
+    other = certificate and certificate["source_sha256"] != run.result["source_sha256"]
+    for rule in (rule for rule in KEPT if rule.startswith(CERTIFICATE)):
+        finding = value_of(certificate, f"findings.{rule.removeprefix(CERTIFICATE)}")
+        if rule == DECODES and not finding:
+            continue
+        if not finding or other:
+            what = "a certificate of another train_gpt.py" if other else "no certificate"
+            yield rule, None, f"{seed} has {what}: run data/audit.py"
+        elif finding["outcome"] != "pass":
+            yield rule, False if finding["outcome"] == "fail" else None, f"{seed}: {finding['detail']}"
 
 
 def judge_repetition(runs: list[Run]) -> Iterator[Finding]:
@@ -181,7 +205,10 @@ def submission(runs: list[Run], baseline: float | None, about: dict[str, Any], s
     elif test["p"] >= SIGNIFICANCE:
         found.append(("significant_improvement", False, f"{test['improvement_nats']:.5f} nats, p = {test['p']:.3g}"))
     rules = {}
+    decoded = [run for run in runs if value_of(run.result, "evaluation.certificate.findings.decodes")]
     for rule, kept in KEPT.items():
+        if rule == DECODES and not decoded:
+            continue
         outcomes = {outcome for name, outcome, _ in found if name == rule}
         outcome = False if False in outcomes else None if outcomes else True
         why = dict.fromkeys(detail for name, _, detail in found if name == rule)

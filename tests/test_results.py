@@ -88,6 +88,13 @@ def a_result(seed: int, loss: float) -> dict[str, Any]:
             "backward_looking": score,
             "last_epoch": last,
             "curve": [score, last],
+            "certificate": {
+                "source_sha256": SHA256,
+                "findings": {
+                    name: {"outcome": "pass", "figure": 0.0, "detail": "nothing"}
+                    for name in ("causal", "normalised", "repeated", "bytes", "disjoint")
+                },
+            },
             "audit": [
                 row | {"figure": "epoch_1", "backward_looking": True, "change": 0.0},
                 row | {"figure": "last_epoch_50", "backward_looking": False, "change": 3.3},
@@ -246,8 +253,9 @@ def test_single_pass_and_sliding_runs_have_no_replay_figure(runs: Callable[..., 
     assert found["status"] == "record"
     assert found["replay_last_epoch"]["val_bpb"] is None
     found = submit(tmp_path, *runs(*same(sliding)), "--baseline-loss", BASELINE)
-    assert found["status"] == "incomplete"  # the sliding window counts no documents
-    assert [reason.split(":")[0] for reason in found["reasons"]] == ["full_validation_split"]
+    assert found["status"] == "incomplete"  # the sliding window counts no documents and has no certificate
+    reasons = [reason.split(":")[0] for reason in found["reasons"]]
+    assert [name for name in reasons if not name.startswith("certificate_")] == ["full_validation_split"]
     assert found["replay_last_epoch"]["val_bpb"] is None
 
     def short(result: dict[str, Any]) -> None:
@@ -270,6 +278,7 @@ def test_single_pass_and_sliding_runs_have_no_replay_figure(runs: Callable[..., 
         (put("val_bpb", 1.0), "backward_looking_score"),
         (put("evaluation.backward_looking.backward_looking", False), "backward_looking_score"),
         (lambda result: result["evaluation"]["audit"][0].update(change=0.1), "backward_looking_score"),
+        (put("evaluation.certificate.findings.bytes.outcome", "fail"), "certificate_bytes"),
         (put("quantised", False), "quantised_artifact"),
         (lambda result: result.update(weights_sha256=f"{result['seed'] + 7:064x}"), "quantised_artifact"),
         (put("artifact.total_bytes", 16_000_001), "size_cap"),
@@ -285,6 +294,31 @@ def test_a_broken_rule_makes_a_non_record(change: Change, rule: str, runs: Calla
     assert [name for name, judged in found["rules"].items() if judged["outcome"] == "fail"] == [rule]
     assert len(found["reasons"]) == 1
     assert found["reasons"][0].startswith(rule)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda result: result["evaluation"].pop("certificate"), "seed 43 has no certificate"),
+        (put("evaluation.certificate.source_sha256", "ab" * 32), "another train_gpt.py"),
+        (put("evaluation.certificate.findings.disjoint.outcome", "not judged"), "seed 43: nothing"),
+    ],
+)
+def test_a_record_takes_certificates(change: Change, words: str, runs: Callable[..., list[Path]], tmp_path: Path):
+    found = submit(tmp_path, *runs(lambda _: None, change), "--baseline-loss", BASELINE)
+    assert found["status"] == "incomplete"
+    judged = found["rules"]["certificate_disjoint"]
+    assert judged["outcome"] == "not applicable" and words in judged["detail"]
+    assert "certificate_decodes" not in found["rules"]
+
+
+def test_files_that_were_not_the_scores_size_make_a_non_record(runs: Callable[..., list[Path]], tmp_path: Path):
+    finding = {"outcome": "fail", "figure": 9.0, "detail": "9 bytes, 5.0 by the score"}
+    found = submit(
+        tmp_path, *runs(put("evaluation.certificate.findings.decodes", finding)), "--baseline-loss", BASELINE
+    )
+    assert found["status"] == "non-record"
+    assert found["rules"]["certificate_decodes"]["outcome"] == "fail"
 
 
 def test_an_improvement_within_the_margin_is_no_record(runs: Callable[..., list[Path]], tmp_path: Path):
@@ -481,6 +515,9 @@ def test_a_deadline_is_said_in_words(runs: Callable[..., list[Path]], tmp_path: 
         (put("evaluation", {}), ["evaluation.seconds"]),
         (put("evaluation.audit", [{}]), ["evaluation.audit[0].document"]),
         (put("evaluation.audit", {}), ["evaluation.audit"]),
+        (put("evaluation.certificate", []), ["evaluation.certificate"]),
+        (put("evaluation.certificate.findings", [1]), ["evaluation.certificate.findings"]),
+        (put("evaluation.certificate.findings.bytes", {}), ["evaluation.certificate.findings.bytes"]),
         (put("artifact", []), ["artifact"]),
         (put("data", None), ["data"]),
         (put("run_id", "other"), ["train.log", "another run"]),
@@ -984,7 +1021,7 @@ def test_names_of_runs_are_no_grammar(tmp_path: Path, monkeypatch: pytest.Monkey
 def test_a_panel_that_is_left_out_is_said(scored: Path, reference: Path, tmp_path: Path) -> None:
     (scored / "ttt_positions.npz").unlink()
     out = call(plot, scored, reference, "--what", "loss", "ttt", "position", "--out", tmp_path / "x").out
-    assert "no panel position: it takes ttt_positions.npz, which data/audit.py RUN --positions writes" in out
+    assert "no panel position: it takes ttt_positions.npz, which test-time training leaves beside result.json" in out
     (said,) = [line for line in out.splitlines() if "panel ttt" in line]
     assert said.endswith("/reference.txt: it takes replay of more than one epoch") and "ours" not in said
     assert "loss" not in out
