@@ -37,6 +37,7 @@ import platform
 import re
 import select
 import shlex
+import shutil
 import signal
 import socket
 import struct
@@ -88,108 +89,114 @@ def setting(default, doc: str, low=0, high=math.inf, choices=(), form=".*", tiny
     """A field: its documentation, range, choices or pattern, and value under PRESET=tiny."""
     kind = type(default)
     choices = (0, 1) if kind is bool else choices
-    allowed = f"{kind.__name__} from {low} to {high}"
-    if choices or kind is str:
-        allowed = f"one of {', '.join(map(str, choices))}" if choices else f"printable text like {form}"
+    allowed = f"printable text like {form}" if kind is str else f"{kind.__name__} from {low} to {high}"
+    if choices:
+        allowed = f"one of {', '.join(map(str, choices))}"
     rule = dict(doc=doc, low=low, high=high, choices=choices, form=form, tiny=tiny, allowed=allowed)
     return field(default=default, metadata=rule)
 
 
-@dataclass(frozen=True)
+def settings(cls):
+    """A frozen dataclass; its fields have their defaults' types."""
+    cls.__annotations__ = {name: type(f.default) for name, f in vars(cls).items() if isinstance(f, Field)}
+    return dataclass(frozen=True)(cls)
+
+
+@settings
 class ModelSettings:
-    vocab_size: int = setting(1024, "vocabulary", 260, 65536)
-    num_layers: int = setting(10, "transformer blocks", 2, 256, tiny=4)
-    model_dim: int = setting(512, "width", 8, 16384, tiny=96)
-    num_heads: int = setting(8, "query heads", 1, 256, tiny=2)
-    num_kv_heads: int = setting(4, "key/value heads", 1, 256, tiny=1)
-    mlp_mult: float = setting(3.0, "MLP width / MODEL_DIM", 0.125, 64)
-    tie_embeddings: bool = setting(True, "embedding and head are one")
-    rope_base: float = setting(10000.0, "RoPE base", 1)
-    logit_softcap: float = setting(30.0, "largest logit, by tanh", 1e-3)
-    bigram_vocab_size: int = setting(10240, "rows of the bigram table", 2, 1 << 24, tiny=1024)
-    bigram_dim: int = setting(128, "its width", 1, 16384, tiny=32)
+    vocab_size = setting(1024, "vocabulary", 260, 65536)
+    num_layers = setting(10, "transformer blocks", 2, 256, tiny=4)
+    model_dim = setting(512, "width", 8, 16384, tiny=96)
+    num_heads = setting(8, "query heads", 1, 256, tiny=2)
+    num_kv_heads = setting(4, "key/value heads", 1, 256, tiny=1)
+    mlp_mult = setting(3.0, "MLP width / MODEL_DIM", 0.125, 64)
+    tie_embeddings = setting(True, "embedding and head are one")
+    rope_base = setting(10000.0, "RoPE base", 1)
+    logit_softcap = setting(30.0, "largest logit, by tanh", 1e-3)
+    bigram_vocab_size = setting(10240, "rows of the bigram table", 2, 1 << 24, tiny=1024)
+    bigram_dim = setting(128, "its width", 1, 16384, tiny=32)
 
 
-@dataclass(frozen=True)
+@settings
 class TrainSettings(ModelSettings):
-    seed: int = setting(42, "of weights and adapters", 0, 2**32 - 1)
-    qk_gain_init: float = setting(1.5, "initial gain of queries", -math.inf)
-    tied_embed_init_std: float = setting(0.005, "tied embedding's initial std", 1e-9)
-    iterations: int = setting(20000, "most steps", tiny=160)
-    warmdown_iters: int = setting(3500, "steps of the decay to zero", tiny=80)
-    max_wallclock_seconds: float = setting(600.0, "training time; 0: no limit", tiny=0.0)
-    train_batch_tokens: int = setting(786432, "tokens per step, all ranks", 1, 1 << 30, tiny=4096)
-    train_seq_len: int = setting(2048, "tokens per row", 2, 1 << 20, tiny=256)
-    embed_lr: float = setting(0.6, "lr of both tables, untied")
-    tied_embed_lr: float = setting(0.03, "lr of both tables, tied")
-    head_lr: float = setting(0.008, "lr of an untied head")
-    matrix_lr: float = setting(0.02, "lr of Muon's matrices")
-    scalar_lr: float = setting(0.02, "lr of everything else")
-    muon_momentum: float = setting(0.99, "Muon's momentum", 0, 1, tiny=0.95)
-    muon_backend_steps: int = setting(5, "Newton-Schulz steps", 1, 100)
-    muon_momentum_warmup_start: float = setting(0.92, "momentum at step 0", 0, 1, tiny=0.85)
-    muon_momentum_warmup_steps: int = setting(1500, "steps to MUON_MOMENTUM", tiny=80)
-    beta1: float = setting(0.9, "Adam's, LoRA's included", 0, 0.999999)
-    beta2: float = setting(0.95, "Adam's, LoRA's included", 0, 0.999999)
-    adam_eps: float = setting(1e-8, "Adam's, in training")
-    grad_clip_norm: float = setting(0.3, "largest gradient norm; 0: any")
-    weight_decay: float = setting(0.04, "decoupled, of both methods")
-    swa_enabled: bool = setting(True, "average the warmdown's weights")
-    swa_start_frac: float = setting(0.35, "largest lr share of a sample", 0, 1)
-    swa_every: int = setting(50, "steps between samples", 1, tiny=5)
+    seed = setting(42, "of weights and adapters", 0, 2**32 - 1)
+    qk_gain_init = setting(1.5, "initial gain of queries", -math.inf)
+    tied_embed_init_std = setting(0.005, "tied embedding's initial std", 1e-9)
+    iterations = setting(20000, "most steps", tiny=160)
+    warmdown_iters = setting(3500, "steps of the decay to zero", tiny=80)
+    max_wallclock_seconds = setting(600.0, "training time; 0: no limit", tiny=0.0)
+    train_batch_tokens = setting(786432, "tokens per step, all ranks", 1, 1 << 30, tiny=4096)
+    train_seq_len = setting(2048, "tokens per row", 2, 1 << 20, tiny=256)
+    embed_lr = setting(0.6, "lr of both tables, untied")
+    tied_embed_lr = setting(0.03, "lr of both tables, tied")
+    head_lr = setting(0.008, "lr of an untied head")
+    matrix_lr = setting(0.02, "lr of Muon's matrices")
+    scalar_lr = setting(0.02, "lr of everything else")
+    muon_momentum = setting(0.99, "Muon's momentum", 0, 1, tiny=0.95)
+    muon_backend_steps = setting(5, "Newton-Schulz steps", 1, 100)
+    muon_momentum_warmup_start = setting(0.92, "momentum at step 0", 0, 1, tiny=0.85)
+    muon_momentum_warmup_steps = setting(1500, "steps to MUON_MOMENTUM", tiny=80)
+    beta1 = setting(0.9, "Adam's, LoRA's included", 0, 0.999999)
+    beta2 = setting(0.95, "Adam's, LoRA's included", 0, 0.999999)
+    adam_eps = setting(1e-8, "Adam's, in training")
+    grad_clip_norm = setting(0.3, "largest gradient norm; 0: any")
+    weight_decay = setting(0.04, "decoupled, of both methods")
+    swa_enabled = setting(True, "average the warmdown's weights")
+    swa_start_frac = setting(0.35, "largest lr share of a sample", 0, 1)
+    swa_every = setting(50, "steps between samples", 1, tiny=5)
 
 
-@dataclass(frozen=True)
+@settings
 class Settings(TrainSettings):
-    preset: str = setting("record", "tiny: on the bundled sample", choices=("record", "tiny"))
-    device: str = setting("cuda", "auto: what there is", choices=("cuda", "cpu", "auto"), tiny="auto")
-    data_path: str = setting("./data/datasets/fineweb10B_sp1024", "folder of fineweb_*_*.bin", tiny=f"{SAMPLE}")
-    tokenizer_path: str = setting(
+    preset = setting("record", "tiny: on the bundled sample", choices=("record", "tiny"))
+    device = setting("cuda", "auto: what there is", choices=("cuda", "cpu", "auto"), tiny="auto")
+    data_path = setting("./data/datasets/fineweb10B_sp1024", "folder of fineweb_*_*.bin", tiny=f"{SAMPLE}")
+    tokenizer_path = setting(
         "./data/tokenizers/fineweb_1024_bpe.model", "SentencePiece model", tiny=f"{SAMPLE}/sample_1024_bpe.model"
     )
-    run_id: str = setting("", "empty: OUTPUT_DIR's name, or random")
-    output_dir: str = setting("", "of all results; empty: runs/RUN_ID")
-    eval_only: str = setting("", "score only this artifact (.ptz) or state dict (.pt)")
-    resume: bool = setting(False, "go on with OUTPUT_DIR's interrupted run")
-    checkpoint_every: int = setting(0, "steps between checkpoints; 0: when stopped and last")
-    compile: int = setting(-1, "torch.compile; -1: on CUDA only", choices=(-1, 0, 1))
-    warmup_steps: int = setting(20, "preflight's steps, undone; 0 counts as 1", tiny=2)
-    micro_batch_tokens: int = setting(98304, "most tokens of a rank at once", 1, tiny=2048)
-    val_loss_every: int = setting(500, "steps between validations; 0: only last", tiny=80)
-    val_batch_size: int = setting(524288, "tokens per validation batch, all ranks", 1, tiny=8192)
-    train_log_every: int = setting(100, "steps between log lines", 1, tiny=20)
-    fp16_keep_name_patterns: str = setting("tok_emb,blocks.8.attn.c_k", "tensors kept in fp16")
-    prune_fraction: float = setting(0.03, "smallest weights that become zero", 0, 0.15)
-    quantizer: str = setting("gptq", "rounding of int5 and int6", choices=("gptq", "nearest"))
-    quant_sigmas: str = setting(
+    run_id = setting("", "empty: OUTPUT_DIR's name, or random")
+    output_dir = setting("", "of all results; empty: runs/RUN_ID")
+    eval_only = setting("", "score only this artifact (.ptz) or state dict (.pt)")
+    resume = setting(False, "go on with OUTPUT_DIR's interrupted run")
+    checkpoint_every = setting(0, "steps between checkpoints; 0: when stopped and last")
+    compile = setting(-1, "torch.compile; -1: on CUDA only", choices=(-1, 0, 1))
+    warmup_steps = setting(20, "preflight's steps, undone; 0 counts as 1", tiny=2)
+    micro_batch_tokens = setting(98304, "most tokens of a rank at once", 1, tiny=2048)
+    val_loss_every = setting(500, "steps between validations; 0: only last", tiny=80)
+    val_batch_size = setting(524288, "tokens per validation batch, all ranks", 1, tiny=8192)
+    train_log_every = setting(100, "steps between log lines", 1, tiny=20)
+    fp16_keep_name_patterns = setting("tok_emb,blocks.8.attn.c_k", "tensors kept in fp16")
+    prune_fraction = setting(0.03, "smallest weights that become zero", 0, 0.15)
+    quantizer = setting("gptq", "rounding of int5 and int6", choices=("gptq", "nearest"))
+    quant_sigmas = setting(
         "0",
         "0 or two numbers k5,k6 from 1 to 99: int5,int6 in steps of max|row| or k * rms(row) over 15,31",
         form=r"0|[1-9]\d?(\.\d+)?,[1-9]\d?(\.\d+)?",
     )
-    calibration_tokens: int = setting(262144, "training tokens for GPTQ", 1, tiny=32768)
-    artifact_max_bytes: int = setting(16_000_000, "of artifact and this file", 1)
-    val_docs: int = setting(0, "validation documents scored; 0: all")
-    eval_stride: int = setting(64, "stride of the sliding window", 1)
-    eval_batch_seqs: int = setting(32, "sliding windows per batch and rank", 1)
-    eval_max_seconds: float = setting(600.0, "from the artifact's load on; 0: no limit", tiny=0.0)
-    ttt_enabled: bool = setting(True, "test-time training; 0: sliding window")
-    ttt_protocol: str = setting("replay", "epochs, or one pass", choices=("replay", "single_pass"))
-    ttt_context: str = setting("cached", "keys and values, or windows", choices=("cached", "recompute"))
-    ttt_lora_targets: str = setting("c_q,c_v", "layers with adapters", form=f"{ANY_TARGET}(,{ANY_TARGET})*")
-    ttt_lora_rank: int = setting(8, "rank of the adapters", 1, 4096)
-    ttt_lora_alpha: float = setting(0.0, "rank times their factor; 0: the rank")
-    ttt_lora_lr: float = setting(0.001, "their peak lr")
-    ttt_weight_decay: float = setting(0.0, "decoupled, of the adapters")
-    ttt_mixture: bool = setting(False, "mix the predictions without and with adaptation")
-    ttt_mixture_share: float = setting(0.1, "share of its weights dealt anew at each target", 1e-6, 1)
-    ttt_n_epochs: int = setting(50, "epochs (replay) or steps per chunk (single_pass)", 1, 100000)
-    ttt_chunk_size: int = setting(256, "targets per adaptation step", 1)
-    ttt_eval_seq_len: int = setting(2048, "longest window, with the chunk", 2, tiny=512)
-    ttt_batch_size: int = setting(0, "documents at once; 0: by device")
+    calibration_tokens = setting(262144, "training tokens for GPTQ", 1, tiny=32768)
+    artifact_max_bytes = setting(16_000_000, "of artifact and this file", 1)
+    val_docs = setting(0, "validation documents scored; 0: all")
+    eval_stride = setting(64, "stride of the sliding window", 1)
+    eval_batch_seqs = setting(32, "sliding windows per batch and rank", 1)
+    eval_max_seconds = setting(600.0, "from the artifact's load on; 0: no limit", tiny=0.0)
+    ttt_enabled = setting(True, "test-time training; 0: sliding window")
+    ttt_protocol = setting("replay", "epochs, or one pass", choices=("replay", "single_pass"))
+    ttt_context = setting("cached", "keys and values, or windows", choices=("cached", "recompute"))
+    ttt_lora_targets = setting("c_q,c_v", "layers with adapters", form=f"{ANY_TARGET}(,{ANY_TARGET})*")
+    ttt_lora_rank = setting(8, "rank of the adapters", 1, 4096)
+    ttt_lora_alpha = setting(0.0, "rank times their factor; 0: the rank")
+    ttt_lora_lr = setting(0.001, "their peak lr")
+    ttt_weight_decay = setting(0.0, "decoupled, of the adapters")
+    ttt_mixture = setting(False, "mix the predictions without and with adaptation")
+    ttt_mixture_share = setting(0.1, "share of its weights dealt anew at each target", 1e-6, 1)
+    ttt_n_epochs = setting(50, "epochs (replay) or steps per chunk (single_pass)", 1, 100000)
+    ttt_chunk_size = setting(256, "targets per adaptation step", 1)
+    ttt_eval_seq_len = setting(2048, "longest window, with the chunk", 2, tiny=512)
+    ttt_batch_size = setting(0, "documents at once; 0: by device")
 
     @classmethod
     def from_env(cls, env: dict[str, str]):
-        """Raises UserError naming a variable, its value and what is allowed."""
+        """Raises UserError."""
         values = {}
         for f in fields(cls):
             if env.get("PRESET") == "tiny" and f.metadata["tiny"] is not None:
@@ -243,7 +250,7 @@ def parse_setting(f: Field, raw):
 
 
 def help_text() -> str:
-    """A line for each setting: default, tiny's value, documentation, what is allowed."""
+    """A line for each setting."""
     text = ""
     for f in fields(Settings):
         tiny = "" if f.metadata["tiny"] is None else f" (tiny: {f.metadata['tiny']})"
@@ -326,6 +333,8 @@ class Ranks:
         self.beats = []  # of all ranks, when last heard
         self.unwinding = self.leaving = False
         self.how_to_go_on = ""  # a command, once there is a folder
+        self.stage = "the start", "NUM_LAYERS"  # of the run, and the setting that its memory depends on
+        self.last_act = lambda: None  # of a rank whose main thread is stuck
 
     def join(self, env: dict[str, str]):
         """Find the others, as torchrun's environment says. Raises UserError."""
@@ -380,7 +389,7 @@ class Ranks:
 
     def max(self, values) -> np.ndarray:
         """The elementwise maximum over the ranks. Returns when all have come, so it is the barrier, too."""
-        result = torch.as_tensor(values).clone()
+        result = torch.from_numpy(np.array(values))  # float64 for Python's floats
         if self.world > 1:
             dist.all_reduce(result, dist.ReduceOp.MAX)
         return result.numpy()
@@ -451,6 +460,7 @@ class Ranks:
             _thread.interrupt_main(signal.SIGTERM)  # it leaves no file half written
             time.sleep(GRACE)
         if not self.leaving:
+            self.last_act()
             os._exit(self.end(*self.found))  # it is stuck
 
     def on_signal(self, number: int, frame):
@@ -575,8 +585,9 @@ class Run:
     @property
     def attention(self) -> str:
         """The backend, which depends on the model's width, too."""
+        capability = self.capability if self.cuda else None
         built = torch.backends.cuda.is_flash_attention_available() and not torch.version.hip
-        return attention_backend(self.capability, self.s.model_dim // self.s.num_heads, self.dtype, built)
+        return attention_backend(capability, self.s.model_dim // self.s.num_heads, self.dtype, built)
 
     def using(self, **changes) -> "Run":
         """A copy with other settings."""
@@ -635,6 +646,7 @@ class Run:
         )  # until it ends otherwise
         self.sessions.append(row)
         self.session_began = time.perf_counter()
+        self.ranks.last_act = functools.partial(self.tick, 0.0)
         self.tick(0.0)
         try:
             yield
@@ -704,6 +716,8 @@ def claim_folder(run: Run):
     except BlockingIOError as e:
         raise UserError(f"OUTPUT_DIR={folder} is in use by a live run — wait for it, or choose another") from e
     names = taken()  # another run may have come and gone
+    for left in folder.glob("preflight_*"):  # by a process that was killed
+        shutil.rmtree(left, ignore_errors=True)
     if s.resume and not names:
         run.log(f"note: RESUME=1, but {folder} has nothing to go on from: this run starts afresh")
     try:
@@ -1026,6 +1040,11 @@ def grouped(x: Tensor, kv_heads: int) -> Tensor:
     return x.reshape(x.size(0), kv_heads, -1, *x.shape[3:])
 
 
+def grouped_rows_first(x: Tensor, kv_heads: int) -> Tensor:
+    """As grouped(), but in memory (B, rows, kv heads, head_dim): flash's backward would copy it there."""
+    return x.unflatten(1, (kv_heads, -1)).permute(0, 2, 3, 1, 4).flatten(1, 2).transpose(1, 2)
+
+
 def plain(q, k, v):
     """Causal attention of q (B, heads, T, head_dim) to k and v (B, kv heads, S, head_dim), whose last T entries are the
     queries' own positions, written out in float32 at least."""
@@ -1050,7 +1069,9 @@ class ContextAttention(torch.autograd.Function):
         far, far_lse, ctx.far = flash(grouped(q, k.size(1)), keys, values, False)
         far_lse = far_lse.reshape(lse.shape)
         lse = torch.logaddexp(lse, far_lse)
-        y = y.lerp(far.reshape(q.shape), (far_lse - lse).exp().to(q.dtype)[..., None])
+        # In memory (B, T, heads, head_dim): so the output projection and flash's backward need no copy.
+        near, y = y, y.new_empty(y.transpose(1, 2).shape).transpose(1, 2)
+        torch.lerp(near, far.reshape(q.shape), (far_lse - lse).exp().to(q.dtype)[..., None], out=y)
         ctx.context = keys, values  # autograd would take the next chunk's entry into the cache for a change of these
         ctx.save_for_backward(q, k, v, y, lse)
         return y
@@ -1059,8 +1080,10 @@ class ContextAttention(torch.autograd.Function):
     def backward(ctx, gradient):
         q, k, v, y, lse = ctx.saved_tensors
         near, dk, dv = flash_backward(gradient, q, k, v, y, lse, ctx.near)
-        gradient, joint, y, lse = (grouped(x, k.size(1)) for x in (gradient, q, y, lse))
-        far, _, _ = flash_backward(gradient, joint, *ctx.context, y, lse, ctx.far)
+        gradient, y = (grouped_rows_first(x, k.size(1)) for x in (gradient, y))
+        q_rows, lse = (grouped(x, k.size(1)) for x in (q, lse))
+        # Two of the kernel's five matrix products are for the context's gradients, which nobody needs.
+        far, _, _ = flash_backward(gradient, q_rows, *ctx.context, y, lse, ctx.far)
         return near + far.reshape(q.shape), dk, dv, None, None
 
 
@@ -1070,16 +1093,19 @@ def attend(q, k, v, kv, backend="flash"):
     context = []  # keys and values
     if kv is not None:
         before, own = kv.split((kv.size(3) - k.size(2), k.size(2)), dim=3)
-        own.copy_(torch.stack((k.detach(), v.detach()), 1))
+        own[:, 0], own[:, 1] = k.detach(), v.detach()
         context = before.unbind(1) if before.size(3) else []
     if backend == "plain":
         if context:
             k, v = (torch.cat(parts, 2) for parts in zip(context, (k, v), strict=True))
         # The backward pass computes the scores again, so that nothing large is kept.
         return checkpoint(plain, q, k, v, use_reentrant=False, preserve_rng_state=False)
-    if not context:  # the operator knows its own backward
-        return flash(q, k, v, True)[0]
-    return ContextAttention.apply(q, k, v, *context)
+    if context:
+        return ContextAttention.apply(q, k, v, *context)
+    y = flash(q, k, v, True)[0]  # the operator knows its own backward
+    if kv is None:
+        return y
+    return y.transpose(1, 2).contiguous().transpose(1, 2)  # as after a context: compiled code serves both
 
 
 class Linear(nn.Linear):
@@ -1400,8 +1426,8 @@ class Optimizer:
 
 
 # ======== Training ========
-# Learning rate, averaging and the end follow from the elapsed seconds that rank 0 announces, so ranks never diverge.
-# Its clock excludes warm-up, validation and export; the last training data, which GPTQ sees, are read within it.
+# Learning rate, averaging and the end follow from the seconds that rank 0 announces, so ranks never diverge. Its clock
+# excludes warm-up, validation and export; the last training data, which GPTQ sees, are read within it.
 
 RECORD_SHARE = 3500 / 6900  # of the record's steps are warmdown
 
@@ -1428,8 +1454,7 @@ def forward_backward(forward, micro_batches: list, share: float):
 
 @torch.no_grad()
 def calibrate(model, loader: BatchLoader, start: int, tokens: int, run):
-    """H = E[x x'] of the inputs x of every linear layer, by its weight's name: (cols, cols) float64; for GPTQ alone.
-    From position `start` of the training stream on."""
+    """E[x x'] of the inputs x of linear layers, by their weights' names, (cols, cols) float64; for GPTQ alone."""
     if run.s.quantizer != "gptq":
         return {}
     sums = {}
@@ -1485,7 +1510,7 @@ class Trainer:
 
     def restore(self, state: dict):
         for name in ("step", "averaged", "elapsed", "finished"):
-            setattr(self, name, state[name])
+            setattr(self, name, type(getattr(self, name))(state[name]))  # or it raises
         for name, tensor in self.tensors.items():
             tensor.copy_(state[name].view_as(tensor))
         self.optimizer.grads.zero_()
@@ -1505,19 +1530,20 @@ class Trainer:
         self.unsaved = run.ranks.from_first(write)
 
     def resume(self, path: Path):
-        """From the first rank's file. Raises UserError if it is damaged or another training's."""
+        """From the first rank's file. Raises UserError."""
         content = self.run.ranks.from_first(path.read_bytes)
         try:
             state = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
-            theirs = {name: state["identity"].get(name) for name in self.identity}
-            if theirs == self.identity:
+            theirs = state["identity"]
+            others = [f"{k.upper()}: {theirs.get(k)}, now {v}" for k, v in self.identity.items() if theirs.get(k) != v]
+            if not others:
                 self.restore(state)
+        except torch.OutOfMemoryError:
+            raise
         except Exception as e:  # damage makes torch.load raise many kinds
             raise UserError(f"checkpoint {path} is damaged ({type(e).__name__}) — delete it to start afresh") from e
-        for name, value in self.identity.items():
-            if theirs[name] != value:
-                both = f"another {name.upper()}: {theirs[name]}, now {value}"
-                raise UserError(f"checkpoint {path} has {both} — restore it, or start in another OUTPUT_DIR")
+        if others:
+            raise UserError(f"checkpoint {path} has another {others[0]} — restore it, or change OUTPUT_DIR")
 
     def state_dict(self):
         """The model's, copied to the CPU."""
@@ -1538,7 +1564,7 @@ class Trainer:
         return result, time.perf_counter() - began
 
     def warm_up(self):
-        """WARMUP_STEPS steps, at least one, undone: everything is compiled."""
+        """Steps, undone: everything is compiled."""
         before = copy.deepcopy(self.state())
         steps = max(self.run.s.warmup_steps, 1)
         seconds = [self.timed(self.train_step)[1] for _ in range(steps)]
@@ -1618,11 +1644,11 @@ class Trainer:
         return self.finish()
 
     def report(self, what):
-        """Log a loss with the time, and steps that changed nothing. Raises UserError after ten of those in a row."""
+        """Log a loss, and steps that changed nothing. Raises UserError after ten of those in a row."""
         skipped, in_a_row = self.optimizer.skipped.tolist()
         if skipped > self.reported:
-            last = f"batch from token {(self.step - 1) * self.run.s.train_batch_tokens}"
-            self.run.log(f"note: {skipped} steps by {self.step} ({last}) had no finite gradient and changed nothing")
+            last = f"by {self.step} (batch from token {(self.step - 1) * self.run.s.train_batch_tokens})"
+            self.run.log(f"note: {skipped} steps {last} had no finite gradient and changed nothing")
             self.reported = skipped
         if in_a_row >= 10:
             what = f"{in_a_row} steps in a row, up to {self.step}, had no finite gradient"
@@ -1632,6 +1658,7 @@ class Trainer:
 
     def train_step(self):
         """One step and, late in the warmdown, a sample. Returns this rank's part of the loss, ()."""
+        self.run.ranks.stage = "training", "MICRO_BATCH_TOKENS"
         s = self.run.s
         multiplier = lr_multiplier(self.step, self.elapsed, self.schedule)
         batch = self.loader.batch(self.step)
@@ -1645,17 +1672,17 @@ class Trainer:
         return loss
 
     def finish(self):
-        """Average the samples and calibrate; a checkpoint that is finished needs only the latter."""
+        """Average and calibrate; a finished checkpoint needs only the latter."""
         run = self.run
         new = not self.finished
         self.finished = True
         if new and self.averaged >= 2:
             self.optimizer.weights.copy_(self.average / self.averaged)
+        if new:
+            self.save(run)  # before calibration, which a signal may end
         hessians, self.calibration = self.calibrate(self.step * run.s.train_batch_tokens, run.s.calibration_tokens)
         outcome = "their mean is the final model" if self.averaged >= 2 else "too few, the last weights are final"
         run.log(f"swa: {self.averaged} checkpoints: {outcome}")
-        if new:
-            self.save(run)
         run.log(f"training {pairs(self.account())}")
         return hessians
 
@@ -1759,8 +1786,8 @@ def gptq(weight: Tensor, step: Tensor, hessian: Tensor, limit: int):
     return torch.empty_like(codes).scatter_(2, order, codes)
 
 
-def quantize_model(state: dict[str, Tensor], s, hessians: dict[str, Tensor] | None = None, stretch=1.0):
-    """Prune and quantise every tensor of a float32 state dict, in its order; those with a Hessian by GPTQ."""
+def quantize_model(state: dict[str, Tensor], s, hessians=None, stretch=1.0):
+    """Prune and quantise a float32 state dict's tensors, in order; those with a Hessian by GPTQ."""
     tensors = {}
     batches = {}  # matrices of one kind and shape
     for name, weight in state.items():
@@ -1806,7 +1833,7 @@ def layout(s):
 
 
 def pack(tensors: dict[str, Stored], s):
-    """Quantised tensors -> artifact, and what became of each stream; the same input gives the same bytes."""
+    """Artifact, and what became of each stream; the same input gives the same bytes."""
     # One zstd frame: the configuration's length (4 bytes), it as JSON, the streams as byte planes: all first bytes of a
     # stream's numbers, then all second ones, each compressed with statistics of its own.
     config = json.dumps(artifact_config(s)).encode()
@@ -1835,8 +1862,7 @@ def pack(tensors: dict[str, Stored], s):
 
 
 def unpack(blob: bytes, origin: str = "artifact"):
-    """Settings with the model's configuration, and float32 state dict. Raises UserError for anything but a whole,
-    honest artifact."""
+    """Settings with the model's configuration, and float32 state dict. Raises UserError."""
     frame = blob[HEADER_BYTES:]
     try:
         magic, version, length, expanded, digest = struct.unpack(HEADER, blob[:HEADER_BYTES])
@@ -1850,8 +1876,8 @@ def unpack(blob: bytes, origin: str = "artifact"):
         if len(raw) != expanded or start > MOST_CONFIG:
             raise ValueError(f"it does not expand to {expanded} bytes, or has {start - 4} of configuration")
         config = json.loads(raw[4:start])
-        usual = artifact_config(Settings())
-        if config.keys() != usual.keys() or any(type(config[name]) is not type(usual[name]) for name in usual):
+        types, usual = ({k: type(v) for k, v in c.items()} for c in (config, artifact_config(Settings())))
+        if types != usual:
             raise ValueError("the configuration is not a model's")
         s = Settings.from_env({name.upper(): value for name, value in config.items()})
         state = restored(raw[start:], s)
@@ -1864,7 +1890,7 @@ def unpack(blob: bytes, origin: str = "artifact"):
 
 
 def restored(raw: bytes, s):
-    """The float32 state dict of the streams. Raises ValueError if they are not as long as the model's."""
+    """The streams' float32 state dict. Raises ValueError if they are not as long as the model's."""
     tensors = layout(s)
     read = {}
     for kind, pieces in streams_of(tensors).items():
@@ -1882,13 +1908,12 @@ def restored(raw: bytes, s):
     return state
 
 
-def fit(state: dict[str, Tensor], hessians: dict[str, Tensor], run):
-    """The least stretch of the steps whose artifact fits the cap, or the largest; with what pack() returns for it.
-    Raises UserError."""
+def fit(state: dict[str, Tensor], hessians: dict, run):
+    """The least stretch of steps whose artifact fits the cap, or the largest; and what pack() returns for it."""
     cap = run.s.artifact_max_bytes
     state = {name: prune(weight, run.s.prune_fraction) for name, weight in state.items()}
     s = replace(run.s, prune_fraction=0.0)
-    codes = 1
+    codes = 0
     for name, stored in quantize_model(state, s).items():
         if not stored.restored().isfinite().all():
             what = "beyond fp16's range" if state[name].isfinite().all() else "that are not finite"
@@ -1901,24 +1926,25 @@ def fit(state: dict[str, Tensor], hessians: dict[str, Tensor], run):
         blob, kinds = pack(quantize_model(state, s, hessians, stretch), s)
         free = cap - len(SOURCE_BYTES) - len(blob)
         run.log(f"export: steps stretched by {stretch:.4f}: {free} bytes free of ARTIFACT_MAX_BYTES={cap}")
+        tried = stretch, blob, kinds
         if free >= 0:
             high = stretch
-            best = stretch, blob, kinds
+            best = tried
         else:
             low = stretch
         if low in (high, LARGEST_STRETCH) or 0 <= free <= SLACK * cap:
             break
         # Twice the step is a bit less per code, or not quite where steps are coarse; bisection helps where that misses.
-        stretch *= 2 ** min(8 * (SLACK / 2 * cap - free) / codes, 3)
+        stretch *= 2 ** min(8 * (SLACK / 2 * cap - free) / max(codes, 1), 3)
         if stretch >= high and not best:
             stretch = high
         elif not low < stretch < high:
             stretch = (low + high) / 2
-    return best or (stretch, blob, kinds)
+    return best or tried
 
 
-def export(state: dict[str, Tensor], hessians: dict[str, Tensor], run):
-    """Write the artifact and final_model.pt; on the first rank. Returns the account. Raises UserError."""
+def export(state: dict[str, Tensor], hessians: dict, run):
+    """Write the artifact and final_model.pt. Returns the account. Raises UserError."""
     began = time.perf_counter()
     stretch, blob, kinds = fit(state, hessians, run)
     run.write("final_model.ptz", blob)  # what is small and matters comes before what is large
@@ -1937,7 +1963,7 @@ def export(state: dict[str, Tensor], hessians: dict[str, Tensor], run):
 
 
 # ======== Evaluation ========
-# Bits per byte, every target exactly once: one function scores windows for all modes, a Score knows what it covers.
+# Every target exactly once: one function scores windows for all modes, a Score knows what it covers.
 
 
 class Score(NamedTuple):
@@ -1960,9 +1986,9 @@ class Score(NamedTuple):
 
     def checked(self, stream) -> "Score":
         """Itself. Raises RuntimeError if it does not cover the stream."""
-        if self[1:] != (stream.target_count, stream.byte_count):
-            counts = f"{self.targets} targets and {self.bytes} bytes"
-            raise RuntimeError(f"scored {counts} of {stream.target_count} and {stream.byte_count}")
+        whole = stream.target_count, stream.byte_count
+        if self[1:] != whole:
+            raise RuntimeError(f"scored {self.targets} targets and {self.bytes} bytes of {whole}")
         return self
 
     def figure(self, protocol, context, seconds, **more) -> dict:
@@ -1978,8 +2004,8 @@ def finite(number: float) -> float | None:
 
 
 def score_windows(forward, stream, windows: tuple, width: int, lora=None, past: Past | None = None):
-    """Score targets [skip, length) of B windows, each (B,) int64 with its start; padded on the right to `width`: NLL
-    (B, width) float32, 0 where not scored, and detached sums (B, 3) float64 of NLL, targets and bytes."""
+    """Score targets [skip, length) of B windows, `windows` start, length and skip, (B,) int64 each. Returns NLL (B,
+    width) float32, 0 where not scored, and detached sums (B, 3) float64 of NLL, targets, bytes."""
     start, length, skip = windows
     column = torch.arange(-GPT.LEAD if past else 0, width, device=start.device)
     at = (start[:, None] + column).clamp(0, stream.target_count - 1)
@@ -2000,8 +2026,9 @@ def overlapping(stream, size, stride):
 
 @torch.no_grad()
 def evaluate_standard(forward, stream, run, stride=None):
-    """The Score by rows of TRAIN_SEQ_LEN targets side by side or, in the sliding evaluation, every `stride`."""
+    """The Score by windows of TRAIN_SEQ_LEN targets, side by side or every `stride`."""
     s = run.s
+    run.ranks.stage = ("the sliding evaluation", "EVAL_BATCH_SEQS") if stride else ("validation", "VAL_BATCH_SIZE")
     size = s.train_seq_len
     windows = overlapping(stream, size, stride or size)
     batch = s.eval_batch_seqs if stride else max(1, s.val_batch_size // (size * run.ranks.world))
@@ -2020,7 +2047,7 @@ def evaluate_standard(forward, stream, run, stride=None):
 
 
 def evaluate_sliding(forward, stream, run):
-    """The Score by windows every EVAL_STRIDE, each scoring what no earlier one reached."""
+    """The Score by windows every EVAL_STRIDE."""
     return evaluate_standard(forward, stream, run, run.s.eval_stride)
 
 
@@ -2142,6 +2169,7 @@ class DocumentBatch:
     def __init__(self, model, stream, capacity: int, run: Run):
         self.model, self.stream, self.run = model, stream, run
         s = run.s
+        run.ranks.stage = "test-time training", "TTT_BATCH_SIZE"
         integers = functools.partial(torch.zeros, dtype=torch.int64, device=run.device)
         self.start, self.end = integers(capacity), integers(capacity)
         self.adapters = Adapters(capacity, run)
@@ -2160,7 +2188,7 @@ class DocumentBatch:
         self.lr = torch.zeros((), device=run.device)
         self.graphs = {}  # by ChunkStep: None once it has run eagerly, False if it cannot be recorded
         self.recording = True  # until that fails
-        self.memory_before = 0
+        self.memory_before = None  # beside tensors, when the first is recorded
         if run.cuda:  # one stream: graphs share memory
             self.pool, self.recorder = torch.cuda.graph_pool_handle(), torch.cuda.Stream()
 
@@ -2214,7 +2242,8 @@ class DocumentBatch:
     def _document_sums(self) -> Tensor:
         nll = self.nll[: len(self.lengths)]
         beyond = torch.arange(nll.size(1), device=nll.device) >= self.end[: len(nll), None]
-        return nll.masked_fill(beyond, 0.0).sum(1, dtype=torch.float64)
+        nll = nll.masked_fill(beyond, 0.0)
+        return torch.where((nll == UNSCORED).any(1), UNSCORED, nll.sum(1, dtype=torch.float64))  # whatever else it has
 
     def _single_pass(self, rates: list[float], cached: bool):
         self.nll.fill_(UNSCORED)
@@ -2275,7 +2304,8 @@ class DocumentBatch:
             torch.cuda.empty_cache()  # while a graph is recorded the allocator gives nothing back
         if not self.recording or device_is_full():
             return False
-        self.memory_before = self.memory_before or memory_beside_tensors()
+        if self.memory_before is None:
+            self.memory_before = memory_beside_tensors()
         graph = torch.cuda.CUDAGraph()
         self.recorder.wait_stream(torch.cuda.current_stream())
         try:
@@ -2693,9 +2723,11 @@ def score_file(model: GPT, stream, run: Run, **known) -> Score:
     """Load the file, evaluate it and report; result.json takes what else is `known`. Raises UserError, once that is
     written, for a score that is not finite."""
     s = run.s
-    # Killed sessions took a little longer than they could say.
-    earlier = [row["seconds"] for row in run.sessions if row["stage"] == "evaluation"]
-    began = time.perf_counter() - run.ranks.from_first(sum, earlier)
+    earlier = 0.0  # seconds of sessions whose scores are still there; killed ones took a little longer
+    for row in run.sessions:
+        if row["stage"] == "evaluation":
+            earlier = 0.0 if row["ended"] == "finished" else earlier + row["seconds"]
+    began = time.perf_counter() - float(run.ranks.max([earlier])[0])
     path = Path(s.eval_only or run.folder / "final_model.ptz")
     scores = None
     with run.session("evaluation"):
@@ -2761,6 +2793,12 @@ def preflight(trainer: Trainer | None, model: GPT, run: Run) -> dict[str, float]
         score_file(model, stream, small)
         done("evaluation")
     run.log("preflight " + " ".join(f"{name}:{value:.1f}s" for name, value in seconds.items()))
+    describe_device(run)
+    return seconds
+
+
+def describe_device(run: Run):
+    """What the preflight has found of memory and graphs."""
     if run.cuda:
         sizes = *torch.cuda.mem_get_info(), torch.cuda.memory_reserved()
         run.log("memory free:{:.1f} of {:.1f} GiB, kept by the allocator:{:.1f}".format(*(x / 2**30 for x in sizes)))
@@ -2768,7 +2806,6 @@ def preflight(trainer: Trainer | None, model: GPT, run: Run) -> dict[str, float]
         run.log(f"CUDA graphs against eager steps: {pairs(run.rehearsed)} (accepted: nll 0.001, movement 0.1)")
         if not run.graphs:
             run.log("note: CUDA graphs do not compute what they record here; every step is launched kernel by kernel")
-    return seconds
 
 
 class Rehearsal(NamedTuple):
@@ -2938,12 +2975,27 @@ def main(ranks: Ranks) -> int:
     return 3 if trainer and not known["artifact"]["fits"] else 0
 
 
-def entry() -> int:
+def take_arguments(arguments: list[str]):
+    """Settings as --name=value become variables. Raises UserError for any other argument."""
+    known = {f.name.upper() for f in fields(Settings)}
+    for argument in arguments:
+        name, equals, value = argument.removeprefix("--").partition("=")
+        name = name.replace("-", "_").upper()
+        if name not in known or not equals or not argument.startswith("--"):
+            raise UserError(f"{argument} is no setting as --name=value — see --help")
+        os.environ[name] = value
+
+
+def entry(arguments: list[str] = ()) -> int:
     """Run main() and turn its exceptions into one line and an exit code, the same on all ranks."""
+    if "--help" in arguments:
+        say(help_text())
+        return 0
     ranks = Ranks()
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # while a handler would not be called
     try:
         ranks.join(os.environ)
+        take_arguments(arguments)
         for name in ("SIGINT", "SIGTERM", "SIGHUP"):
             # nohup's SIGHUP stays ignored, but not under torchrun, which passes it on and kills who does not end
             number = getattr(signal, name, None)
@@ -2958,9 +3010,12 @@ def entry() -> int:
         return ranks.end(2, f"error: {system_says(e)}")
     except Interrupted as e:
         return ranks.end(e.code, e.line)
-    except RuntimeError as e:
+    except torch.OutOfMemoryError as e:
+        stage, limit = ranks.stage
+        return ranks.end(2, f"error: out of memory in {stage}: {' '.join(str(e).split())[:120]} — set {limit} lower")
+    except Exception as e:
         ranks.unwinding = True
-        broken = ranks.world > 1 and re.search("gloo|nccl|connection", str(e), re.I)
+        broken = ranks.world > 1 and isinstance(e, RuntimeError) and re.search("gloo|nccl|connection", str(e), re.I)
         if broken:
             time.sleep(2)  # the rank that broke a collective says why
         elif not ranks.ending:
@@ -2969,4 +3024,4 @@ def entry() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(entry())
+    sys.exit(entry(sys.argv[1:]))

@@ -238,86 +238,144 @@ def check_shard(path: Path) -> int:
 
 # What result.json and its parts hold: dotted paths, by the type that they must be of.
 RESULT = {
-    str: "run_id source_sha256 weights_sha256 environment.torch environment.device environment.dtype data.validation",
+    str: "run_id source_sha256 weights_sha256 environment.torch environment.device environment.dtype data.validation"
+    " data.tokenizer",
     int: "seed settings.seed source_bytes world_size",
-    float: "val_loss val_bpb evaluation.seconds",
-    bool: "quantised",
+    float: "evaluation.seconds",
+    bool: "quantised evaluation.at_least evaluation.within_budget",
+    list: "sessions",
 }
-FIGURE = {float: "val_loss val_bpb", int: "targets bytes lacking", bool: "backward_looking"}
+FIGURE = {int: "targets bytes lacking", bool: "backward_looking"}
 OPTIONAL = {
     "training": {int: "steps", float: "seconds calibration"},
     "artifact": {int: "model_bytes code_bytes total_bytes", str: "sha256"},
+    "evaluation.certificate": {str: "source_sha256", dict: "findings"},
 }
 ROWS = {
-    "audit": {int: "document", str: "figure", bool: "backward_looking", float: "change repeat"},
-    "curve": FIGURE | {int: "targets bytes lacking epoch"},
+    "sessions": {str: "stage ended", int: "world_size", float: "seconds", list: "devices"},
+    "evaluation.audit": {int: "document", str: "figure", bool: "backward_looking", float: "change repeat"},
+    "evaluation.curve": {int: "epoch not_finite"},
 }
 FINDING = {str: "outcome detail", float: "figure"}
 UNTOUCHED = "give a finished run as it was left"
+SCORES = ("backward_looking", "mixture")  # what test-time training may name as its score
+FIGURES = ("sliding", "no_adaptation", *SCORES, "last_epoch")
 
 
 @dataclass(frozen=True)
 class Run:
-    """What an evaluation left: `result`, the content of its result.json, checked, and the files beside it."""
+    """What a run left in its folder: `result`, the content of its result.json, checked, and the files beside it."""
 
-    path: Path  # result.json, or result_<tag>.json of another evaluation in the same folder
+    path: Path  # result.json
     result: dict[str, Any]
-
-    def beside(self, name: str) -> Path:
-        """The file of this evaluation that is called `name` in a folder with one."""
-        return self.path.with_name(self.path.name.replace("result", name, 1)).with_suffix(".npz")
 
     @property
     def figures(self) -> dict[str, dict[str, Any]]:
         """The figures of the evaluation by name; replay's last epoch, if any, comes last."""
-        names = ("sliding", "no_adaptation", "backward_looking", "mixture", "last_epoch")
-        return {name: figure for name in names if (figure := self.result["evaluation"].get(name))}
+        return {name: figure for name in FIGURES if (figure := self.result["evaluation"].get(name))}
+
+    @property
+    def score_name(self) -> str:
+        """Which figure counts: that of the sliding window, or what test-time training names as its score."""
+        return "sliding" if "sliding" in self.figures else self.result["evaluation"]["score"]
 
     @property
     def score(self) -> dict[str, Any]:
-        """The figure that counts: of the sliding window, or what test-time training names as its score."""
-        named = value_of(self.result, "evaluation.score")
-        return self.figures.get("sliding") or self.figures["mixture" if named == "mixture" else "backward_looking"]
+        """The figure that counts."""
+        return self.figures[self.score_name]
+
+    @property
+    def cut(self) -> str:
+        """What a deadline kept from documents, in words; empty where it kept nothing."""
+        return deadline_cut(self.score["lacking"], self.figures.get("last_epoch", self.score)["lacking"])
+
+    @property
+    def findings(self) -> dict[str, dict[str, Any]]:
+        """The certificate, as audit.py writes it: by name, `outcome` (pass, fail, not judged), `figure` and `detail`.
+        Empty without one, and where another train_gpt.py than the run's made it."""
+        certificate = self.result["evaluation"].get("certificate")
+        own = certificate and certificate["source_sha256"] == self.result["source_sha256"]
+        return certificate["findings"] if own else {}
+
+
+def deadline_cut(score: int, last: int) -> str:
+    """What it means that so many documents lack the score and replay's last epoch; empty where none does."""
+    words = [f"{score:,} documents count without adaptation in the score"] if score else []
+    words += [f"{last:,} did not reach the last epoch"] if last > score else []
+    return f"time ran out: {', '.join(words)}" if words else ""
 
 
 def read_run(path: Path) -> Run:
-    """Reads a result.json, or the one in a run's folder; UserError if it is anything else."""
+    """Reads a run by its folder, or by the result.json in it; UserError if it is anything else."""
     path = path / "result.json" if path.is_dir() else path
+    if path.name != "result.json":
+        raise UserError(f"{path} is no run — give a run's folder")
     try:
         result = json.loads(path.read_bytes(), parse_int=bounded, parse_float=bounded, parse_constant=bounded)
         json.dumps(result, ensure_ascii=False).encode()  # no half of a character
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is no JSON of a run ({error}) — {UNTOUCHED}") from error
-    if (version := value_of(result, "schema_version")) not in (2, 3):
+    check_version(path, value_of(result, "schema_version"))
+    check_form(path, result)
+    return Run(path, result)
+
+
+def check_version(path: Path, version: object) -> None:
+    """UserError unless a result is of the form that is read here."""
+    if version == 2:
+        weights = path.with_name("final_model.ptz")
+        cure = f"score its weights again: EVAL_ONLY={weights}, its settings, an OUTPUT_DIR of its own; or train again"
+        raise UserError(f"{path} has schema_version 2, an earlier train_gpt.py's, not 3 — {cure}")
+    if version != 3:
         raise UserError(f"{path} has schema_version {version!r}, not 3 — {UNTOUCHED}")
 
-    def require(form: dict[type, str], place: str, part: Any) -> None:
-        for kind, names in form.items():
-            for name in names.split():
-                value = value_of(part, name)
-                if type(value) is not kind and (type(value), kind) != (int, float):
-                    raise UserError(f"{path} has no {place}{name} of type {kind.__name__} — {UNTOUCHED}")
 
-    require(RESULT, "", result)
-    evaluation = result["evaluation"]
-    for name in ["sliding"] if "sliding" in evaluation else ["no_adaptation", "backward_looking", "last_epoch"]:
-        require(FIGURE, f"evaluation.{name}.", evaluation.get(name))
-    if evaluation.get("score") == "mixture":
-        require(FIGURE, "evaluation.mixture.", evaluation.get("mixture"))
+def require(path: Path, form: dict[type, str], place: str, part: Any) -> None:
+    """UserError unless a part of the result, which stands at `place`, has all that `form` names, of its type."""
+    for kind, names in form.items():
+        for name in names.split():
+            value = value_of(part, name)
+            if type(value) is not kind and (type(value), kind) != (int, float):
+                raise UserError(f"{path} has no {place}{name} of type {kind.__name__} — {UNTOUCHED}")
+
+
+def require_figure(path: Path, place: str, figure: Any, finite: bool = False) -> None:
+    """UserError unless this is a figure; one that is not finite, and need not be, is null."""
+    require(path, FIGURE, place, figure)
+    for name in ("val_loss", "val_bpb"):
+        if finite or figure.get(name, "") is not None:
+            require(path, {float: name}, place, figure)
+
+
+def check_form(path: Path, result: dict[str, Any]) -> None:
+    """UserError unless everything that the tools read is there and of its type, and the score is a number."""
+    require(path, RESULT, "", result)
+    evaluation, window = result["evaluation"], "sliding" in result["evaluation"]
+    if not window and evaluation.get("score") not in SCORES:
+        raise UserError(f"{path} has no evaluation.score of {' or '.join(SCORES)} — {UNTOUCHED}")
+    score = "sliding" if window else evaluation["score"]
+    if None in (result.get("val_loss", 0), result.get("val_bpb", 0)):
+        raise UserError(f"the score of {path} is not finite — lower the learning rates, or score other weights")
+    require(path, {float: "val_loss val_bpb"}, "", result)
+    there = [name for name in FIGURES if name in evaluation]
+    for name in there if window else dict.fromkeys(["no_adaptation", "backward_looking", "last_epoch", score, *there]):
+        require_figure(path, f"evaluation.{name}.", evaluation.get(name), name == score)
     for name, form in OPTIONAL.items():
-        if result.get(name) is not None:
-            require(form, f"{name}.", result[name])
-    for name in ROWS.keys() & evaluation.keys():
-        require({list: name}, "evaluation.", evaluation)
-        for index, row in enumerate(evaluation[name]):
-            require(ROWS[name], f"evaluation.{name}[{index}].", row)
-    if (certificate := evaluation.get("certificate")) is not None:
-        require({str: "source_sha256", dict: "findings"}, "evaluation.certificate.", certificate)
-        for name, finding in certificate["findings"].items():
-            require(FINDING, f"evaluation.certificate.findings.{name}.", finding)
+        if value_of(result, name) is not None:
+            require(path, form, f"{name}.", value_of(result, name))
+    for name, finding in (value_of(evaluation, "certificate.findings") or {}).items():
+        require(path, FINDING, f"evaluation.certificate.findings.{name}.", finding)
+    for name, form in ROWS.items():
+        if value_of(result, name) is not None:
+            require(path, {list: name}, "", result)
+            for index, row in enumerate(value_of(result, name)):
+                require(path, form, f"{name}[{index}].", row)
+    for index, row in enumerate(evaluation.get("curve") or []):
+        require_figure(path, f"evaluation.curve[{index}].", row)
+    if any(type(device) is not str for row in result["sessions"] for device in row["devices"]):
+        raise UserError(f"{path} has a session whose devices are no names — {UNTOUCHED}")
     if result["seed"] != result["settings"]["seed"]:
         raise UserError(f"{path} has seed {result['seed']} and another in its settings — {UNTOUCHED}")
-    return Run(path, result)
 
 
 def bounded(digits: str) -> float:
@@ -363,18 +421,34 @@ def read_arrays(path: Path, axes: dict[str, int]) -> dict[str, np.ndarray]:
     return arrays
 
 
-def read_documents(run: Run) -> dict[str, np.ndarray]:
-    """Reads an evaluation's ttt_documents.npz: bytes and nll_no_adaptation (D,), nll_per_epoch (E, D), in nats."""
+def beside(run: Run, name: str, axes: dict[str, int]) -> tuple[Path, dict[str, np.ndarray]]:
+    """Path and arrays of the file of test-time training called `name` in a run's folder."""
     if "sliding" in run.figures:
         raise UserError(f"{run.path} is of a sliding window — give runs with test-time training")
-    path = run.beside("ttt_documents")
-    mixture = {"nll_mixture": 1} if "mixture" in run.figures else {}
-    axes = {"bytes": 1, "nll_no_adaptation": 1, "nll_per_epoch": 2, "figures_finished": 1}
-    arrays = read_arrays(path, axes | mixture)
-    found = arrays["nll_no_adaptation"].sum(), *arrays["nll_per_epoch"][:1].sum(1)
-    for nats, figure in zip(found, run.figures.values(), strict=False):
-        if not figure["lacking"] and not math.isclose(nats, figure["val_loss"] * figure["targets"], rel_tol=1e-6):
+    path = run.path.with_name(name)
+    return path, read_arrays(path, axes)
+
+
+def check_sums(path: Path, run: Run, sums: dict[str, float]) -> None:
+    """UserError unless NLL that a file sums up, by figure, are those of the result, so that both are of one run."""
+    for name, nats in sums.items():
+        figure = run.figures[name]
+        if figure["val_loss"] is not None and not math.isclose(
+            nats, figure["val_loss"] * figure["targets"], rel_tol=1e-6
+        ):
             raise UserError(f"{path} has other figures than {run.path} — {UNTOUCHED}")
+
+
+def read_documents(run: Run) -> dict[str, np.ndarray]:
+    """Reads a run's ttt_documents.npz: bytes and nll_no_adaptation (D,), nll_per_epoch (E, D), in nats; nll_mixture
+    (D,) where the run has one."""
+    mixture = {"nll_mixture": 1} if "mixture" in run.figures else {}
+    axes = {"bytes": 1, "nll_no_adaptation": 1, "nll_per_epoch": 2, "figures_finished": 1} | mixture
+    path, arrays = beside(run, "ttt_documents.npz", axes)
+    if not len(arrays["nll_per_epoch"]):
+        raise UserError(f"{path} has no epoch — {UNTOUCHED}")
+    sums = {"no_adaptation": arrays["nll_no_adaptation"].sum(), "backward_looking": arrays["nll_per_epoch"][0].sum()}
+    check_sums(path, run, sums | {name.removeprefix("nll_"): arrays[name].sum() for name in mixture})
     return arrays
 
 
@@ -385,3 +459,19 @@ def read_scores(run: Run) -> dict[str, np.ndarray]:
     scores = {"backward_looking": arrays["nll_per_epoch"][0], "mixture": arrays.get("nll_mixture")}
     found = {name: np.where(finished, nll, np.nan) for name, nll in scores.items() if nll is not None}
     return found | {"no_adaptation": arrays["nll_no_adaptation"]}
+
+
+def read_positions(run: Run) -> dict[str, np.ndarray]:
+    """Reads a run's ttt_positions.npz: by span of the document `ends`, `bytes`, `targets` (S,), and `nll` (F, S) in
+    nats of the figures that `figures` (F,) names: no_adaptation, epoch_1 or single_pass, mixture."""
+    path, arrays = beside(run, "ttt_positions.npz", {"nll": 2, "ends": 1, "bytes": 1, "targets": 1})
+    adapted = "epoch_1" if value_of(run.result, "settings.ttt_protocol") == "replay" else "single_pass"
+    known = {"no_adaptation": "no_adaptation", adapted: "backward_looking", "mixture": "mixture"}
+    names = arrays.get("figures", np.array(())).tolist()
+    counted = all(math.isclose(arrays[name].sum(), run.score[name]) for name in ("targets", "bytes"))
+    expected = [name for name, figure in known.items() if figure in run.figures]
+    if not counted or names != expected or len(arrays["nll"]) != len(names):
+        raise UserError(f"{path} has other figures than {run.path} — {UNTOUCHED}")
+    sums = {known[name]: nats for name, nats in zip(names, arrays["nll"].sum(1).tolist(), strict=True)}
+    check_sums(path, run, sums)
+    return arrays

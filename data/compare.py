@@ -2,7 +2,8 @@
 
     python data/compare.py runs/a runs/b runs/c
 
-Only backward-looking figures count: single_pass's, or epoch 1 of replay. Intervals are by bootstrap over documents
+Only backward-looking figures count: single_pass's, epoch 1 of replay, or where it is the run's score their mixture with
+the prediction before adaptation. Intervals are by bootstrap over documents
 (Efron 1979), with the same draws for every run, so that the gain over the best is compared document by document.
 """
 
@@ -12,31 +13,33 @@ from pathlib import Path
 
 import numpy as np
 
-from common import Run, UserError, deliver, number, read_documents, read_run, run_tool
+from common import Run, UserError, deliver, number, read_documents, read_run, read_scores, run_tool
 
 SETTINGS = ["protocol", "context", "eval_seq_len", "n_epochs", "lora_lr", "chunk_size", "lora_rank", "weight_decay"]
+SETTINGS += ["lora_targets", "lora_alpha", "mixture_share"]
 FEW = 30  # documents; see warnings()
-FIGURES = ["no adaptation", "backward-looking", "gain", "95% interval", "behind the best, 95% interval"]
+FIGURES = ["no adaptation", "adapted", "mixture", "gain", "95% interval", "behind the best, 95% interval"]
 
 
-def read_alike(paths: list[Path]) -> tuple[list[Run], np.ndarray, np.ndarray, np.ndarray]:
-    """Runs, the bytes of their documents (D,), and bits without adaptation and backward-looking, (runs, D) each."""
+def read_alike(paths: list[Path]) -> tuple[list[Run], np.ndarray, list[dict[str, np.ndarray]]]:
+    """Runs, the bytes of their documents (D,), and for each run the bits (D,) of every figure that is no later epoch's,
+    and of its score."""
     runs = [read_run(path) for path in paths]
-    arrays = [read_documents(run) for run in runs]
-    first, bytes_ = runs[0].result, arrays[0]["bytes"]
-    for run, found in zip(runs, arrays, strict=True):
+    counted = [read_documents(run)["bytes"] for run in runs]
+    first, bytes_ = runs[0].result, counted[0]
+    for run, own in zip(runs, counted, strict=True):
         pair = f"{run.path} and {runs[0].path}"
-        if lacking := run.score["lacking"]:
-            raise UserError(f"{run.path}: the deadline left {lacking:,} documents out — raise EVAL_MAX_SECONDS")
+        if run.score["lacking"]:
+            raise UserError(f"{run.path}: {run.cut} — raise EVAL_MAX_SECONDS")
         if run.result["weights_sha256"] != first["weights_sha256"]:
             raise UserError(f"{pair} scored different models — compare like with like")
         same_text = run.result["data"]["validation"] == first["data"]["validation"]
-        if not same_text or not np.array_equal(found["bytes"], bytes_):
+        if not same_text or not np.array_equal(own, bytes_):
             raise UserError(f"{pair} did not score the same documents — compare like with like")
     if np.count_nonzero(bytes_) < 2:
         raise UserError(f"{runs[0].path} has fewer than two documents with bytes — compare evaluations of several")
-    plain = np.stack([found["nll_no_adaptation"] for found in arrays]) / math.log(2)
-    return runs, bytes_, plain, np.stack([found["nll_per_epoch"][0] for found in arrays]) / math.log(2)
+    figures = [{name: nll / math.log(2) for name, nll in read_scores(run).items()} for run in runs]
+    return runs, bytes_, [bits | {"score": bits[run.score_name]} for run, bits in zip(runs, figures, strict=True)]
 
 
 def interval(bits: np.ndarray, bytes_: np.ndarray, samples: int, seed: int) -> str:
@@ -55,6 +58,12 @@ def interval(bits: np.ndarray, bytes_: np.ndarray, samples: int, seed: int) -> s
     return "{:+.4f} to {:+.4f}".format(*found.confidence_interval)
 
 
+def rate(bits: np.ndarray, bytes_: np.ndarray, sign: str = "") -> str:
+    """Bits per byte over all documents."""
+    found = bits.sum() / bytes_.sum()
+    return f"{found:{sign}.4f}" if math.isfinite(found) else "not finite"
+
+
 def warnings(bytes_: np.ndarray) -> list[str]:
     """What is to be known of the intervals; the coverage is measured on normal and on log-normal gains."""
     with_bytes, lines = np.count_nonzero(bytes_), []
@@ -70,23 +79,26 @@ def warnings(bytes_: np.ndarray) -> list[str]:
 
 def main(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("runs", nargs="+", type=Path, metavar="RUN", help="a run's folder, or a result_<tag>.json in it")
+    add("runs", nargs="+", type=Path, metavar="RUN", help="a run's folder")
     add("--samples", type=number(int, 1), default=10_000, help="of the bootstrap (default: %(default)s)")
     add("--seed", type=number(int, 0), default=0, help="of the bootstrap (default: %(default)s)")
     options = parser.parse_args()
-    runs, bytes_, plain, adapted = read_alike(options.runs)
+    runs, bytes_, figures = read_alike(options.runs)
     draws = bytes_, options.samples, options.seed  # the same for every run
-    gains = plain - adapted
-    best, *_ = order = np.argsort(adapted.sum(1), kind="stable")
+    scores = np.stack([bits["score"] for bits in figures])
+    gains = np.stack([bits["no_adaptation"] for bits in figures]) - scores
+    best, *_ = order = np.argsort(scores.sum(1), kind="stable")
     rows = [SETTINGS + FIGURES, ["---"] * len(SETTINGS + FIGURES)]
     for i in order:
         shown = {name: str(runs[i].result["settings"].get(f"ttt_{name}", "?")) for name in SETTINGS}
         if shown["protocol"] == "replay":
             shown["n_epochs"] = f"1 of {shown['n_epochs']}"
-        before, after, gain = (bits[i].sum() / bytes_.sum() for bits in (plain, adapted, gains))
+        if runs[i].score_name != "mixture":
+            shown["mixture_share"] = "–"
+        totals = [figures[i].get(name) for name in ("no_adaptation", "backward_looking", "mixture")]
+        rates = ["–" if bits is None else rate(bits, bytes_) for bits in totals]
         behind = "–" if i == best else interval(gains[best] - gains[i], *draws)
-        figures = f"{before:.4f}", f"{after:.4f}", f"{gain:+.4f}", interval(gains[i], *draws), behind
-        rows.append([*shown.values(), *figures])
+        rows.append([*shown.values(), *rates, rate(gains[i], bytes_, "+"), interval(gains[i], *draws), behind])
     lines = ["| " + " | ".join(row) + " |" for row in rows]
     count = f"{len(bytes_):,} documents, {int(bytes_.sum()):,} bytes, {options.samples:,} bootstrap samples"
     deliver("\n".join([*lines, "", count, *warnings(bytes_)]))

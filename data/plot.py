@@ -1,7 +1,7 @@
-"""Draws runs: loss, validation bits per byte, where the bytes go, and test-time training by epoch and by position.
+"""Draws runs: loss, validation bits per byte, where the bytes go, and test-time training by epoch, position, document.
 
 python data/plot.py runs/a runs/b --out pictures/runs
-python data/plot.py runs/a runs/a/result_*.json --what ttt position --out pictures/evaluation
+python data/plot.py runs/a runs/a_single_pass --what ttt position documents --out pictures/evaluation
 """
 
 import argparse
@@ -16,7 +16,8 @@ from typing import Any
 
 import numpy as np
 
-from common import UNTOUCHED, UserError, naming, read_arrays, read_documents, read_run, run_tool, write_atomic
+import common
+from common import UserError, naming, run_tool, write_atomic
 
 TENSORS = ["int5", "int6", "int8", "fp16", "fp32", "scale"]  # and what else has bytes, in the order of their bars
 KINDS = [*TENSORS, "header", "model", "code", "total"]
@@ -38,14 +39,16 @@ STYLE = {
     "savefig.dpi": 200,
     "svg.hashsalt": "train_gpt",
 }
-# How a figure is drawn, by what it is: without adaptation, a valid score, trained on what it scores.
+# How a figure is drawn, by what it is: without adaptation, two valid scores, trained on what it scores.
 PLAIN, VALID, SEEN = {"lw": 1.4, "ls": ":"}, {"lw": 1.8, "ls": "-"}, {"lw": 1.5, "ls": "--", "mfc": "white"}
+MIXED = {"lw": 1.8, "ls": (0, (7, 1.5, 1.5, 1.5))}
 LOGGED = {"train": ["loss"], "val": ["loss", "bpb"]}
 UNITS = {"loss": "nats per token", "bpb": "bits per byte"}
 BATCH, VALIDATION = {"lw": 0.9, "alpha": 0.55}, {"lw": 1.5, "marker": "o", "ms": 3.5}
 STAR = {"lw": 0, "marker": "*", "ms": 13, "mec": "white", "zorder": 4}
-LOOKS = dict.fromkeys(("epoch_1", "single_pass"), (VALID, ", a valid score"))
-LOOKS["no_adaptation"] = PLAIN | {"zorder": 3}, ""
+LOOKS = {"no_adaptation": PLAIN | {"zorder": 3}, "epoch_1": VALID, "single_pass": VALID, "mixture": MIXED}
+SCORED = ", a valid score"
+OWN_LEGEND = {"ttt", "position", "documents"}  # panels of test-time training, whose legends are below
 BELOW = {"loc": "upper center", "bbox_to_anchor": (0.5, 0), "borderaxespad": 5}  # a legend under its panel
 
 
@@ -64,11 +67,13 @@ class Run:
     of_artifact: bool = False  # what `final` scores, on the text of the validations
     final: float | None = None  # this and what follows in bits per byte
     no_adaptation: float | None = None
-    epochs: dict[int, float] = field(default_factory=dict)  # of replay, from 1
+    epochs: dict[int, float] = field(default_factory=dict)  # of replay, from 1; NaN for what is not finite
     single_pass: float | None = None
+    mixture: float | None = None  # of the one or the other with the prediction without adaptation
     scored: tuple[str, ...] = ()  # weights and text of the result
     positions: dict[str, np.ndarray] = field(default_factory=dict)  # by figure, in spans of the document
     ends: tuple[int, ...] = ()  # of the spans, in tokens
+    gains: dict[str, np.ndarray] = field(default_factory=dict)  # by figure, of documents with bytes, in their order
 
     def read_line(self, line: str) -> None:
         """Takes in one line of a log; most tell nothing. ValueError or KeyError for a known form with a wrong value."""
@@ -96,27 +101,56 @@ class Run:
 
     def read_result(self, path: Path) -> None:
         """Takes in an evaluation; UserError if it or what is beside it is damaged."""
-        found = read_run(path)
+        found = common.read_run(path)
         self.final, self.of_artifact = found.score["val_bpb"], found.result["quantised"]
         self.lacks = tuple(figure["lacking"] for figure in (found.score, found.figures.get("last_epoch", found.score)))
         if "sliding" in found.figures:
             return
-        read_documents(found)  # are they this evaluation's?
+        bpb = {name: finite(figure["val_bpb"]) for name, figure in found.figures.items()}
         self.scored = found.result["weights_sha256"], found.result["data"]["validation"]
-        self.no_adaptation = found.figures["no_adaptation"]["val_bpb"]
+        self.no_adaptation, self.mixture = bpb["no_adaptation"], bpb.get("mixture")
         if found.result["settings"].get("ttt_protocol") == "single_pass":
-            self.single_pass = self.final
+            self.single_pass = bpb["backward_looking"]
         else:
-            self.epochs = {row["epoch"]: row["val_bpb"] for row in found.result["evaluation"].get("curve", [])}
-        if (path := found.beside("ttt_positions")).is_file():
-            arrays = read_arrays(path, {"nll": 2, "ends": 1, "bytes": 1})
-            names = arrays.get("figures", np.array(()))
-            if str(arrays.get("weights")) != self.scored[0] or names.shape != arrays["nll"].shape[:1]:
-                raise UserError(f"{path} is damaged or of another run — {UNTOUCHED}")
+            curve = found.result["evaluation"].get("curve") or []
+            self.epochs = {row["epoch"]: finite(row["val_bpb"]) for row in curve}
+        self.read_gains(found)
+        if found.path.with_name("ttt_positions.npz").is_file():
+            arrays = common.read_positions(found)
             self.ends = tuple(arrays["ends"].tolist())
             enough = arrays["bytes"] > 0.01 * arrays["bytes"].sum()  # the rest of one document says nothing
             bytes_ = np.where(enough, arrays["bytes"], np.nan)
-            self.positions = dict(zip(names.tolist(), arrays["nll"] / math.log(2) / bytes_, strict=True))
+            rates = arrays["nll"] / math.log(2) / bytes_
+            self.positions = dict(zip(arrays["figures"].tolist(), rates, strict=True))
+
+    def read_gains(self, found: common.Run) -> None:
+        """Takes in what each document gains over no adaptation, in bits per byte; those cut off are left out."""
+        nll, bytes_ = common.read_scores(found), common.read_documents(found)["bytes"]
+        plain = nll.pop("no_adaptation")
+        for name, adapted in nll.items():
+            whole = np.isfinite(adapted) & (bytes_ > 0)
+            label = "mixture" if name == "mixture" else "epoch_1" if self.single_pass is None else "single_pass"
+            if whole.any():
+                self.gains[label] = np.sort((plain - adapted)[whole] / math.log(2) / bytes_[whole])
+
+    def title(self, name: str) -> str:
+        """What a figure is called; a mixture by what it is mixed with."""
+        adapted = "epoch_1" if self.single_pass is None else "single_pass"
+        return {"mixture": f"mixture with {adapted}"}.get(name, name).replace("_", " ")
+
+    @property
+    def replayed(self) -> bool:
+        """Whether there is a score, and epochs after it."""
+        return len(self.epochs) > 1 and math.isfinite(self.epochs.get(1, math.nan))
+
+
+def finite(bpb: float | None) -> float:
+    """A figure of a result, which is null where it is not finite."""
+    return math.nan if bpb is None else bpb
+
+
+def shown(bpb: float) -> str:
+    return f"{bpb:.4f}" if math.isfinite(bpb) else "not finite"
 
 
 def label_of(path: Path) -> str:
@@ -142,7 +176,7 @@ def read_runs(paths: list[Path]) -> list[Run]:
             except (ValueError, KeyError) as error:
                 raise UserError(f"{log} line {number} is damaged ({error}) — give an untouched log") from error
         if path.suffix == ".json" or (path / "result.json").is_file():
-            run.read_result(path)
+            run.read_result(path)  # a folder's, or named by itself
         if not (run.train or run.val or run.kinds or run.final):
             raise UserError(f"{path} has no figures of a run — give a log of train_gpt.py or of a reference script")
         if run.scored and run.scored in [other.scored for other in runs]:  # without adaptation they are one
@@ -188,16 +222,20 @@ def draw_ttt(ax: Any, runs: list[Run]) -> None:
     for run in runs:
         who = named(runs, run)
         if run.no_adaptation is not None:
-            label = f"{who}no adaptation {run.no_adaptation:.4f}"
+            label = f"{who}no adaptation {shown(run.no_adaptation)}"
             ax.axhline(run.no_adaptation, color=run.colour if who else "black", label=label, **PLAIN)
         if run.single_pass is not None:
-            label = f"{who}single pass {run.single_pass:.4f}, a valid score{late(run.lacks[0])}"
+            label = f"{who}single pass {shown(run.single_pass)}{SCORED}{late(run.lacks[0])}"
             ax.axhline(run.single_pass, color=run.colour, label=label, **VALID)
+        if run.mixture is not None:
+            label = f"{who}{run.title('mixture')} {shown(run.mixture)}{SCORED}{late(run.lacks[0])}"
+            ax.axhline(run.mixture, color=run.colour, label=label, **MIXED)
         if 1 in run.epochs:
-            label = f"{who}epoch 1 {run.epochs[1]:.4f}, a valid score{late(run.lacks[0])}"
+            label = f"{who}epoch 1 {shown(run.epochs[1])}{SCORED}{late(run.lacks[0])}"
             ax.plot(1, run.epochs[1], "o", ms=9, mec="white", zorder=4, label=label, color=run.colour)
         if len(run.epochs) > 1:
-            label = f"{who}epoch {max(run.epochs)} {run.epochs[max(run.epochs)]:.4f} (not a score){late(run.lacks[1])}"
+            number, bpb = max(run.epochs.items())
+            label = f"{who}epoch {number} {shown(bpb)} (not a score){late(run.lacks[1])}"
             hollow = SEEN | {"marker": "o", "ms": 6, "markevery": [-1], "zorder": 3}
             ax.plot(list(run.epochs), list(run.epochs.values()), color=run.colour, label=label, **hollow)
     ax.set(xlabel="epoch", ylabel="bits per byte (lower is better)", xlim=(0.2, right))
@@ -206,7 +244,7 @@ def draw_ttt(ax: Any, runs: list[Run]) -> None:
     note = {"bbox": {"facecolor": PALE, "edgecolor": "none", "pad": 3}, "zorder": 1.5}  # below the curves
     seen = f"epochs 2 to {last}: has trained\non what it scores \N{EM DASH}\nnot a compression rate"
     ax.text(0.97, 0.66, seen, color=WARNING, style="italic", transform=ax.transAxes, ha="right", va="top", **note)
-    first = min(run.epochs[1] for run in runs if 1 in run.epochs)
+    first = min(run.epochs[1] for run in runs if run.replayed)
     note |= {"arrowprops": {"arrowstyle": "-|>", "color": "black", "shrinkB": 7, "relpos": (0.1, 1)}, "weight": "bold"}
     score = "epoch 1:\nbackward-looking,\na valid score"
     ax.annotate(score, (1, first), xytext=(0.07, 0.08), textcoords="axes fraction", **note)
@@ -218,14 +256,30 @@ def draw_position(ax: Any, runs: list[Run]) -> None:
     for run in runs:
         who = named(runs, run)
         for name, bpb in run.positions.items():
-            style, kind = LOOKS.get(name, (SEEN, " (not a score)"))
-            label = who + name.removeprefix("last_").replace("_", " ") + kind
-            colour = "black" if name == "no_adaptation" and not who else run.colour
-            ax.plot(run.ends, bpb, color=colour, marker="o", ms=4.5, label=label, **style)
+            plain = name == "no_adaptation"
+            label = who + run.title(name) + ("" if plain else SCORED + late(run.lacks[0]))
+            colour = "black" if plain and not who else run.colour
+            ax.plot(run.ends, bpb, color=colour, marker="o", ms=4.5, label=label, **LOOKS[name])
     ax.set_xscale("log", base=2)
     ax.xaxis.set_major_formatter("{x:,g}")
     ax.tick_params(axis="x", labelrotation=30)
     ax.set(xlabel="end of the span, in tokens from the document's start", ylabel="bits per byte (lower is better)")
+    ax.legend(**BELOW)
+
+
+def draw_documents(ax: Any, runs: list[Run]) -> None:
+    """What every document gains over no adaptation, from the one that loses most to the one that gains most."""
+    ax.axhline(0, color="black", **PLAIN)
+    for run in runs:
+        who = named(runs, run)
+        for name, gains in run.gains.items():
+            share = (np.arange(len(gains)) + 0.5) / len(gains)
+            worse = f"{np.count_nonzero(gains < 0):,} of {len(gains):,} lose, at most {max(0.0, -gains[0]):.4f}"
+            label = f"{who}{run.title(name)}: {worse}{late(run.lacks[0])}"
+            style = LOOKS[name] | ({"marker": "o", "ms": 3} if len(gains) <= 40 else {})
+            ax.plot(share, gains, color=run.colour, label=label, **style)
+    ax.xaxis.set_major_formatter("{x:.0%}")
+    ax.set(xlabel="documents, by what they gain", ylabel="gain over no adaptation,\nbits per byte (higher is better)")
     ax.legend(**BELOW)
 
 
@@ -260,8 +314,9 @@ PANELS = {  # the title, how it is drawn, whether a run has anything for it
     "time": ("Loss against time", partial(draw_training, x="seconds", y="loss"), lambda run: run.train or run.val),
     "bpb": ("Validation bits per byte", partial(draw_training, x="step", y="bpb"), lambda run: len(run.val) > 1),
     "bytes": ("Bytes", draw_bytes, lambda run: run.kinds),
-    "ttt": ("Test-time training, epoch by epoch", draw_ttt, lambda run: 1 in run.epochs and len(run.epochs) > 1),
+    "ttt": ("Test-time training, epoch by epoch", draw_ttt, lambda run: run.replayed),
     "position": ("Bits per byte by position in the document", draw_position, lambda run: run.positions),
+    "documents": ("Gain of test-time training, document by document", draw_documents, lambda run: run.gains),
 }
 
 
@@ -270,7 +325,8 @@ NEEDED = dict.fromkeys(("loss", "time"), "a log with losses") | {
     "bpb": "a log with two validations",
     "bytes": "a log with the export of an artifact",
     "ttt": "replay of more than one epoch",
-    "position": "ttt_positions.npz, which test-time training leaves beside result.json",
+    "position": "result.json and ttt_positions.npz of test-time training",
+    "documents": "result.json and ttt_documents.npz of test-time training",
 }
 
 
@@ -285,12 +341,8 @@ def notes(runs: list[Run], wanted: list[str]) -> list[str]:
             )
             lines.append(f"{what}it takes {NEEDED[name]}")
     for run in runs:
-        if any(run.lacks):
-            first, last = run.lacks
-            lines.append(
-                f"time ran out in {run.label.strip()}: {first:,} documents count without adaptation in the score"
-            )
-            lines[-1] += f", {last:,} did not reach the last epoch" * (last > 0)
+        if cut := common.deadline_cut(*run.lacks):
+            lines.append(f"{run.label.strip()}: {cut}")
     return lines
 
 
@@ -303,23 +355,23 @@ def draw(runs: list[Run], wanted: list[str]) -> Any:
     if not names:
         raise UserError(f"no run has figures for {', '.join(wanted)} — give other logs or another --what")
     rows = [names[i : i + 2] for i in range(0, len(names), 2)]
-    heights = [ROW + LEGEND * ("ttt" in row or "position" in row) for row in rows]
+    heights = [ROW + LEGEND * bool(OWN_LEGEND & {*row}) for row in rows]
     figure = Figure((WIDTH, sum(heights)), layout="constrained", facecolor="white")
     axes = figure.subplot_mosaic([row * (2 // len(row)) for row in rows], height_ratios=heights)
     for name, ax in axes.items():
         ax.set_title(PANELS[name][0])
         PANELS[name][1](ax, runs)
-    late = [line for line in notes(runs, []) if any(name in ("bpb", "ttt") for name in names)]
+    late = [line for line in notes(runs, []) if OWN_LEGEND & {*names} or "bpb" in names]
     if late:
         figure.supxlabel("\n".join(textwrap.fill(line, 110) for line in late), color=WARNING, size="small")
-    if len(runs) > 1 and names[0] not in ("ttt", "position"):  # their own legends name the runs
+    if len(runs) > 1 and names[0] not in OWN_LEGEND:  # their own legends name the runs
         samples = [Line2D([], [], color=run.colour, lw=3) for run in runs]
         figure.legend(samples, [run.label for run in runs], loc="outside upper left", ncols=3)
     return figure
 
 
 def main(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="a run's folder, log or result_<tag>.json")
+    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="a run's folder, or a log")
     parser.add_argument("--out", type=Path, required=True, metavar="PREFIX", help="writes PREFIX.png and PREFIX.svg")
     parser.add_argument("--what", nargs="+", choices=PANELS, default=list(PANELS), help="panels; default: all")
     options = parser.parse_args()

@@ -2,9 +2,9 @@
 
     python data/record.py runs/seed42 runs/seed43 runs/seed44 --baseline-loss 1.9296 --out FILE
 
-The score is the backward-looking figure. Replay's last epoch has trained on what it scores: it stands in a field of its
-own and takes part in nothing. Without --out, the JSON is printed. --folder makes what a pull request needs: README,
-submission.json, source and logs.
+The score is the backward-looking figure, or with TTT_MIXTURE=1 the mixture of it with the prediction before adaptation.
+Replay's last epoch has trained on what it scores: it stands in a field of its own and takes part in nothing. Without
+--out, the JSON is printed. --folder makes what a pull request needs: README, submission.json, source and logs.
 """
 
 import argparse
@@ -22,7 +22,12 @@ from typing import Any
 import common
 from common import Run, UserError, new_directory, number, read_log, read_run, value_of, write_atomic
 
-SCORE_LABEL = "backward-looking: every token is scored once, before any update has seen it"
+BACKWARD_LOOKING = "backward-looking: every token is scored once, before any update has seen it"
+LABELS = {
+    "sliding": BACKWARD_LOOKING,
+    "backward_looking": BACKWARD_LOOKING,
+    "mixture": f"mixture of the predictions without and with adaptation; {BACKWARD_LOOKING}",
+}
 REPLAY_LABEL = "not a compression rate: the adapters have trained on the whole document before this pass scores it"
 PLACEHOLDER = Path(__file__).resolve().parent.parent / "submission.json"  # what it says of its authors
 ABOUT = ("name", "author", "github_id", "blurb")
@@ -32,6 +37,7 @@ SHAPE = "num_layers model_dim num_heads num_kv_heads swa_enabled max_wallclock_s
 SIZE_CAP, BUDGET = 16_000_000, 600  # bytes of train_gpt.py and artifact together; seconds
 LONGEST_LAST_STEP = 0.5  # training ends with the step under way at 600 s: 0.09 s on 8xH100; slower steps get no more
 WORLD_SIZE, DEVICE = 8, "H100"
+LAG = 10.0  # seconds that a killed session may have worked beyond its account, which is written every 5 s or step
 DOCUMENTS, MILLION_TOKENS, VOCABULARY = 50_000, 62.0, 1024  # of the full FineWeb validation split
 MARGIN = 0.005  # nats per token by which a record must beat the one before
 SIGNIFICANCE = 0.01
@@ -40,27 +46,29 @@ KEPT = {
     "size_cap": "train_gpt.py and artifact together have at most 16,000,000 bytes",
     "train_seconds": "training and calibration took at most 600 s, but for the step under way at their end",
     "eval_seconds": "at most 600 s",
-    "hardware_8xH100": "8 x H100",
+    "hardware_8xH100": "every session that trained or scored had 8 x H100",
     "full_validation_split": "50,000 documents, 62.0 M tokens; not verifiable here: that this text is FineWeb's",
     "every_target_scored_once": "all figures count the same targets and bytes, and loss and bpb agree",
-    "backward_looking_score": SCORE_LABEL,
+    "backward_looking_score": BACKWARD_LOOKING,
     "quantised_artifact": "scored from the artifact",
-    "certificate_causal": "no score moved when later tokens, or other documents, were replaced",
-    "certificate_normalised": "scores are probabilities that add up to 1, recomputed from earlier tokens alone",
-    "certificate_repeated": "documents scored again have the run's NLL",
-    "certificate_bytes": "counted bytes are those of the decoded text",
-    "certificate_disjoint": "no validation document stands whole in the training shards",
-    "certificate_decodes": "files that expand to the documents have the size that the score says",
     "same_experiment": "source, data, settings, torch, dtype and device agree",
     "distinct_trainings": "every seed has a model of its own",
     "significant_improvement": f"p < {SIGNIFICANCE} against an improvement of no more than {MARGIN} nats",
 }
-CERTIFICATE = "certificate_"  # before the names of data/audit.py's findings
-DECODES = "certificate_decodes"  # judged where audit.py --decode was run
+# The certificate's findings, as rules of their own, which only data/audit.py can judge: none makes a run incomplete.
+CERTIFICATE = {
+    "causal": "no score moved when later tokens, or those of other documents, were replaced",
+    "normalised": "probabilities of what may come next are 1 together, and the score is of them",
+    "repeated": "documents scored again had the NLL that the run kept",
+    "bytes": "the counted bytes of every document are those of its decoded text",
+    "disjoint": "no validation document stands in the training shards",
+    "decodes": "files that expand to the documents have the size that the score says",
+}
 OUTCOMES = {True: "pass", False: "fail", None: "not applicable"}
 
 # What must agree in all runs of a submission, beside all settings but those that change nothing of the experiment.
-SHARED = {"source_sha256", "data.validation", "data.train", *(f"environment.{x}" for x in ("torch", "dtype", "device"))}
+SHARED = {"source_sha256", *(f"data.{x}" for x in ("validation", "tokenizer", "train"))}
+SHARED |= {f"environment.{x}" for x in ("torch", "dtype", "device")}
 FREE = {"seed", "run_id", "resume", "checkpoint_every", "eval_only", "data_path", "tokenizer_path", "output_dir"}
 ABOUT_RUN = "seed run_id val_bpb val_loss world_size weights_sha256 environment.device training.steps"
 # What no two trainings have in common.
@@ -84,6 +92,7 @@ def describe(run: Run) -> dict[str, str]:
         [*parts, "zstd-22 in a container without pickle"] if run.result["quantised"] else ["unquantised"]
     )
     lora = f"; rank-{s['ttt_lora_rank']} LoRA adapted per document" if adapted else ""
+    lora += ", mixed with the prediction without it" * (run.score_name == "mixture")
     return {
         "name": ", ".join([f"{s['num_layers']}L {s['model_dim']}d GPT", *parts, *swa, *adapted]),
         "blurb": f"{body} and SmearGate; {trained}; {packed}{lora}. "
@@ -97,13 +106,26 @@ def spread(name: str, values: list[float]) -> dict[str, float | None]:
     return {name: mean, f"{name}_std": statistics.stdev(values) if len(values) > 1 else None}
 
 
-def measures(run: Run) -> dict[str, float | None]:
-    """Bytes and seconds; None for what the run, an evaluation alone, did not do."""
-    training = run.result["training"]
+def killed(run: Run, stage: str) -> bool:
+    """Whether a session of this stage ended without a full account, so that its seconds are a lower bound.
+
+    What an evaluation did before an error or a signal is counted. A training that is resumed counts from its checkpoint
+    on: only a stop that wrote one loses nothing."""
+    ends = [row["ended"] for row in run.result["sessions"] if row["stage"] == stage]
+    if stage == "evaluation":
+        return run.result["evaluation"]["at_least"] or "killed" in ends
+    return any(end != "finished" and not end.startswith("stopped by ") for end in ends)
+
+
+def measures(run: Run) -> dict[str, float | bool | None]:
+    """Bytes and seconds, and whether these are a lower bound; None for what an evaluation alone does not do."""
+    training = value_of(run.result, "training")
     return {
         **{f"bytes_{part}": value_of(run.result, f"artifact.{part}_bytes") for part in ("total", "model", "code")},
         "train_seconds": training and training["seconds"] + training["calibration"],  # that reads training data, too
+        "train_seconds_at_least": training and killed(run, "training"),
         "eval_seconds": run.result["evaluation"]["seconds"],
+        "eval_seconds_at_least": killed(run, "evaluation"),
     }
 
 
@@ -112,21 +134,60 @@ Finding = tuple[str, bool | None, str]  # a rule that is broken (False) or canno
 
 def judge_run(run: Run) -> Iterator[Finding]:
     """What is wrong with a run by itself."""
-    result, score, artifact, training = run.result, run.score, run.result["artifact"], run.result["training"]
-    seed = f"seed {result['seed']}"
+    yield from judge_limits(run)
+    yield from judge_hardware(run)
+    yield from judge_score(run)
+    yield from judge_certificate(run)
+    result, artifact, seed = run.result, value_of(run.result, "artifact"), f"seed {run.result['seed']}"
+    if not result["quantised"]:
+        yield "quantised_artifact", False, f"{seed} scored an unquantised state dict"
+    elif artifact and artifact["sha256"] != result["weights_sha256"]:
+        yield "quantised_artifact", False, f"{seed} scored another file than the artifact it made"
+
+
+def judge_limits(run: Run) -> Iterator[Finding]:
+    """Bytes and seconds. Seconds that are a lower bound show that a limit was passed, never that it was kept."""
+    spent, training, seed = measures(run), value_of(run.result, "training"), f"seed {run.result['seed']}"
     step = min(training["seconds"] / max(training["steps"], 1), LONGEST_LAST_STEP) if training else 0
-    spent = measures(run)
     limits = {"bytes_total": SIZE_CAP, "train_seconds": BUDGET + step, "eval_seconds": BUDGET}
     for name, limit in limits.items():
         rule = "size_cap" if name == "bytes_total" else name
+        bound = spent.get(f"{name}_at_least")
+        least = "at least " if bound else ""
         if spent[name] is None:
             yield rule, None, f"{seed} has no {name}"
         elif spent[name] > limit:
-            yield rule, False, f"{seed}: {spent[name]:,} of {limit:,}"
-    world, device = result["world_size"], result["environment"]["device"]
-    if world != WORLD_SIZE or DEVICE not in device.split():
-        yield "hardware_8xH100", False, f"{seed}: {world} x {device}"
+            yield rule, False, f"{seed}: {least}{spent[name]:,} of {limit:,}"
+        elif bound:
+            yield (
+                rule,
+                None,
+                f"{seed}: at least {spent[name]:,.1f} s: a session was killed or failed, and its end is not counted",
+            )
 
+
+def judge_hardware(run: Run) -> Iterator[Finding]:
+    """Every session that trained or scored, and every rank's device; sessions must account for what was done."""
+    result, seed, rule = run.result, f"seed {run.result['seed']}", "hardware_8xH100"
+    sessions, training = result["sessions"], value_of(result, "training")
+    places = [(f"{row['stage']} ({row['seconds']:,.0f} s)", row["world_size"], row["devices"]) for row in sessions]
+    places.append(("result.json", result["world_size"], {result["environment"]["device"]: result["world_size"]}))
+    for what, world, devices in places:
+        counts = Counter(devices)
+        ranks = sum(counts.values())
+        if world != WORLD_SIZE or ranks != world or not all(DEVICE in device.split() for device in counts):
+            named = " and ".join(f"{count:,} x {device}" for device, count in counts.items())
+            yield rule, False, f"{seed}: {what} on {named or 'no device'}{f', {world:,} ranks' * (ranks != world)}"
+    for stage, seconds in (("training", measures(run)["train_seconds"] if training else None), ("evaluation", 0)):
+        rows = [row for row in sessions if row["stage"] == stage]
+        known = sum(row["seconds"] + LAG * (row["ended"] == "killed") for row in rows)
+        if seconds is not None and (not rows or known < seconds):
+            yield rule, None, f"{seed}: sessions account for {known:,.0f} s of {seconds:,.0f} s of {stage}"
+
+
+def judge_score(run: Run) -> Iterator[Finding]:
+    """What was scored, and whether it is a score."""
+    result, score, seed = run.result, run.score, f"seed {run.result['seed']}"
     tokens, documents = score["targets"] + 1, value_of(result, "evaluation.documents")
     vocabulary = value_of(result, "settings.vocab_size")
     full = (round(tokens / 1e6, 1), vocabulary) == (MILLION_TOKENS, VOCABULARY)
@@ -136,34 +197,33 @@ def judge_run(run: Run) -> Iterator[Finding]:
         yield "full_validation_split", False, f"{seed}: {tokens:,} tokens of {vocabulary}, {documents} documents"
     for figure in run.figures.values():
         whole = figure["targets"] == score["targets"] > 0 and figure["bytes"] == score["bytes"] > 0
-        nats = figure["val_bpb"] * figure["bytes"] * math.log(2)
-        if not whole or not math.isclose(nats, figure["val_loss"] * figure["targets"]):
+        loss, bpb = figure["val_loss"], figure["val_bpb"]
+        agree = loss is bpb is None  # neither is finite
+        if None not in (loss, bpb):
+            agree = math.isclose(bpb * figure["bytes"] * math.log(2), loss * figure["targets"])
+        if not whole or not agree:
             yield "every_target_scored_once", False, f"the figures of {seed} contradict one another"
     if not score["backward_looking"] or any(result[name] != score[name] for name in ("val_loss", "val_bpb")):
-        yield "backward_looking_score", False, f"the score of {seed} is not its backward-looking figure"
-    audit = result["evaluation"].get("audit", [])
-    if any(row["backward_looking"] and row["change"] > row["repeat"] for row in audit):
-        yield "backward_looking_score", False, f"the audit of {seed} found later tokens in earlier scores"
-    yield from judge_certificate(run, seed)
-    if not result["quantised"]:
-        yield "quantised_artifact", False, f"{seed} scored an unquantised state dict"
-    elif artifact and artifact["sha256"] != result["weights_sha256"]:
-        yield "quantised_artifact", False, f"{seed} scored another file than the artifact it made"
+        yield "backward_looking_score", False, f"the score of {seed} is not its {run.score_name} figure"
 
 
-def judge_certificate(run: Run, seed: str) -> Iterator[Finding]:
-    """What data/audit.py did not find to be right."""
-    certificate = run.result["evaluation"].get("certificate")
-    other = certificate and certificate["source_sha256"] != run.result["source_sha256"]
-    for rule in (rule for rule in KEPT if rule.startswith(CERTIFICATE)):
-        finding = value_of(certificate, f"findings.{rule.removeprefix(CERTIFICATE)}")
-        if rule == DECODES and not finding:
-            continue
-        if not finding or other:
-            what = "a certificate of another train_gpt.py" if other else "no certificate"
-            yield rule, None, f"{seed} has {what}: run data/audit.py"
-        elif finding["outcome"] != "pass":
-            yield rule, False if finding["outcome"] == "fail" else None, f"{seed}: {finding['detail']}"
+def judge_certificate(run: Run) -> Iterator[Finding]:
+    """What data/audit.py found by experiment."""
+    evaluation, seed = run.result["evaluation"], f"seed {run.result['seed']}"
+    foreign = evaluation.get("certificate") and not run.findings
+    why = f"{seed}: {'a certificate of another train_gpt.py' if foreign else 'no certificate, see data/audit.py'}"
+    for name in CERTIFICATE:
+        finding = run.findings.get(name)
+        outcome = {"pass": True, "fail": False}.get(finding["outcome"]) if finding else None
+        if not finding:
+            yield f"certificate_{name}", None, f"{seed}: not in the certificate" if run.findings else why
+        elif not outcome:
+            yield f"certificate_{name}", outcome, f"{seed}: {finding['figure']:.3g} {finding['detail']}"
+    rows = evaluation.get("audit") or []
+    if any(row["backward_looking"] and row["change"] > row["repeat"] for row in rows):
+        yield "certificate_causal", False, f"the audit of {seed} found later tokens in earlier scores"
+    elif run.findings and not rows:
+        yield "certificate_causal", None, f"{seed}: the certificate has no rows of an audit"
 
 
 def judge_repetition(runs: list[Run]) -> Iterator[Finding]:
@@ -197,24 +257,22 @@ def t_test(losses: list[float], baseline: float | None) -> dict[str, float | int
 def submission(runs: list[Run], baseline: float | None, about: dict[str, Any], settings: list[str]) -> dict[str, Any]:
     """The content of submission.json: a non-record if a rule fails, incomplete if one cannot be judged."""
     # A sample of the t-test is a run that trained, one for each model.
-    trained = {run.result["weights_sha256"]: run.result["val_loss"] for run in runs if run.result["training"]}
+    trained = {run.result["weights_sha256"]: run.result["val_loss"] for run in runs if value_of(run.result, "training")}
     test = t_test(list(trained.values()), baseline)
     found = [*chain.from_iterable(map(judge_run, runs)), *judge_repetition(runs)]
     if test["p"] is None:
         found.append(("significant_improvement", None, "takes a baseline and at least 2 runs with different losses"))
     elif test["p"] >= SIGNIFICANCE:
         found.append(("significant_improvement", False, f"{test['improvement_nats']:.5f} nats, p = {test['p']:.3g}"))
-    rules = {}
-    decoded = [run for run in runs if value_of(run.result, "evaluation.certificate.findings.decodes")]
-    for rule, kept in KEPT.items():
-        if rule == DECODES and not decoded:
-            continue
-        outcomes = {outcome for name, outcome, _ in found if name == rule}
-        outcome = False if False in outcomes else None if outcomes else True
-        why = dict.fromkeys(detail for name, _, detail in found if name == rule)
-        rules[rule] = {"outcome": OUTCOMES[outcome], "detail": "; ".join(why) or kept}
-    reasons = [f"{rule}: {j['outcome']} ({j['detail']})" for rule, j in rules.items() if j["outcome"] != "pass"]
+    rules = {rule: judge(rule, kept, found) for rule, kept in KEPT.items()}
+    if cuts := [f"seed {run.result['seed']}: {run.cut}" for run in runs if run.cut]:
+        rules["eval_seconds"]["detail"] += f"; {'; '.join(cuts)}"  # else it were kept at no cost
+    certified = {f"certificate_{name}": kept for name, kept in CERTIFICATE.items()}
+    certified = {rule: judge(rule, kept, found) for rule, kept in certified.items()}
+    decisive = rules | {rule: judged for rule, judged in certified.items() if judged["outcome"] == "fail"}
+    reasons = [f"{rule}: {j['outcome']} ({j['detail']})" for rule, j in decisive.items() if j["outcome"] != "pass"]
     failed = any(outcome is False for _, outcome, _ in found)
+    rules |= certified
     rules[SOURCE_RULE] = {"outcome": OUTCOMES[None], "detail": "a property of the source, which no result can show"}
     columns = {name: [measures(run)[name] for run in runs] for name in measures(runs[0])}
     return about | {
@@ -222,26 +280,44 @@ def submission(runs: list[Run], baseline: float | None, about: dict[str, Any], s
         "reasons": reasons,
         **spread("val_bpb", [run.result["val_bpb"] for run in runs]),
         **spread("val_loss", [run.result["val_loss"] for run in runs]),
-        "score": SCORE_LABEL,
+        "score": LABELS[runs[0].score_name],
         "replay_last_epoch": replay_summary(runs),
         **{name: None if None in values else max(values) for name, values in columns.items()},
         "significance": test,
         "rules": rules,
         "protocol": {name: value_of(runs[0].result, f"settings.{name}") for name in settings},
         "source_sha256": runs[0].result["source_sha256"],
-        "runs": [
-            {path.split(".")[-1]: value_of(run.result, path) for path in ABOUT_RUN.split()}
-            | measures(run)
-            | {"documents_scored_without_adaptation": run.score["lacking"], "replay_last_epoch": replay_summary([run])}
-            for run in runs
-        ],
+        "runs": list(map(summary, runs)),
+    }
+
+
+def judge(rule: str, kept: str, found: list[Finding]) -> dict[str, str]:
+    """A rule's outcome over all runs, and why."""
+    outcomes = {outcome for name, outcome, _ in found if name == rule}
+    outcome = False if False in outcomes else None if outcomes else True
+    why = dict.fromkeys(detail for name, _, detail in found if name == rule)
+    return {"outcome": OUTCOMES[outcome], "detail": "; ".join(why) or kept}
+
+
+def summary(run: Run) -> dict[str, Any]:
+    """A run by itself: its score and what the score was made of, bytes, seconds, and what a deadline cut."""
+    parts = {name: run.figures[name]["val_bpb"] for name in run.figures if name != "last_epoch"}
+    return {
+        **{path.split(".")[-1]: value_of(run.result, path) for path in ABOUT_RUN.split()},
+        "score": run.score_name,
+        "figures_val_bpb": parts,
+        **measures(run),
+        "documents_scored_without_adaptation": run.score["lacking"],
+        "documents_without_last_epoch": run.figures.get("last_epoch", run.score)["lacking"],
+        "cut": run.cut or None,
+        "replay_last_epoch": replay_summary([run]),
     }
 
 
 def replay_summary(runs: list[Run]) -> dict[str, Any]:
     """The last epoch of replay over all runs, kept apart from the score and labelled; empty if a run has none."""
     figures = [run.figures.get("last_epoch", run.score) for run in runs]
-    if any(figure["backward_looking"] for figure in figures):
+    if any(figure["backward_looking"] or None in (figure["val_loss"], figure["val_bpb"]) for figure in figures):
         figures = []
     bpb = spread("val_bpb", [figure["val_bpb"] for figure in figures])
     loss = spread("val_loss", [figure["val_loss"] for figure in figures])["val_loss"]
@@ -252,10 +328,9 @@ def replay_summary(runs: list[Run]) -> dict[str, Any]:
 def report(content: dict[str, Any]) -> str:
     """A submission in lines: each run, the mean, replay's last epoch, the rules."""
     form = "seed {seed}: val_bpb {val_bpb:.6f}, val_loss {val_loss:.6f}"
-    late = ", TIME RAN OUT: {documents_scored_without_adaptation:,} documents count without adaptation"
-    lines = [(form + late * (run["documents_scored_without_adaptation"] > 0)).format(**run) for run in content["runs"]]
+    lines = [form.format(**run) + (f"; {run['cut']}" if run["cut"] else "") for run in content["runs"]]
     deviation = "" if content["val_bpb_std"] is None else f" ± {content['val_bpb_std']:.6f}"
-    lines.append(f"mean: val_bpb {content['val_bpb']:.6f}{deviation}, {SCORE_LABEL}")
+    lines.append(f"mean: val_bpb {content['val_bpb']:.6f}{deviation}, {content['score']}")
     replay = content["replay_last_epoch"]
     if replay["val_bpb"] is not None:
         lines.append(f"replay epoch {replay['epoch']}: {replay['val_bpb']:.6f}, {replay['label']}")
@@ -279,7 +354,7 @@ def write_folder(folder: Path, runs: list[Run], content: dict[str, Any], encoded
 
 def main(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("results", nargs="+", type=Path, metavar="RUN", help="a run's folder, or a result.json with its log beside it")
+    add("results", nargs="+", type=Path, metavar="RUN", help="a run's folder")
     add("--baseline-loss", type=number(float, 0), metavar="NATS", help="per token: val_loss of the record to beat")
     add("--out", type=Path, metavar="FILE", help="write the JSON there (default: print it)")
     add("--folder", type=Path, help="make the folder of a pull request instead")

@@ -1,98 +1,149 @@
-"""Measures what the specification sets figures for: training, test-time training and packing.
+"""Measures what train_gpt.py can do on a machine, and predicts what others would.
 
-    python tests/bench.py train|ttt|predict|pack|curve|export [--device cpu|cuda] [--shard FILE] [--profile]
+    python tests/bench.py machine                 # type this first: everything, in minutes, kept in a JSON file
+    python tests/bench.py COMMAND --help          # what a command measures
 
-The model and every other setting come from the environment, as for train_gpt.py; PRESET defaults to `record` on CUDA
+The model and every other setting come from the environment, as for train_gpt.py. PRESET defaults to `record` on CUDA
 and to `tiny` on a CPU, the latter with the record's window of 2,048 tokens. Tokens are synthetic (random ids,
-log-normal document lengths like FineWeb's) unless a shard is given. Medians of several repetitions after a warm-up; the
-hardware's own ceilings are measured first. `--profile` adds torch.profiler's table of where a step's time goes.
+log-normal document lengths like FineWeb's) unless a shard is given. Figures are medians after a warm-up."""
 
-`curve` trains three times on the same batches of --shard: as train_gpt.py does; from the same weights with the
-optimiser written out one parameter at a time and nothing compiled; and from other weights, to tell what a seed changes.
-
-`ttt` times single steps and simulates the evaluation of the full split on eight such devices: its documents are drawn
-from the sample's lengths, with the sample's own tail or a Pareto one, and each rank takes the costliest batch that is
-left. What comes out is a prediction. `predict` does the same without a GPU, by an H100's seconds as `Gpu` assumes them
-and the host's as --host-ms gives them.
-
-`export --run FOLDER` quantises a finished run's weights in as many ways as there are --try, each settings like
-"QUANT_SIGMAS=4.0,5.6 QUANTIZER=nearest" (STRETCH=1.2 stretches the steps), and prints bytes and the loss in bits per
-byte against the float weights on --rows rows of validation text, with a 95% interval by bootstrap over rows.
-"""
+from __future__ import annotations
 
 import argparse
-import heapq
+import inspect
 import io
 import os
-import statistics
 import sys
 import time
-from dataclasses import dataclass
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import torch
 import zstandard
 
+import speed
+from machine import PARTS, describe_protocol, measure_machine
 from plain import Loop
+from speed import seconds_of, t
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import train_gpt as t
-
-FULL_SPLIT_DOCUMENTS = 50_000
-FULL_SPLIT_TOKENS = 62_021_845
 FIELDS = t.Settings.__dataclass_fields__
-GPUS = 8
-BUDGET = 600.0  # seconds
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("work", choices=("train", "ttt", "predict", "pack", "curve", "export"))
-    parser.add_argument("--device", choices=("cpu", "cuda"), help="default: CUDA if there is one")
-    parser.add_argument("--shard", type=Path, help="take real documents from this shard")
-    parser.add_argument("--documents", type=int, nargs="*", default=[], help="sizes of ttt batches to compare")
-    parser.add_argument("--epochs", type=int, default=2, help="epochs per repetition of ttt")
-    parser.add_argument(
-        "--host-ms", type=float, nargs="*", default=[0.02, 5.0, 10.0], help="predict: a step's on the host"
-    )
-    parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--steps", type=int, default=200, help="steps of curve")
-    parser.add_argument("--profile", action="store_true", help="also print torch.profiler's table of a step")
-    parser.add_argument("--run", type=Path, help="export: a finished run's folder")
-    parser.add_argument("--rows", type=int, default=64, help="export: validation rows to score")
-    parser.add_argument(
-        "--picture", type=Path, help="export: draw loss against bytes into this file (needs matplotlib)"
-    )
-    parser.add_argument("--try", dest="tries", action="append", default=[], help="export: settings, space separated")
-    args = parser.parse_args()
+class Parser(argparse.ArgumentParser):
+    """Whose errors are one line, as train_gpt.py's are."""
+
+    def error(self, message: str):
+        raise t.UserError(f"{' '.join(message.split())} — see {self.prog} --help")
+
+
+def at_least(low: int):
+    """A type for argparse: whole numbers from `low` on."""
+
+    def number(text: str) -> int:
+        if int(text) < low:
+            raise argparse.ArgumentTypeError(f"{text} is below {low}")
+        return int(text)
+
+    number.__name__ = "whole number"
+    return number
+
+
+def parser_of_all() -> argparse.ArgumentParser:
+    """One command for each function below, whose docstring is its help."""
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    def command(work, *options: str):
+        text = inspect.getdoc(work)
+        raw = argparse.RawDescriptionHelpFormatter
+        name = work.__name__.removeprefix("bench_")
+        added = commands.add_parser(name, help=text.split("\n")[0], description=text, formatter_class=raw)
+        added.set_defaults(work=work)
+        for option in options:
+            flag, how = OPTIONS[option]
+            added.add_argument(flag, **how)
+
+    command(bench_machine, "device", "shard", "json", "limit", "parts")
+    command(bench_train, "device", "shard", "repeats", "profile")
+    command(bench_ttt, "device", "shard", "repeats", "profile", "documents", "epochs")
+    command(bench_predict, "shard", "devices", "host")
+    command(bench_mixture, "targets")
+    command(bench_pack, "repeats")
+    command(bench_curve, "device", "text", "steps")
+    command(bench_export, "device", "run", "rows", "picture", "try")
+    return parser
+
+
+OPTIONS = {
+    "device": ("--device", dict(choices=("cpu", "cuda"), help="default: CUDA if there is one")),
+    "shard": ("--shard", dict(type=Path, help="real documents, from this shard")),
+    "text": ("--shard", dict(type=Path, required=True, help="the text to train on")),
+    "json": ("--json", dict(type=Path, help="the file to write; default: machine_DEVICE_DATE.json in this folder")),
+    "limit": (
+        "--limit",
+        dict(type=at_least(1), default=0, help="seconds after which no part begins; default 300, on a CPU 180"),
+    ),
+    "parts": ("--parts", dict(nargs="+", choices=PARTS, default=[], help="only these; default: all of them, in order")),
+    "repeats": ("--repeats", dict(type=at_least(1), default=5, help="of a measurement; default 5")),
+    "profile": ("--profile", dict(action="store_true", help="also print torch.profiler's table of a step")),
+    "documents": ("--documents", dict(type=at_least(1), nargs="*", default=[], help="sizes of batches to compare")),
+    "epochs": ("--epochs", dict(type=at_least(1), default=2, help="per repetition; default 2")),
+    "devices": ("--devices", dict(type=at_least(1), default=8, help="default 8")),
+    "host": (
+        "--host-ms",
+        dict(type=float, default=10.0, help="a step's on the host, launched kernel by kernel; default 10"),
+    ),
+    "targets": (
+        "--targets",
+        dict(type=at_least(2), default=speed.FULL_SPLIT_TARGETS, help="default: the full split's"),
+    ),
+    "steps": ("--steps", dict(type=at_least(20), default=200, help="default 200")),
+    "run": ("--run", dict(type=Path, required=True, help="a finished run's folder")),
+    "rows": ("--rows", dict(type=at_least(1), default=64, help="validation rows to score; default 64")),
+    "picture": ("--picture", dict(type=Path, help="draw loss against bytes into this file (needs matplotlib)")),
+    "try": ("--try", dict(dest="tries", action="append", default=[], help="settings, space separated; repeatable")),
+}
+
+
+def main() -> int:
+    """The exit code: 2 and one line for a user's mistake."""
+    try:
+        args = parser_of_all().parse_args()
+        for line in t.misspelt(os.environ):
+            t.say(line)
+        return args.work(args) or 0
+    except t.UserError as e:
+        t.say(f"error: {e}", "stderr")
+    except OSError as e:
+        t.say(f"error: {t.system_says(e)}", "stderr")
+    except KeyboardInterrupt:
+        return 130
+    return 2
+
+
+def run_of(args) -> t.Run:
+    """A run on the device asked for, described."""
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     preset = dict(PRESET="record") if device == "cuda" else dict(PRESET="tiny", TTT_EVAL_SEQ_LEN="2048")
-    try:
-        run = t.Run(t.Settings.from_env(preset | os.environ | dict(DEVICE=device)))
-        print(" ".join(f"{k}:{v}" for k, v in t.environment(run).items()))
-        torch.manual_seed(run.s.seed)
-        work = dict(train=bench_train, ttt=bench_ttt, predict=bench_predict, pack=bench_pack, curve=bench_curve)
-        (work | dict(export=bench_export))[args.work](run, args)
-    except t.UserError as e:
-        sys.exit(f"error: {e}")
-    except OSError as e:
-        sys.exit(f"error: {t.system_says(e)}")
+    run = t.Run(t.Settings.from_env(preset | os.environ | dict(DEVICE=device)))
+    t.say(t.pairs(t.environment(run)))
+    torch.manual_seed(run.s.seed)
+    return run
 
 
-# ---- Measuring
+def bench_machine(args):
+    """What this machine can do with train_gpt.py: type this first.
 
+    Device and ceilings; training; test-time training by replay and by the recommended single_pass, cached and
+    recompute, for a batch and for one document; memory; export; and from these the steps in ten minutes and the
+    seconds of the full validation split on 1, 8 and 16 such devices. Then whether it computes what it should: CUDA
+    graphs against eager steps, golden figures (GOLF_SHARED names their folder), cached against recompute, no score
+    that knows later text, one rank against two.
 
-def seconds_of(run: t.Run, work, repeats: int) -> float:
-    """Median wall seconds of `work()`, the device idle before and after, one warm-up not counted (0: itself)."""
-    times = []
-    for _ in range(repeats + 1):
-        run.wait()
-        began = time.perf_counter()
-        work()
-        run.wait()
-        times.append(time.perf_counter() - began)
-    return statistics.median(times[1:] or times)
+    Each row is measured, counted or predicted. A part that fails costs a line; the exit code is then 1. All rows are
+    kept in a JSON file without paths or names, to be sent on; Ctrl-C leaves what there is by then."""
+    return measure_machine(run_of(args), args.shard, args.limit, args.json, args.parts)
 
 
 def show_profile(run: t.Run, work) -> None:
@@ -112,26 +163,6 @@ def show_profile(run: t.Run, work) -> None:
         print(f"  {share:5.1f}%  {microseconds / 1000:9.2f} ms  {row.count:6d} calls  {row.key[:70]}")
 
 
-def ceilings(run: t.Run) -> float:
-    """Print the device's dense matrix and copy rates; return FLOP/s of the dtype that the model computes in."""
-    n = 8192 if run.cuda else 1024
-    a, b = (torch.randn(n, n, device=run.device, dtype=run.dtype) for _ in range(2))
-    flops = 2 * n**3 / seconds_of(run, lambda: a @ b, 10)
-    source = torch.empty(1 << 28 if run.cuda else 1 << 24, device=run.device)
-    target = torch.empty_like(source)
-    copy = 8 * source.numel() / seconds_of(run, lambda: target.copy_(source), 10)
-    print(f"ceiling dense {str(run.dtype).split('.')[1]}: {flops / 1e12:.2f} TFLOP/s  copy: {copy / 1e9:.1f} GB/s")
-    return flops
-
-
-def flop_per_token(model: t.GPT, s: t.Settings, context: float) -> float:
-    """Multiply-adds of a forward pass, doubled: matrices, head, and attention over `context` keys on average."""
-    tables = ("emb.weight", "embed.weight")
-    matrices = sum(p.numel() for name, p in model.named_parameters() if p.ndim == 2 and not name.endswith(tables))
-    head = s.vocab_size * s.model_dim if s.tie_embeddings else 0
-    return 2 * (matrices + head + 2 * s.num_layers * s.model_dim * context)
-
-
 def report(run: t.Run, label: str, tokens: float, seconds: float, flop: float, ceiling: float) -> float:
     """Print one measurement; return tokens/s."""
     share = f"{flop / seconds / 1e12:.3f} model TFLOP/s ({100 * flop / seconds / ceiling:.1f}% of the ceiling)"
@@ -140,22 +171,35 @@ def report(run: t.Run, label: str, tokens: float, seconds: float, flop: float, c
     return tokens / seconds
 
 
+def show_ceilings(run: t.Run) -> float:
+    """Returns FLOP/s of a matrix product in the dtype that the model computes in."""
+    flops, copy = speed.Ceilings.measure(run)
+    dtype = str(run.dtype).split(".")[1]
+    print(f"ceiling dense {dtype}: {flops / 1e12:.2f} TFLOP/s  copy: {copy / 1e9:.1f} GB/s")
+    return flops
+
+
 # ---- Training
 
 
-def bench_train(run: t.Run, args) -> None:
-    """One rank's micro-batch of the largest size: forward, backward, and the whole optimiser step."""
+def bench_train(args):
+    """Tokens per second of training: one rank's micro-batch of the largest size.
+
+    Forward and backward pass, the optimiser's step, and both; model FLOP/s and their share of a matrix product's,
+    which is measured first; on CUDA the peak of allocated memory."""
+    run = run_of(args)
     s = run.s
-    ceiling = ceilings(run)
+    ceiling = show_ceilings(run)
     model = t.GPT(s, run.dtype, run.attention).to(run.device)
     optimizer = t.Optimizer(model, run)
     forward = run.compiled(model, dynamic=False)
     rows = max(1, min(s.micro_batch_tokens, s.train_batch_tokens) // s.train_seq_len)
+    count = rows * s.train_seq_len
     if args.shard:
-        tokens = t.open_shard(args.shard)
+        tokens = speed.tokens_of(args.shard, run)
     else:
-        tokens = np.random.default_rng(0).integers(0, s.vocab_size, rows * s.train_seq_len + 1)
-    batch = t.BatchLoader([tokens], run.using(train_batch_tokens=rows * s.train_seq_len)).batch(0)
+        tokens = np.random.default_rng(0).integers(0, s.vocab_size, count + 1)
+    batch = t.BatchLoader([tokens], run.using(train_batch_tokens=count, micro_batch_tokens=count)).batch(0)
 
     def gradients():
         t.forward_backward(forward, batch, 1 / len(batch))
@@ -164,24 +208,24 @@ def bench_train(run: t.Run, args) -> None:
         gradients()
         optimizer.step(1, 1e-6)
 
-    first = seconds_of(run, step, 0)
-    print(f"first step (compilation included): {first:.1f} s")
-    flop = 3 * rows * s.train_seq_len * flop_per_token(model, s, s.train_seq_len / 2)
-    seconds = seconds_of(run, gradients, args.repeats)
-    report(run, "forward+backward", rows * s.train_seq_len, seconds, flop, ceiling)
+    print(f"first step (compilation included): {seconds_of(run, step, 1, warm=0):.1f} s")
+    flop = 3 * count * speed.flop_per_token(s, s.train_seq_len / 2)
+    report(run, "forward+backward", count, seconds_of(run, gradients, args.repeats), flop, ceiling)
     optimizer.grads.zero_()
     print(f"optimiser step: {1000 * seconds_of(run, lambda: optimizer.step(1, 1e-6), args.repeats):.2f} ms")
-    report(run, "training step", rows * s.train_seq_len, seconds_of(run, step, args.repeats), flop, ceiling)
+    report(run, "training step", count, seconds_of(run, step, args.repeats), flop, ceiling)
     if args.profile:
         show_profile(run, step)
 
 
-def bench_curve(run: t.Run, args) -> None:
-    """Losses of --steps optimiser steps: train_gpt.py's path, the plain one, and train_gpt.py's from another seed."""
-    if not args.shard:
-        sys.exit("error: curve needs real text — give --shard")
+def bench_curve(args):
+    """Losses of the same batches by three trainings: does a faster path learn the same?
+
+    As train_gpt.py trains; from the same weights with the optimiser written out one parameter at a time and nothing
+    compiled; and from other weights, to tell what a seed changes. Means of 20 steps, in nats."""
+    run = run_of(args)
     run = run.using(iterations=args.steps, warmdown_iters=args.steps // 2)
-    loader = t.BatchLoader([t.open_shard(args.shard)], run)
+    loader = t.BatchLoader([speed.tokens_of(args.shard, run)], run)
     ours = curve(run, loader, run.s.seed)
     plain = curve(run, loader, run.s.seed, plain=True)
     other = curve(run, loader, run.s.seed + 1)
@@ -217,181 +261,144 @@ def curve(run: t.Run, loader: t.BatchLoader, seed: int, plain: bool = False) -> 
 # ---- Test-time training
 
 
-def sample_stream(run: t.Run, shard: Path | None, device: torch.device) -> t.Stream:
-    """Real documents, or 625 of FineWeb-like lengths."""
-    if shard:
-        tokens = np.array(t.open_shard(shard))
-        return t.Stream(tokens, np.ones(len(tokens) - 1, np.int16), device)
-    lengths = np.random.default_rng(0).lognormal(np.log(640), 1.058, 625)
-    return t.synthetic_stream(np.maximum(lengths, 2).astype(np.int64), run)
+def bench_ttt(args):
+    """Token-epochs per second of replay, cached and recompute, on documents of real or FineWeb-like lengths.
 
-
-def bench_ttt(run: t.Run, args) -> None:
-    """Replay on documents of real or FineWeb-like lengths, cached and recompute; the full split's seconds from them."""
+    First a batch of documents of at least 1,000 tokens in both contexts, then batches of the sizes in --documents,
+    then single steps, then the whole sample; from the steps' seconds the full split's on eight such devices, whose
+    documents are drawn from the sample's lengths, with the sample's own tail or a Pareto one: that is a prediction."""
+    run = run_of(args)
     epochs = run.s.ttt_n_epochs
     run = run.using(ttt_protocol="replay", ttt_n_epochs=args.epochs)
-    ceiling = ceilings(run)
+    ceiling = show_ceilings(run)
     model = t.scoring_model(run)
-    t.load_weights(model, t.GPT(run.s).state_dict(), "a fresh model", run)
-    stream = sample_stream(run, args.shard, run.device)
+    if run.cuda:
+        run.graphs = t.rehearse_adaptation(model, run)
+        print(f"CUDA graphs equal eager steps: {run.graphs}")
+    speed.randomise(model)
+    stream = speed.stream_of(args.shard, run)
     batches = t.batch_documents(stream.lengths, run)
+    compare_batches(model, stream, batches, ceiling, run, args)
+    size = run.s.ttt_batch_size or t.TTT_BATCH[run.device.type]
+    cost = speed.time_steps(model, size, run, args.repeats)
+    for kind, corners in (("training", cost.train), ("plain", cost.forward)):
+        figures = " ".join(f"{name}:{value:.5f}" for name, value in corners._asdict().items())
+        print(f"seconds of a {kind} step, batch of {size}: {figures}")
+    predicted = sum(
+        times * cost.seconds(train, n, c).sum()
+        for batch in batches
+        for train, n, c, times in speed.steps_of_pass("score", stream.lengths[batch], run.s)
+    )
+    measured = sum(adaptation_seconds(model, stream, batch, run, 1) for batch in batches) / args.epochs
+    rate = int(stream.lengths.sum()) / measured
+    print(f"ttt {run.s.ttt_context}, {len(stream.lengths)} documents: {rate:,.0f} scored token-epochs/s, ", end="")
+    print(f"{measured:.1f} s an epoch where the steps' seconds predict {predicted:.1f}")
+    cost.s = run.s
+    for tail in ("sample", "pareto"):
+        show_forecast(cost, speed.draw_documents(stream.lengths, tail), tail, run.using(ttt_n_epochs=epochs), 8)
 
-    def adapt(documents, run=run):
-        batch = t.DocumentBatch(model, stream, len(documents), run)
-        batch.load(documents)
-        batch.adapt(run.s.ttt_n_epochs)
 
-    def measure(documents, run=run):
+def adaptation_seconds(model, stream, documents: np.ndarray, run: t.Run, repeats: int) -> float:
+    """Of all epochs of one batch."""
+    batch = t.DocumentBatch(model, stream, len(documents), run)
+    batch.load(documents)
+    return seconds_of(run, lambda: batch.adapt(run.s.ttt_n_epochs), repeats, warm=2 if run.graphs else int(run.compile))
+
+
+def compare_batches(model, stream, batches: list[np.ndarray], ceiling: float, run: t.Run, args):
+    """Cached and recompute, and other sizes of a batch, on documents of at least 1,000 tokens."""
+
+    def measure(documents, run):
         lengths = stream.lengths[documents]
         scored = int(lengths.sum()) * args.epochs
         context = min(float((lengths**2).sum() / lengths.sum() / 2), run.s.ttt_eval_seq_len)  # keys per query
-        flop = 2 * scored * flop_per_token(model, run.s, context)  # the backward pass has no weight gradients
+        flop = 2 * scored * speed.flop_per_token(run.s, context)  # the backward pass has no weight gradients
         sizes = f"{len(documents)} documents of {lengths.min()}-{lengths.max()} tokens"
-        seconds = seconds_of(run, lambda: adapt(documents, run), args.repeats)
+        seconds = adaptation_seconds(model, stream, documents, run, args.repeats)
         return report(run, f"ttt {run.s.ttt_context}, {sizes}", scored, seconds, flop, ceiling)
 
     long = [batch for batch in batches if stream.lengths[batch].min() >= 1000]
     typical = long[len(long) // 2] if long else batches[0]
-    print(f"first pass (compilation included): {seconds_of(run, lambda: adapt(typical), 0):.1f} s")
     cached, recompute = (measure(typical, run.using(ttt_context=context)) for context in ("cached", "recompute"))
     print(f"cached / recompute on documents of >= 1,000 tokens: {cached / recompute:.2f}")
     if args.profile:
-        show_profile(run, lambda: adapt(typical))
-    longest_first = longest_order(stream.lengths)
-    begin = int(np.searchsorted(-stream.lengths[longest_first], -stream.lengths[typical].max()))
+        show_profile(run, lambda: adaptation_seconds(model, stream, typical, run, 1))
+    order = np.argsort(-stream.lengths, kind="stable")
+    begin = int(np.searchsorted(-stream.lengths[order], -stream.lengths[typical].max()))
     for size in args.documents:
-        measure(longest_first[begin : begin + size])
-    cost = time_steps(model, run, args.repeats)
-    print("seconds of a step: " + " ".join(f"{name}:{value:.5f}" for name, value in vars(cost).items()))
-    whole_sample = sum(epoch(cost, stream.lengths[batch], run.s) for batch in batches)
-    repeats = 1 if run.cuda else 0
-    measured = sum(seconds_of(run, lambda b=batch: adapt(b), repeats) for batch in batches) / args.epochs
-    rate = int(stream.lengths.sum()) / measured
-    print(f"ttt {run.s.ttt_context}, {len(stream.lengths)} documents: {rate:,.0f} scored token-epochs/s, ", end="")
-    print(f"{measured:.1f} s an epoch where the steps' seconds predict {whole_sample:.1f}")
-    for tail in ("sample", "pareto"):
-        simulate(cost, draw_documents(stream.lengths, tail), tail, run.using(ttt_n_epochs=epochs))
+        measure(order[begin : begin + size], run)
 
 
-def longest_order(lengths: np.ndarray) -> np.ndarray:
-    return np.argsort(-lengths, kind="stable")
+def show_forecast(cost, lengths: np.ndarray, tail: str, run: t.Run, devices: int) -> speed.Forecast:
+    found = speed.Plan.of(cost, lengths, run).forecast(devices)
+    text = f"predicted, {describe_protocol(run.s)}, {len(lengths):,} documents, {tail} tail, longest {lengths.max():,}"
+    text += f", {devices} such devices: slowest rank {found.all:,.0f} s, {found.balance:.3f} of the mean"
+    text += f"; the score after {found.score:,.0f} s; longest batch {found.longest:,.1f} s"
+    if cost.recording:
+        text += f"; {found.shapes:,} graphs on a rank"
+    print(f"{text}; budget {speed.BUDGET:.0f} s")
+    return found
 
 
-@dataclass
-class StepSeconds:
-    """Seconds of one training step and of one plain step, linear in the documents and in their share of the context."""
+def bench_predict(args):
+    """The evaluation of the full split on eight H100, predicted. Nothing is measured, and no GPU is needed.
 
-    one: float  # document without context
-    one_full: float  # with a full context
-    batch: float  # BATCH documents without context
-    batch_full: float
-    plain_share: float  # of such a step's seconds, scored without adaptation
-    documents: int  # BATCH
-
-    def steps(self, alive: np.ndarray, share: np.ndarray) -> np.ndarray:
-        """Seconds of steps with so many documents alive and such a share of the context."""
-        more = (alive - 1) / max(self.documents - 1, 1)
-        return (1 - share) * (self.one + more * (self.batch - self.one)) + share * (
-            self.one_full + more * (self.batch_full - self.one_full)
-        )
-
-
-def epoch(cost, lengths: np.ndarray, s: t.Settings) -> float:
-    """Seconds of an epoch of one batch, whose documents come longest first."""
-    chunks = np.arange(-(-int(lengths[0]) // s.ttt_chunk_size))
-    alive = (-(-lengths[:, None] // s.ttt_chunk_size) > chunks).sum(0)
-    window = s.ttt_eval_seq_len - s.ttt_chunk_size
-    return float(cost.steps(alive, np.minimum(chunks * s.ttt_chunk_size, window) / max(window, 1)).sum())
-
-
-@dataclass
-class Gpu:
-    """Seconds of one training step on one H100. ASSUMED, +-50%: no GPU was measured.
-
-    20.2 ms for 64 documents at full context and 9.6 ms without were the estimate for a version that concatenated cache
-    and chunk and differentiated by every key. Of the former, 0.8 ms went with the concatenation (268 MB a layer, read
-    and written) and 0.9 ms with gradients expanded to all query heads (4.7 MB per document and layer, less what the
-    second kernel's output adds), both at 3.35 TB/s."""
-
-    host: float = 0.0  # seconds of a step; the host is one step ahead at most
-    slower: float = 1.0  # factor on all of the GPU's
-    full: float = 18.5e-3
-    first: float = 9.6e-3
-    fixed: float = 1.1e-3  # of both, what does not shrink with the documents
-    least: float = 2.5e-3  # a step's kernels one after another, however small
-    documents: int = 64
-    plain_share: float = 1 / 3  # of a training step's time, for one without adaptation
-
-    def steps(self, alive: np.ndarray, share: np.ndarray) -> np.ndarray:
-        per_document = (self.first - self.fixed + (self.full - self.first) * share) / self.documents
-        return np.maximum(self.slower * np.maximum(self.least, alive * per_document + self.fixed), self.host)
-
-
-def bench_predict(run: t.Run, args) -> None:
-    """The evaluation of the full split on eight H100, by the seconds that Gpu assumes."""
-    run = run.using()
-    run.device = torch.device("cuda")  # whose batches are planned; nothing runs on it
-    lengths = sample_stream(run.using(), args.shard, torch.device("cpu")).lengths
-    for tail in ("sample", "pareto"):
-        drawn = draw_documents(lengths, tail)
-        for host in args.host_ms:
+    By the seconds of steps that speed.H100 assumes (no GPU was measured) and scales by counted work: replay of 50
+    epochs and the recommended single_pass; or, if the environment sets a TTT_ variable, what it says instead. With
+    the sample's tail of lengths and a Pareto one; with kernels as assumed and half as slow again; with steps recorded
+    as CUDA graphs, and launched kernel by kernel. Then the memory of a document, counted, and the batch that fits.
+    Mixing and merging are not in it: `mixture` measures the former."""
+    own = {name for name in os.environ if name.startswith("TTT_") and name.lower() in FIELDS}
+    base = t.Run(t.Settings.from_env(dict(PRESET="record") | os.environ | dict(DEVICE="cpu")))
+    runs = [base] if own else [base, base.using(**speed.RECOMMENDED)]
+    lengths = speed.lengths_of(args.shard)
+    for run in runs:
+        for tail in ("sample", "pareto"):
+            drawn = speed.draw_documents(lengths, tail)
             for slower in (1.0, 1.5):
-                print(f"host {host:g} ms, GPU x{slower:g}: ", end="")
-                simulate(Gpu(host / 1e3, slower), drawn, tail, run)
+                for graphs in (True, False):
+                    host = args.host_ms / 1e3
+                    modes = dict(recording=2 * host) if graphs else dict(host=host)
+                    print(f"kernels x{slower:g}, {'graphs' if graphs else 'eager'}: ", end="")
+                    cost = speed.H100(run.s, slower=slower, **modes)
+                    show_forecast(cost, drawn, tail, speed.planned(run), args.devices)
+        show_memory(run)
 
 
-def time_steps(model: t.GPT, run: t.Run, repeats: int) -> StepSeconds:
-    """Time single steps on synthetic documents."""
-    s, size = run.s, run.s.ttt_batch_size or t.TTT_BATCH[run.device.type]
-    last = -(-s.ttt_eval_seq_len // s.ttt_chunk_size)  # the first chunk with a full context
-    found = {}
-    for name, documents in (("one", 1), ("batch", size)):
-        stream = t.synthetic_stream([(last + 1) * s.ttt_chunk_size] * documents, run)
-        batch = t.DocumentBatch(model, stream, documents, run)
-        batch.load(np.arange(documents))
-        batch.score()  # fills the cache
-        for suffix, chunk in (("", 0), ("_full", last)):
-
-            def step(batch=batch, chunk=chunk, documents=documents, train=True):
-                batch._run_step(chunk, documents, True, score=True, train=train)
-
-            found[name + suffix] = seconds_of(run, step, repeats)
-    found["plain_share"] = seconds_of(run, lambda: step(train=False), repeats) / found["batch_full"]
-    return StepSeconds(**found, documents=size)
+def show_memory(run: t.Run):
+    """Of a document, and how many fit."""
+    found = speed.memory_of_document(run)
+    total = sum(found.values())
+    parts = " ".join(f"{name}:{value / 2**20:.1f}" for name, value in found.items())
+    print(f"counted, {describe_protocol(run.s)}: {total / 2**20:.1f} MiB a document: {parts}")
+    fits = (f"{size} GB: {speed.documents_that_fit(size * 1e9, total, run.s)}" for size in (80, 24, 16))
+    print(f"predicted, documents side by side in {', '.join(fits)} (an eighth stays free)")
 
 
-def draw_documents(sample: np.ndarray, tail: str) -> np.ndarray:
-    """Lengths of the full split's documents, drawn from the sample's and scaled to its tokens.
+def bench_mixture(args):
+    """Seconds that the mixture of two predictions takes, on the full split's targets, on this machine.
 
-    Hundreds of documents do not show the longest of tens of thousands: "pareto" continues their tail with index 1.9."""
-    drawn = np.random.default_rng(0).choice(sample, FULL_SPLIT_DOCUMENTS).astype(float)
-    drawn = -np.sort(-np.maximum(drawn * FULL_SPLIT_TOKENS / drawn.sum(), 2).astype(np.int64))
-    if tail == "pareto":
-        drawn[:25] = drawn[25] * (50 / np.arange(1, 26)) ** (1 / 1.9)
-    return drawn
-
-
-def simulate(cost: StepSeconds, lengths: np.ndarray, tail: str, run: t.Run) -> None:
-    """Predict the evaluation of documents on GPUS ranks that take batches from one queue, by the seconds of steps."""
-    s, free, longest = run.s, [0.0] * GPUS, 0.0
-    epochs = 1 + s.ttt_n_epochs * (s.ttt_n_epochs > 1)  # replay runs the first again after the score
-    batches = t.batch_documents(lengths, run)
-    for batch in batches:
-        seconds = (epochs + cost.plain_share) * epoch(cost, lengths[batch], s)
-        longest = max(longest, seconds)
-        heapq.heappush(free, heapq.heappop(free) + seconds)
-    print(
-        f"predicted, {len(lengths):,} documents, {tail} tail, longest {lengths.max():,}, {GPUS} such devices: ", end=""
-    )
-    print(f"slowest rank {max(free):,.0f} s, {max(free) / np.mean(free):.3f} of the mean; ", end="")
-    print(f"longest batch {longest:,.0f} s; budget {BUDGET:.0f} s")
+    One call on random NLL: 50,000 documents of log-normal lengths, one of 160,000 targets among them. One thread,
+    one run, no warm-up; it takes about 2 GB of memory."""
+    longest = min(speed.FULL_SPLIT_LONGEST, args.targets // 2)
+    documents = max(1, speed.FULL_SPLIT_DOCUMENTS * args.targets // speed.FULL_SPLIT_TARGETS)
+    began = time.process_time()
+    seconds = speed.mixture_seconds(args.targets, longest, documents)
+    cpu = time.process_time() - began
+    print(f"measured, mixture of {args.targets:,} targets, longest document {longest:,}: {seconds:.1f} s ", end="")
+    print(f"(with the making of the input {cpu:.1f} s of one core)")
 
 
 # ---- Packing
 
 
-def bench_pack(run: t.Run, args) -> None:
-    """Seconds and bytes of the export of Gaussian weights, beside torch.save and zstd-22 of the same tensors."""
+def bench_pack(args):
+    """Seconds and bytes of the artifact of Gaussian weights, beside torch.save and zstd-22 of the same tensors.
+
+    Quantising to the nearest code and packing, then unpacking; bytes, bits per weight and entropy by kind. On the
+    CPU, whose work it is."""
+    args.device = "cpu"
+    run = run_of(args)
     state = {}
     for name, w in t.GPT(run.s).state_dict().items():
         state[name] = torch.randn_like(w) * w.shape[-1] ** -0.5 if w.ndim == 2 else w
@@ -409,67 +416,111 @@ def bench_pack(run: t.Run, args) -> None:
     print(f"torch.save + zstd-22 of the same tensors: {reference:,} bytes; ratio {len(blob) / reference:.4f}")
 
 
-def bench_export(run: t.Run, args) -> None:
-    """Bytes of a run's weights quantised in several ways, and what each costs in bits per byte."""
-    if not args.run:
-        sys.exit("error: export needs a finished run — give --run FOLDER")
-    kept = torch.load(args.run / "checkpoint.pt", map_location="cpu", weights_only=True)
-    names = t.TrainSettings.__dataclass_fields__
-    run = run.using(**{name: value for name, value in kept["identity"].items() if name in names})
-    s, state = run.s, torch.load(args.run / "final_model.pt", map_location="cpu", weights_only=True)
-    model, stream = t.GPT(s, run.dtype, run.attention).to(run.device), t.load_validation(run)
-    loader = t.BatchLoader(t.open_shards("train", run), run)
-    windows = t.overlapping(stream, s.train_seq_len, s.train_seq_len)[: args.rows]
+def bench_export(args):
+    """Bytes of a finished run's weights quantised in several ways, and what each costs in bits per byte.
 
-    @torch.no_grad()
-    def score(weights) -> np.ndarray:
-        t.load_weights(model, weights, "the run", run)
-        rows = (torch.from_numpy(row).to(run.device) for row in np.split(windows, len(windows)))
-        return (
-            torch.cat([t.score_windows(model, stream, row.unbind(1), s.train_seq_len)[1] for row in rows]).cpu().numpy()
-        )
-
+    Each --try is settings like "QUANT_SIGMAS=4.0,5.6 QUANTIZER=nearest" (STRETCH=1.2 stretches the steps); without
+    one, both quantizers. The loss is against the float weights on --rows rows of validation text, with a 95% interval
+    by bootstrap over rows. DATA_PATH and TOKENIZER_PATH are the run's, as for train_gpt.py."""
+    tries = [parse_try(line) for line in args.tries or ["QUANTIZER=nearest", "QUANTIZER=gptq"]]
+    run, step, state = finished_run(args)
+    score = row_scorer(run, args.rows)
     plain = score(state)
-    print(
-        f"float: {plain[:, 0].sum() / np.log(2) / plain[:, 2].sum():.5f} bpb of {plain[:, 2].sum():.0f} bytes of text"
-    )
-    hessians, points = {}, []
-    for line in args.tries or ["QUANTIZER=nearest", "QUANTIZER=gptq"]:
-        env = dict(pair.split("=") for pair in line.split())
-        stretch = float(env.pop("STRETCH", 1))
-        changed = run.using(
-            **{name.lower(): t.parse_setting(FIELDS[name.lower()], value) for name, value in env.items()}
-        ).s
-        tokens = changed.calibration_tokens
-        if changed.quantizer == "gptq" and tokens not in hessians:
-            t.load_weights(model, state, "the run", run)
-            hessians = {tokens: t.calibrate(model, loader, kept["step"] * s.train_batch_tokens, tokens, run)}
+    nats, _, bytes_ = plain.sum(0)
+    print(f"float: {nats / np.log(2) / bytes_:.5f} bpb of {bytes_:.0f} bytes of text")
+    points = []
+    hessians = {}  # by the number of calibration tokens
+    for line, stretch, changes in tries:
+        s = run.using(**changes).s
+        if s.quantizer == "gptq" and s.calibration_tokens not in hessians:
+            hessians[s.calibration_tokens] = calibration(run, state, step, s.calibration_tokens)
         began = time.perf_counter()
         tensors = t.quantize_model(
-            state, changed, hessians.get(tokens) if changed.quantizer == "gptq" else None, stretch
+            state, s, hessians.get(s.calibration_tokens) if s.quantizer == "gptq" else None, stretch
         )
-        blob, kinds = t.pack(tensors, changed)
+        blob, kinds = t.pack(tensors, s)
         seconds = time.perf_counter() - began
         rows = score({name: tensor.restored() for name, tensor in tensors.items()})
-        change, drawn = rows[:, 0] - plain[:, 0], np.random.default_rng(0).integers(0, len(rows), (2000, len(rows)))
-        bpb = change[drawn].sum(1) / np.log(2) / rows[:, 2][drawn].sum(1)
-        low, high = np.quantile(bpb, (0.025, 0.975))
-        codes = sum(kinds[kind]["bytes"] for kind in t.LIMITS if kind in kinds)
-        bits = " ".join(
-            f"{k}:{kinds[k]['bits_per_weight']:.3f}/{kinds[k]['entropy']:.3f}" for k in t.LIMITS if k in kinds
-        )
-        loss = change.sum() / np.log(2) / rows[:, 2].sum()
+        loss, low, high = change_of_loss(rows, plain)
+        present = [kind for kind in t.LIMITS if kind in kinds]
+        codes = sum(kinds[kind]["bytes"] for kind in present)
+        bits = " ".join(f"{k}:{kinds[k]['bits_per_weight']:.3f}/{kinds[k]['entropy']:.3f}" for k in present)
         print(f"{line}: codes {codes:,} file {len(blob):,} loss {loss:+.5f} ({low:+.5f} to {high:+.5f}) ", end="")
         print(f"bits/entropy {bits} {seconds:.1f} s", flush=True)
-        points.append((changed.quantizer, changed.quant_sigmas, codes, loss, low, high))
+        points.append((s.quantizer, s.quant_sigmas, codes, loss, low, high))
     if args.picture:
         draw_export(points, args.picture)
 
 
+def parse_try(line: str) -> tuple[str, float, dict]:
+    """The line, its STRETCH and its settings. Raises UserError."""
+    changes = {}
+    for pair in line.split():
+        name, _, value = pair.partition("=")
+        if name != "STRETCH" and name.lower() not in FIELDS:
+            raise t.UserError(f"--try {pair}: no setting — write NAME=VALUE with a setting's name, or STRETCH=1.2")
+        changes[name] = value
+    try:
+        stretch = float(changes.pop("STRETCH", 1))
+    except ValueError as e:
+        raise t.UserError(f"--try {line}: STRETCH is no number — write one, such as 1.2") from e
+    return line, stretch, {name.lower(): t.parse_setting(FIELDS[name.lower()], x) for name, x in changes.items()}
+
+
+def finished_run(args) -> tuple[t.Run, int, dict]:
+    """The run with its training's settings, the steps it took, its float32 state dict. Raises UserError, OSError."""
+    path = args.run / "checkpoint.pt"
+    content = io.BytesIO(path.read_bytes())
+    run = run_of(args)
+    try:
+        kept = torch.load(content, map_location="cpu", weights_only=True)
+        names = t.TrainSettings.__dataclass_fields__
+        trained = {name: value for name, value in kept["identity"].items() if name in names}
+        step = int(kept["step"])
+    except Exception as e:  # damage makes torch.load raise many kinds
+        raise t.UserError(f"{path} is damaged ({type(e).__name__}) — name another run") from e
+    run = run.using(**trained)
+    return run, step, t.read_weights(args.run / "final_model.pt", run).state
+
+
+def row_scorer(run: t.Run, count: int) -> Callable[[dict], np.ndarray]:
+    """A function from a state dict to NLL, targets and bytes of each validation row, (rows, 3) float64."""
+    s = run.s
+    model, stream = t.GPT(s, run.dtype, run.attention).to(run.device), t.load_validation(run)
+    windows = t.overlapping(stream, s.train_seq_len, s.train_seq_len)[:count]
+
+    @torch.no_grad()
+    def score(weights: dict) -> np.ndarray:
+        t.load_weights(model, weights, "the run", run)
+        rows = (torch.from_numpy(row).to(run.device).unbind(1) for row in np.split(windows, len(windows)))
+        return torch.cat([t.score_windows(model, stream, row, s.train_seq_len)[1] for row in rows]).cpu().numpy()
+
+    return score
+
+
+def calibration(run: t.Run, state: dict, step: int, tokens: int) -> dict:
+    """Hessians as the run's export had them."""
+    model = t.GPT(run.s, run.dtype, run.attention).to(run.device)
+    t.load_weights(model, state, "the run", run)
+    loader = t.BatchLoader(t.open_shards("train", run), run)
+    return t.calibrate(model, loader, step * run.s.train_batch_tokens, tokens, run)
+
+
+def change_of_loss(rows: np.ndarray, plain: np.ndarray) -> tuple[float, float, float]:
+    """Bits per byte more than `plain`, and a 95% interval by bootstrap over rows."""
+    change, bytes_ = rows[:, 0] - plain[:, 0], rows[:, 2]
+    drawn = np.random.default_rng(0).integers(0, len(rows), (2000, len(rows)))
+    bpb = change[drawn].sum(1) / np.log(2) / bytes_[drawn].sum(1)
+    low, high = np.quantile(bpb, (0.025, 0.975))
+    return float(change.sum() / np.log(2) / bytes_.sum()), float(low), float(high)
+
+
 def draw_export(points: list[tuple], path: Path) -> None:
     """Loss against bytes of codes, with intervals; steps by row maximum and by k * rms apart."""
-    import matplotlib
-
+    try:
+        import matplotlib
+    except ImportError as e:
+        raise t.UserError("--picture needs matplotlib — pip install matplotlib") from e
     matplotlib.use("agg")
     from matplotlib import pyplot
 
@@ -491,4 +542,4 @@ def draw_export(points: list[tuple], path: Path) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -36,10 +36,12 @@ class Recorder(TorchDispatchMode):
         name = operator.overloadpacket.__name__
         assert name not in self.READS, f"{name} reads from the device while a graph is captured"
         kwargs = kwargs or {}
+        arguments = operator._schema.arguments
+        passed = dict(zip((argument.name for argument in arguments), args, strict=False)) | kwargs  # `out` is one, too
         writes = [
-            x
-            for argument, x in zip(operator._schema.arguments, args, strict=False)
-            if argument.alias_info is not None and argument.alias_info.is_write
+            passed[argument.name]
+            for argument in arguments
+            if argument.name in passed and argument.alias_info is not None and argument.alias_info.is_write
         ]
         for x in writes:
             (memory,) = storages(x)
@@ -67,29 +69,42 @@ class Recorder(TorchDispatchMode):
 
 
 class Graphs:
-    """Stands for what torch.cuda has of graphs, streams and events, and counts."""
+    """Stands for what torch.cuda has of graphs, streams, events and memory, and counts. While `free` bytes of `total`
+    are not occupied, what the allocator `keeps` is not among them until empty_cache()."""
 
     def __init__(self, monkeypatch):
-        self.captured = self.replayed = 0
+        self.captured = self.replayed = self.emptied = 0
+        self.free, self.total, self.keeps = 80 << 30, 80 << 30, 0
+        self.capturing = False
         counts = self
 
         class CUDAGraph:
+            def capture_begin(self, *args, **kwargs):
+                self.recorder = Recorder()
+                self.recorder.__enter__()
+                counts.capturing = True
+
+            def capture_end(self):
+                self.recorder.__exit__(None, None, None)
+                self.recorder.undo()
+                counts.capturing = False
+                counts.captured += 1
+
             def replay(self):
                 self.recorder.again()
                 counts.replayed += 1
 
-        @contextlib.contextmanager
-        def capture(graph, *args, **kwargs):
-            with Recorder() as graph.recorder:
-                yield
-            graph.recorder.undo()
-            counts.captured += 1
+        def empty_cache():
+            assert not self.capturing, "memory is freed while a graph is captured"
+            self.free, self.keeps, self.emptied = self.free + self.keeps, 0, self.emptied + 1
 
         def idle(*args, **kwargs):
             return SimpleNamespace(wait_stream=idle, record=idle, synchronize=idle)
 
         monkeypatch.setattr(torch.cuda, "CUDAGraph", CUDAGraph)
-        monkeypatch.setattr(torch.cuda, "graph", capture)
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (self.free, self.total))
+        monkeypatch.setattr(torch.cuda, "memory_reserved", lambda: self.keeps)
+        monkeypatch.setattr(torch.cuda, "empty_cache", empty_cache)
         for name in ("Stream", "current_stream", "Event", "graph_pool_handle"):
             monkeypatch.setattr(torch.cuda, name, idle)
         monkeypatch.setattr(torch.cuda, "stream", lambda stream: contextlib.nullcontext())

@@ -178,10 +178,8 @@ def test_compiled_training_and_evaluation_equal_eager_and_compile_once(run, grap
     assert eager[6] < eager[0]  # it learns
 
 
-def test_compiled_plain_attention_is_one_operator_of_the_one_graph(run, graphs, monkeypatch):
-    """In eager code it is a loop over blocks of queries, here three of them."""
+def test_plain_attention_is_compiled_into_the_one_graph(run, graphs):
     s = small(num_layers=2)
-    monkeypatch.setattr(train_gpt, "PLAIN_SCORES", 2 * s.num_heads * s.train_seq_len * 12)
     model = random_model(s, attention="plain").requires_grad_()
     ids = torch.randint(2, s.vocab_size, (2, s.train_seq_len + 1), generator=torch.Generator().manual_seed(0))
 

@@ -183,10 +183,10 @@ def ended_in_time(times: dict[int, int], cap: int) -> bool:
 
 
 def test_time_lost_since_the_checkpoint_is_not_counted(tmp_path):
-    settings = dict(ITERATIONS=100_000, MAX_WALLCLOCK_SECONDS=0.6, CHECKPOINT_EVERY=5, TRAIN_LOG_EVERY=1)
+    settings = dict(ITERATIONS=100_000, MAX_WALLCLOCK_SECONDS=2, CHECKPOINT_EVERY=5, TRAIN_LOG_EVERY=1)
     settings |= dict(VAL_LOSS_EVERY=0, TTT_ENABLED=0, QUANTIZER="nearest")
     first = runs.Run(tmp_path, RESUME=1, **settings)
-    first.until("step:13/")
+    first.until("step:8/")
     first.kill()
     first.wait()
 
@@ -198,8 +198,8 @@ def test_time_lost_since_the_checkpoint_is_not_counted(tmp_path):
     second = runs.run(tmp_path, RESUME=1, **settings)
     start = int(re.search(r"resumed from .* at step (\d+)", second.out)[1])
     after = times(second)
-    assert start % 5 == 0 and before[start] <= after[start + 1] <= before[start] + 600
-    assert ended_in_time(after, 600) and second.result["training"]["resumed"] is True
+    assert start % 5 == 0 and before[start] <= after[start + 1] <= before[start] + 2000
+    assert ended_in_time(after, 2000) and second.result["training"]["resumed"] is True
 
 
 # ---- An interrupted evaluation

@@ -183,8 +183,7 @@ def test_losses_of_test_time_training(golden, section, figure, how, batches):
 
 
 def test_everything_through_plain_attention(golden, monkeypatch):
-    """As on a GPU without flash kernels: in several blocks of queries."""
-    monkeypatch.setattr(train_gpt, "PLAIN_SCORES", 1 << 16)
+    """As on a GPU without flash kernels."""
     model = golden.load(golden.state, attention="plain")
     e = golden.expected["forward"]
     assert golden.nll(model, *e["tokens"])[:16].tolist() == pytest.approx(e["nll_first_16"], rel=1e-4)

@@ -1,15 +1,22 @@
-"""Tests of the tools that turn runs into results: data/record.py, data/plot.py and data/compare.py."""
+"""Tests of the tools that turn runs into results: data/record.py, data/plot.py and data/compare.py.
+
+Results are those of real micro runs; for what a micro run cannot be (a record, a run that was killed) a copy with other
+numbers in its fields."""
 
 from __future__ import annotations
 
+import atexit
+import functools
 import hashlib
 import io
 import json
 import math
 import os
 import re
+import shutil
 import subprocess
 import sys
+import tempfile
 import xml.etree.ElementTree as ET
 from collections.abc import Callable
 from pathlib import Path
@@ -21,6 +28,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+import runs as processes
 from tools import ROOT, call, compare, is_one_line_error, plot, record
 
 TARGETS, BYTES, DOCUMENTS = 62_021_845, 151_000_000, 50_000
@@ -39,70 +47,74 @@ SHAPE = dict(num_layers=10, model_dim=512, num_heads=8, num_kv_heads=4, swa_enab
 SHA256 = hashlib.sha256(SOURCE.encode()).hexdigest()
 
 
-def figure(loss: float, backward_looking: bool = True, **more: object) -> dict[str, Any]:
-    bpb = loss * TARGETS / math.log(2) / BYTES
-    about = {
-        "protocol": "replay",
-        "context": "cached",
-        "backward_looking": backward_looking,
-        "seconds": 9.5,
-        "lacking": 0,
+@functools.cache
+def micro() -> dict[str, Path]:
+    """The folders of a micro run with replay and of evaluations of its artifact: single_pass with the mixture, the
+    sliding window, and replay whose time is over when every document is scored without adaptation."""
+    folder = Path(tempfile.mkdtemp(prefix="train_gpt_results_"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    weights = folder / "replay" / "final_model.ptz"
+    evaluations = {
+        "replay": {},
+        "mixture": dict(EVAL_ONLY=weights, TTT_PROTOCOL="single_pass", TTT_MIXTURE=1),
+        "sliding": dict(EVAL_ONLY=weights, TTT_ENABLED=0),
+        "late": dict(EVAL_ONLY=weights, TTT_MIXTURE=1, EVAL_MAX_SECONDS=1e-3),
     }
-    return about | {"val_loss": loss, "val_bpb": bpb, "targets": TARGETS, "bytes": BYTES} | more
+    for name, settings_ in evaluations.items():
+        processes.run(folder / name, **settings_)
+    return {name: folder / name for name in evaluations}
+
+
+@functools.cache
+def left_by(name: str) -> str:
+    """A micro run's result.json."""
+    return (micro()[name] / "result.json").read_text()
+
+
+def scale(figure: dict[str, Any], loss: float) -> None:
+    """Gives a figure the record's text and this loss."""
+    figure.update(val_loss=loss, val_bpb=loss * TARGETS / math.log(2) / BYTES, targets=TARGETS, bytes=BYTES)
+
+
+def evaluation_of(name: str, loss: float) -> dict[str, Any]:
+    """A micro run's evaluation with a record's numbers: `loss` is the score's, replay's epochs go down from it."""
+    evaluation = json.loads(left_by(name))["evaluation"]
+    for figure in (evaluation.get("sliding"), evaluation.get("mixture"), *evaluation.get("curve", [])):
+        if figure:
+            scale(figure, loss - 0.15 * (figure.get("epoch", 1) - 1))
+    if "curve" in evaluation:
+        scale(evaluation["no_adaptation"], loss + 0.01)
+        first, last = (dict(evaluation["curve"][i]) for i in (0, -1))
+        evaluation.update(backward_looking=first, last_epoch=last, documents=DOCUMENTS)
+    return evaluation | {"seconds": 480.5}
 
 
 def a_result(seed: int, loss: float) -> dict[str, Any]:
-    """What train_gpt.py writes after a record run: every rule is kept."""
-    score = figure(loss, epoch=1)
-    last = figure(loss - 0.3, backward_looking=False, epoch=50)
-    row = {"document": 7, "t": 300, "repeat": 0.0}
-    kinds = {kind: {"weights": 10_000_000, "bytes": 7_000_000} for kind in ("int5", "int6")}
-    artifact = {"model_bytes": 15_800_000 + seed, "code_bytes": 102_000, "total_bytes": 15_902_000 + seed}
-    return {
-        "schema_version": 2,
-        "run_id": f"run{seed}",
-        "seed": seed,
-        "source_sha256": SHA256,
-        "source_bytes": len(SOURCE),
-        "weights_sha256": f"{seed:064x}",
-        "settings": SHAPE | dict(PLACEHOLDER["protocol"], seed=seed, run_id=f"run{seed}", vocab_size=1024, val_docs=0),
-        "overridden": ["seed"],
-        "environment": {"torch": "2.13.0", "device": "NVIDIA H100 80GB HBM3", "dtype": "bfloat16", "world_size": 8},
-        "world_size": 8,
-        "quantised": True,
-        "data": {"train": "aa" * 32, "validation": "bb" * 32},
-        "preflight": {"training": 31.0},
-        "training": {
-            "steps": 6700,
-            "seconds": 595.04 + seed / 1e4,
-            "calibration": 5.0,
-            "averaged": 30,
-            "resumed": False,
-        },
-        "artifact": artifact | {"max_bytes": 16_000_000, "fits": True, "sha256": f"{seed:064x}", "kinds": kinds},
-        "evaluation": {
-            "documents": DOCUMENTS,
-            "seconds": 480.5,
-            "within_budget": True,
-            "no_adaptation": figure(loss + 0.01),
-            "backward_looking": score,
-            "last_epoch": last,
-            "curve": [score, last],
-            "certificate": {
-                "source_sha256": SHA256,
-                "findings": {
-                    name: {"outcome": "pass", "figure": 0.0, "detail": "nothing"}
-                    for name in ("causal", "normalised", "repeated", "bytes", "disjoint")
-                },
-            },
-            "audit": [
-                row | {"figure": "epoch_1", "backward_looking": True, "change": 0.0},
-                row | {"figure": "last_epoch_50", "backward_looking": False, "change": 3.3},
-            ],
-        },
-        "val_loss": score["val_loss"],
-        "val_bpb": score["val_bpb"],
-    }
+    """What train_gpt.py writes after a record run: a micro run's result with the numbers of one that keeps every
+    rule."""
+    result = json.loads(left_by("replay"))
+    device = "NVIDIA H100 80GB HBM3"
+    result.update(
+        run_id=f"run{seed}",
+        seed=seed,
+        source_sha256=SHA256,
+        source_bytes=len(SOURCE),
+        weights_sha256=f"{seed:064x}",
+        world_size=8,
+        evaluation=evaluation_of("replay", loss),
+    )
+    result["settings"].update(SHAPE | PLACEHOLDER["protocol"], seed=seed, run_id=f"run{seed}", vocab_size=1024)
+    result["environment"].update(torch="2.13.0", device=device, dtype="bfloat16", world_size=8)
+    result["training"].update(steps=6700, seconds=595.04 + seed / 1e4, calibration=5.0, averaged=30)
+    result["artifact"].update(
+        model_bytes=15_800_000 + seed, code_bytes=102_000, total_bytes=15_902_000 + seed, sha256=f"{seed:064x}"
+    )
+    kinds = ("int5", "int6")  # the micro model is too small for them
+    result["artifact"]["kinds"] = {kind: {"weights": 10_000_000, "bytes": 7_000_000} for kind in kinds}
+    for row, seconds in zip(result["sessions"], (690.0, 480.5), strict=True):
+        row.update(world_size=8, devices=[device] * 8, seconds=seconds)
+    result.update({name: result["evaluation"]["backward_looking"][name] for name in ("val_loss", "val_bpb")})
+    return result
 
 
 def a_log(run_id: str, source: str = SOURCE) -> str:
@@ -150,6 +162,22 @@ def put(path: str, value: object) -> Change:
         result[name] = value
 
     return change
+
+
+def session(stage: str, **values: object) -> Change:
+    """A change of the session of a stage."""
+
+    def change(result: dict[str, Any]) -> None:
+        (row,) = (row for row in result["sessions"] if row["stage"] == stage)
+        row.update(values)
+
+    return change
+
+
+def audit_row(**values: object) -> Change:
+    """A change: an audit with one row, of a score."""
+    row = {"document": 7, "t": 300, "figure": "epoch_1", "backward_looking": True}
+    return put("evaluation.audit", [row | values])
 
 
 def same(change: Change) -> tuple[Change, Change, Change]:
@@ -224,28 +252,37 @@ def test_three_good_runs_are_a_record(runs: Callable[..., list[Path]], tmp_path:
     assert [run["seed"] for run in found["runs"]] == [42, 43, 44]
     assert found["bytes_total"] == 15_902_044  # the largest
     assert (found["train_seconds"], found["eval_seconds"]) == (600.0444, 480.5)
+    assert (found["train_seconds_at_least"], found["eval_seconds_at_least"]) == (False, False)
     assert found["significance"]["p"] < 0.01
-    unseen = record.SOURCE_RULE
-    assert {rule["outcome"] for name, rule in found["rules"].items() if name != unseen} == {"pass"}
-    assert found["rules"][unseen]["outcome"] == "not applicable"
+    outcomes = {name: rule["outcome"] for name, rule in found["rules"].items()}
+    unseen = {f"certificate_{name}" for name in record.CERTIFICATE} | {record.SOURCE_RULE}
+    assert {name for name, outcome in outcomes.items() if outcome == "not applicable"} == unseen
+    assert {outcome for name, outcome in outcomes.items() if name not in unseen} == {"pass"}
 
 
 def test_replays_last_epoch_stands_apart_and_is_labelled(runs: Callable[..., list[Path]], tmp_path: Path):
     found = submit(tmp_path, *runs())
     last = found["replay_last_epoch"]
     assert last["val_loss"] == pytest.approx(np.mean(LOSSES) - 0.3)
-    assert last["epoch"] == 50
+    assert last["epoch"] == 3
     assert "not a compression rate" in last["label"]
     assert found["val_loss"] == pytest.approx(np.mean(LOSSES))
     assert all("not a compression rate" in run["replay_last_epoch"]["label"] for run in found["runs"])
 
 
 def single_pass(result: dict[str, Any]) -> None:
-    result["evaluation"]["last_epoch"] = result["evaluation"]["backward_looking"]
+    mixture(result)
+    del result["evaluation"]["mixture"]
+    result["evaluation"]["score"] = "backward_looking"
+
+
+def mixture(result: dict[str, Any]) -> None:
+    result["evaluation"] = evaluation_of("mixture", result["val_loss"])
+    result["settings"].update(ttt_protocol="single_pass", ttt_mixture=True)
 
 
 def sliding(result: dict[str, Any]) -> None:
-    result["evaluation"] = {"sliding": figure(result["val_loss"]), "seconds": 100.0, "within_budget": True}
+    result["evaluation"] = evaluation_of("sliding", result["val_loss"])
 
 
 def test_single_pass_and_sliding_runs_have_no_replay_figure(runs: Callable[..., list[Path]], tmp_path: Path):
@@ -253,9 +290,8 @@ def test_single_pass_and_sliding_runs_have_no_replay_figure(runs: Callable[..., 
     assert found["status"] == "record"
     assert found["replay_last_epoch"]["val_bpb"] is None
     found = submit(tmp_path, *runs(*same(sliding)), "--baseline-loss", BASELINE)
-    assert found["status"] == "incomplete"  # the sliding window counts no documents and has no certificate
-    reasons = [reason.split(":")[0] for reason in found["reasons"]]
-    assert [name for name in reasons if not name.startswith("certificate_")] == ["full_validation_split"]
+    assert found["status"] == "incomplete"  # the sliding window counts no documents
+    assert [reason.split(":")[0] for reason in found["reasons"]] == ["full_validation_split"]
     assert found["replay_last_epoch"]["val_bpb"] is None
 
     def short(result: dict[str, Any]) -> None:
@@ -271,14 +307,16 @@ def test_single_pass_and_sliding_runs_have_no_replay_figure(runs: Callable[..., 
     [
         (put("environment.device", "NVIDIA H200"), "hardware_8xH100"),
         (put("world_size", 1), "hardware_8xH100"),
+        (session("training", devices=["NVIDIA H100 80GB HBM3"] * 7 + ["NVIDIA H200"]), "hardware_8xH100"),
+        (session("evaluation", devices=["NVIDIA H100 80GB HBM3"] * 7), "hardware_8xH100"),
+        (session("evaluation", devices=["NVIDIA H100 80GB HBM3"] * 16, world_size=16), "hardware_8xH100"),
         (put("evaluation.documents", 625), "full_validation_split"),
         (put("settings.vocab_size", 4096), "full_validation_split"),
         (put("evaluation.no_adaptation.targets", TARGETS - 1), "every_target_scored_once"),
         (put("evaluation.last_epoch.val_bpb", 1.0), "every_target_scored_once"),
         (put("val_bpb", 1.0), "backward_looking_score"),
         (put("evaluation.backward_looking.backward_looking", False), "backward_looking_score"),
-        (lambda result: result["evaluation"]["audit"][0].update(change=0.1), "backward_looking_score"),
-        (put("evaluation.certificate.findings.bytes.outcome", "fail"), "certificate_bytes"),
+        (audit_row(change=0.1, repeat=0.0), "certificate_causal"),
         (put("quantised", False), "quantised_artifact"),
         (lambda result: result.update(weights_sha256=f"{result['seed'] + 7:064x}"), "quantised_artifact"),
         (put("artifact.total_bytes", 16_000_001), "size_cap"),
@@ -294,31 +332,6 @@ def test_a_broken_rule_makes_a_non_record(change: Change, rule: str, runs: Calla
     assert [name for name, judged in found["rules"].items() if judged["outcome"] == "fail"] == [rule]
     assert len(found["reasons"]) == 1
     assert found["reasons"][0].startswith(rule)
-
-
-@pytest.mark.parametrize(
-    ("change", "words"),
-    [
-        (lambda result: result["evaluation"].pop("certificate"), "seed 43 has no certificate"),
-        (put("evaluation.certificate.source_sha256", "ab" * 32), "another train_gpt.py"),
-        (put("evaluation.certificate.findings.disjoint.outcome", "not judged"), "seed 43: nothing"),
-    ],
-)
-def test_a_record_takes_certificates(change: Change, words: str, runs: Callable[..., list[Path]], tmp_path: Path):
-    found = submit(tmp_path, *runs(lambda _: None, change), "--baseline-loss", BASELINE)
-    assert found["status"] == "incomplete"
-    judged = found["rules"]["certificate_disjoint"]
-    assert judged["outcome"] == "not applicable" and words in judged["detail"]
-    assert "certificate_decodes" not in found["rules"]
-
-
-def test_files_that_were_not_the_scores_size_make_a_non_record(runs: Callable[..., list[Path]], tmp_path: Path):
-    finding = {"outcome": "fail", "figure": 9.0, "detail": "9 bytes, 5.0 by the score"}
-    found = submit(
-        tmp_path, *runs(put("evaluation.certificate.findings.decodes", finding)), "--baseline-loss", BASELINE
-    )
-    assert found["status"] == "non-record"
-    assert found["rules"]["certificate_decodes"]["outcome"] == "fail"
 
 
 def test_an_improvement_within_the_margin_is_no_record(runs: Callable[..., list[Path]], tmp_path: Path):
@@ -418,7 +431,6 @@ def test_three_seeds_of_a_tiny_run_have_a_t_test(runs: Callable[..., list[Path]]
         result["training"].update(steps=160, seconds=27.0 + result["seed"] / 100)
         result.update(world_size=1)
         result["evaluation"].update(documents=11, seconds=38.0)
-        del result["evaluation"]["audit"]
 
     found = submit(tmp_path, *runs(*same(tiny)), "--baseline-loss", BASELINE)
     assert found["status"] == "non-record"
@@ -462,7 +474,7 @@ def test_name_and_blurb_are_those_of_the_model(runs: Callable[..., list[Path]], 
     def tiny(result: dict[str, Any]) -> None:
         tiny = dict(num_layers=4, model_dim=96, num_kv_heads=8, swa_enabled=False, max_wallclock_seconds=0.0)
         result["settings"].update(tiny)
-        del result["artifact"]["kinds"]["int6"]
+        result["artifact"]["kinds"].pop("int6")
 
     found = submit(tmp_path, *runs(*same(tiny)))
     assert found["name"] == "4L 96d GPT, int5 MLP, per-document LoRA test-time training"
@@ -490,11 +502,216 @@ def test_without_a_place_the_submission_is_printed(runs: Callable[..., list[Path
     assert {path for path in tmp_path.rglob("*") if path.is_file()} <= before.keys()
 
 
-def test_a_deadline_is_said_in_words(runs: Callable[..., list[Path]], tmp_path: Path):
-    result = call(record, *runs(put("evaluation.backward_looking.lacking", 31)), "--out", tmp_path / "s.json")
-    first, second, *_ = result.out.splitlines()
-    assert "TIME RAN OUT: 31 documents count without adaptation" in first
-    assert "TIME" not in second
+def lacks(score: int, last: int) -> Change:
+    """A change: a deadline kept so many documents from the score and from the last epoch."""
+
+    def change(result: dict[str, Any]) -> None:
+        result["evaluation"]["backward_looking"]["lacking"] = score
+        result["evaluation"]["last_epoch"]["lacking"] = last
+
+    return change
+
+
+def test_a_deadline_is_said_in_words_wherever_the_budget_is_kept(runs: Callable[..., list[Path]], tmp_path: Path):
+    result = call(record, *runs(lacks(31, 40)), "--out", tmp_path / "s.json")
+    first, second, *rest = result.out.splitlines()
+    words = "time ran out: 31 documents count without adaptation in the score, 40 did not reach the last epoch"
+    assert words in first and "time" not in second
+    (budget,) = (line for line in rest if "eval_seconds:" in line)
+    assert budget.startswith("pass") and budget.endswith(f"seed 42: {words}")
+    found = json.loads((tmp_path / "s.json").read_text())
+    assert found["rules"]["eval_seconds"]["detail"].endswith(words)
+    assert [run["cut"] for run in found["runs"]] == [words, None, None]
+    only_last = submit(tmp_path, *runs(lacks(0, 40)))["rules"]["eval_seconds"]["detail"]
+    assert only_last.endswith("seed 42: time ran out: 40 did not reach the last epoch")
+
+
+def test_a_run_that_ran_out_of_time_says_so(tmp_path: Path):
+    found = submit(tmp_path, micro()["late"])
+    result = json.loads(left_by("late"))
+    count = len(processes.LENGTHS)
+    assert result["evaluation"]["mixture"]["lacking"] == count
+    words = f"time ran out: {count} documents count without adaptation in the score"
+    assert found["runs"][0]["cut"] == words and words in found["rules"]["eval_seconds"]["detail"]
+
+
+# ---------------------------------------------------------------------------------------------- record.py: sessions
+
+
+def sessions(*rows: tuple[str, int, float, str]) -> Change:
+    """A change: sessions of a stage, on so many H100, that took so many seconds and ended so."""
+    names = ("stage", "world_size", "seconds", "ended")
+
+    def change(result: dict[str, Any]) -> None:
+        rows_ = [dict(zip(names, row, strict=True)) for row in rows]
+        result["sessions"] = [row | {"devices": ["NVIDIA H100 80GB HBM3"] * row["world_size"]} for row in rows_]
+
+    return change
+
+
+STOPPED = "stopped by SIGTERM after step 6000; its checkpoint is in runs/a"
+
+
+def test_sixty_four_gpus_for_nine_of_ten_minutes_are_not_eight(runs: Callable[..., list[Path]], tmp_path: Path):
+    change = sessions(
+        ("training", 64, 560.0, STOPPED), ("training", 8, 130.0, "finished"), ("evaluation", 8, 480.5, "finished")
+    )
+    found = submit(tmp_path, *runs(change), "--baseline-loss", BASELINE)
+    assert found["status"] == "non-record"
+    assert [name for name, rule in found["rules"].items() if rule["outcome"] == "fail"] == ["hardware_8xH100"]
+    detail = found["rules"]["hardware_8xH100"]["detail"]
+    assert detail == "seed 42: training (560 s) on 64 x NVIDIA H100 80GB HBM3"
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        sessions(),
+        sessions(("evaluation", 8, 480.5, "finished")),
+        sessions(("training", 8, 690.0, "finished")),
+        sessions(("training", 8, 130.0, "finished"), ("evaluation", 8, 480.5, "finished")),  # of 600 s of training
+    ],
+)
+def test_hardware_without_an_account_is_not_judged(change: Change, runs: Callable[..., list[Path]], tmp_path: Path):
+    found = submit(tmp_path, *runs(change), "--baseline-loss", BASELINE)
+    rule = found["rules"]["hardware_8xH100"]
+    assert (found["status"], rule["outcome"]) == ("incomplete", "not applicable")
+    assert "sessions account for" in rule["detail"]
+
+
+def test_a_resumed_run_with_a_whole_account_is_a_record(runs: Callable[..., list[Path]], tmp_path: Path):
+    change = sessions(
+        ("training", 8, 400.0, STOPPED),
+        ("training", 8, 290.0, "finished"),
+        ("evaluation", 8, 80.0, "stopped by SIGTERM"),
+        ("evaluation", 8, 400.5, "finished"),
+    )
+    assert submit(tmp_path, *runs(change), "--baseline-loss", BASELINE)["status"] == "record"
+
+
+@pytest.mark.parametrize(
+    ("change", "rule"),
+    [
+        (put("evaluation.at_least", True), "eval_seconds"),
+        (
+            sessions(
+                ("training", 8, 690.0, "finished"),
+                ("evaluation", 8, 90.0, "killed"),
+                ("evaluation", 8, 390.5, "finished"),
+            ),
+            "eval_seconds",
+        ),
+        (
+            sessions(
+                ("training", 8, 400.0, "killed"),
+                ("training", 8, 400.0, "finished"),
+                ("evaluation", 8, 480.5, "finished"),
+            ),
+            "train_seconds",
+        ),
+    ],
+)
+def test_a_lower_bound_keeps_no_limit(change: Change, rule: str, runs: Callable[..., list[Path]], tmp_path: Path):
+    found = submit(tmp_path, *runs(change), "--baseline-loss", BASELINE)
+    judged = found["rules"][rule]
+    assert (found["status"], judged["outcome"]) == ("incomplete", "not applicable")
+    seconds = 480.5 if rule == "eval_seconds" else 600.0
+    assert judged["detail"].startswith(f"seed 42: at least {seconds} s")
+    assert found[f"{rule}_at_least"] is True
+    assert [run[f"{rule}_at_least"] for run in found["runs"]] == [True, False, False]
+
+
+def test_a_lower_bound_above_the_limit_breaks_it(runs: Callable[..., list[Path]], tmp_path: Path):
+    def change(result: dict[str, Any]) -> None:
+        result["evaluation"].update(at_least=True, seconds=601.0)
+
+    judged = submit(tmp_path, *runs(change))["rules"]["eval_seconds"]
+    assert judged == {"outcome": "fail", "detail": "seed 42: at least 601.0 of 600"}
+
+
+# ---------------------------------------------------------------------------------------------- record.py: mixtures
+
+
+def test_the_mixture_is_a_valid_score_and_labelled(runs: Callable[..., list[Path]], tmp_path: Path):
+    found = submit(tmp_path, *runs(*same(mixture)), "--baseline-loss", BASELINE)
+    assert found["status"] == "record"
+    assert found["score"].startswith("mixture of the predictions without and with adaptation")
+    assert "mixed with the prediction without it" in found["blurb"]
+    assert {run["score"] for run in found["runs"]} == {"mixture"}
+    assert list(found["runs"][0]["figures_val_bpb"]) == ["no_adaptation", "backward_looking", "mixture"]
+    assert found["replay_last_epoch"]["val_bpb"] is None
+    mixed = submit(tmp_path, *runs(mixture), "--baseline-loss", BASELINE)
+    assert mixed["rules"]["same_experiment"]["outcome"] == "fail"
+    assert "settings.ttt_mixture: True and False" in mixed["rules"]["same_experiment"]["detail"]
+    wrong = submit(tmp_path, *runs(*same(lambda result: (mixture(result), result.update(val_loss=1.0)))))
+    assert wrong["rules"]["backward_looking_score"]["outcome"] == "fail"
+
+
+def test_the_score_of_a_real_mixture_is_read(tmp_path: Path):
+    result = json.loads(left_by("mixture"))
+    found = submit(tmp_path, micro()["mixture"])
+    assert found["val_bpb"] == result["evaluation"]["mixture"]["val_bpb"]
+    assert found["rules"]["every_target_scored_once"]["outcome"] == "pass"
+    assert found["rules"]["backward_looking_score"]["outcome"] == "pass"
+
+
+def test_epochs_that_diverge_are_no_figure_of_replay(runs: Callable[..., list[Path]], tmp_path: Path):
+    def change(result: dict[str, Any]) -> None:
+        evaluation = result["evaluation"]
+        for figure in (evaluation["last_epoch"], evaluation["curve"][-1]):
+            figure.update(val_loss=None, val_bpb=None, not_finite=3)
+
+    found = submit(tmp_path, *runs(change), "--baseline-loss", BASELINE)
+    assert found["status"] == "record"
+    assert found["replay_last_epoch"]["val_bpb"] is None
+
+
+# ---------------------------------------------------------------------------------------------- record.py: certificates
+
+
+def certified(**outcomes: str) -> Change:
+    """A change: a certificate whose findings pass, but for `outcomes`, and the rows of its audit."""
+    passed = dict.fromkeys(record.CERTIFICATE, "pass") | outcomes
+    findings = {name: dict(outcome=outcome, figure=0.25, detail="said") for name, outcome in passed.items()}
+
+    def change(result: dict[str, Any]) -> None:
+        audit_row(change=0.0, repeat=0.0)(result)
+        result["evaluation"]["certificate"] = dict(source_sha256=SHA256, documents=2, findings=findings)
+
+    return change
+
+
+def test_the_findings_of_a_certificate_are_rules(runs: Callable[..., list[Path]], tmp_path: Path):
+    names = [f"certificate_{name}" for name in record.CERTIFICATE]
+    found = submit(tmp_path, *runs(*same(certified())), "--baseline-loss", BASELINE)
+    assert {found["rules"][name]["outcome"] for name in names} == {"pass"}
+    assert found["status"] == "record"
+    found = submit(tmp_path, *runs(certified(disjoint="fail", decodes="not judged")), "--baseline-loss", BASELINE)
+    assert found["status"] == "non-record"
+    assert found["reasons"][0].startswith("certificate_disjoint: fail (seed 42: 0.25 said")
+    assert found["rules"]["certificate_decodes"]["outcome"] == "not applicable"
+    assert "seed 43: no certificate" in found["rules"]["certificate_causal"]["detail"]
+
+
+def test_a_certificate_counts_only_with_its_rows_and_for_the_source_that_ran(
+    runs: Callable[..., list[Path]], tmp_path: Path
+):
+    def without_rows(result: dict[str, Any]) -> None:
+        certified()(result)
+        del result["evaluation"]["audit"]
+
+    found = submit(tmp_path, *runs(*same(without_rows)), "--baseline-loss", BASELINE)
+    assert found["rules"]["certificate_causal"]["outcome"] == "not applicable"
+    assert "no rows" in found["rules"]["certificate_causal"]["detail"]
+
+    def foreign(result: dict[str, Any]) -> None:
+        certified()(result)
+        result["evaluation"]["certificate"]["source_sha256"] = "cc" * 32
+
+    found = submit(tmp_path, *runs(*same(foreign)), "--baseline-loss", BASELINE)
+    rules = [found["rules"][f"certificate_{name}"] for name in record.CERTIFICATE]
+    assert {rule["outcome"] for rule in rules} == {"not applicable"}
+    assert all("another train_gpt.py" in rule["detail"] for rule in rules)
 
 
 # ---------------------------------------------------------------------------------------------- record.py: refusals
@@ -504,6 +721,14 @@ def test_a_deadline_is_said_in_words(runs: Callable[..., list[Path]], tmp_path: 
     ("change", "words"),
     [
         (put("schema_version", 1), ["schema_version 1"]),
+        (put("schema_version", 2), ["schema_version 2", "EVAL_ONLY="]),
+        (put("evaluation.score", "last_epoch"), ["evaluation.score"]),
+        (put("evaluation.score", "mixture"), ["evaluation.mixture"]),
+        (put("sessions", None), ["sessions"]),
+        (session("training", devices=[8]), ["devices"]),
+        (session("evaluation", seconds="long"), ["sessions[1].seconds"]),
+        (put("evaluation.certificate", {"source_sha256": "a", "findings": {"causal": {}}}), ["causal.outcome"]),
+        (lambda result: result.update(val_loss=None, val_bpb=None), ["not finite", "learning rates"]),
         (put("seed", 43), ["seed 43", "settings"]),
         (put("val_loss", "low"), ["val_loss"]),
         (put("val_loss", math.nan), ["no JSON of a run"]),
@@ -515,9 +740,6 @@ def test_a_deadline_is_said_in_words(runs: Callable[..., list[Path]], tmp_path: 
         (put("evaluation", {}), ["evaluation.seconds"]),
         (put("evaluation.audit", [{}]), ["evaluation.audit[0].document"]),
         (put("evaluation.audit", {}), ["evaluation.audit"]),
-        (put("evaluation.certificate", []), ["evaluation.certificate"]),
-        (put("evaluation.certificate.findings", [1]), ["evaluation.certificate.findings"]),
-        (put("evaluation.certificate.findings.bytes", {}), ["evaluation.certificate.findings.bytes"]),
         (put("artifact", []), ["artifact"]),
         (put("data", None), ["data"]),
         (put("run_id", "other"), ["train.log", "another run"]),
@@ -575,7 +797,10 @@ def test_any_value_in_any_place_is_judged_or_refused(runs: Callable[..., list[Pa
         json.loads((tmp_path / "s.json").read_text(), parse_constant=pytest.fail)
 
 
-def test_files_of_another_kind_are_refused(tmp_path: Path):
+def test_files_of_another_kind_are_refused(runs: Callable[..., list[Path]], tmp_path: Path):
+    (path,) = runs(losses=LOSSES[:1])
+    other = path.rename(path.with_name("result_single_pass.json"))
+    assert is_one_line_error(call(record, other, "--out", tmp_path / "s.json"), "folder")
     for content in ("[]", "{}", "no json", "null"):
         (tmp_path / "result.json").write_text(content)
         assert is_one_line_error(call(record, tmp_path, "--out", tmp_path / "s.json"), "result.json")
@@ -681,7 +906,7 @@ def test_a_resumed_log_counts_once(folder: Path):
 
 
 def test_panels_without_figures_are_left_out(scored: Path, reference: Path):
-    assert len(panels(drawn(scored))) == 6
+    assert len(panels(drawn(scored))) == 7
     assert len(panels(drawn(reference))) == 4
     assert not any("Test-time" in title for title in panels(drawn(reference)))
     assert panels(drawn(scored, reference, what=("loss",))) == ["Loss against steps"]
@@ -771,16 +996,17 @@ def a_scored_run(
     without: np.ndarray,
     adapted: np.ndarray,
     bytes_: np.ndarray,
+    mixed: np.ndarray | None = None,
     lacking: int = 0,
-    tag: str = "",
     weights: str = "aa",
-    last_bytes: int = 2,
+    last_share: float = 1 / 11,
     epochs: int = 2,
     **changes: object,
 ) -> Path:
-    """What train_gpt.py leaves of a test-time training evaluation, as far as compare.py and plot.py read it."""
+    """What train_gpt.py leaves of a test-time training evaluation, with these NLL in nats of its documents."""
     folder.mkdir(exist_ok=True)
     result = a_result(42, 2.0)
+    evaluation = result["evaluation"]
     about = {"ttt_protocol": "single_pass", "ttt_n_epochs": 10, "ttt_context": "cached", "ttt_eval_seq_len": 1024}
     result["settings"] |= about | changes
     result["weights_sha256"] = weights * 32
@@ -788,43 +1014,53 @@ def a_scored_run(
     figures_of = np.stack([adapted, adapted / 2]) if replay else adapted[None]
     targets = np.maximum(bytes_ // 2, 1)
     counts = {"targets": int(targets.sum()), "bytes": int(bytes_.sum()), "lacking": 0}
-    figures = {"no_adaptation": without, "backward_looking": adapted, "last_epoch": figures_of[-1]}
-    for name, nats in figures.items():
-        bpb = float(nats.sum() / math.log(2) / counts["bytes"])
-        loss = float(nats.sum() / counts["targets"])
-        result["evaluation"][name] |= counts | {"val_loss": loss, "val_bpb": bpb}
-    result["evaluation"]["backward_looking"]["lacking"] = lacking
-    curve = [dict(figure(1.0), val_bpb=3.0 - epoch / 10, epoch=epoch) for epoch in range(1, epochs + 1)]
-    result["evaluation"]["curve"] = curve if replay else curve[:1]
-    path = folder / f"result{tag}.json"
-    path.write_text(json.dumps(result))
-    last = "last_epoch_50" if replay else "single_pass"
-    names = ["no_adaptation", "epoch_1", last] if replay else ["no_adaptation", last]
-    by_span = np.arange(1.0, 1 + 5 * len(names)).reshape(len(names), 5)
+
+    def fill(figure: dict[str, Any], nats: np.ndarray) -> None:
+        loss, bpb = nats.sum() / counts["targets"], nats.sum() / math.log(2) / counts["bytes"]
+        figure.update(counts | {"val_loss": float(loss), "val_bpb": float(bpb)})
+
+    fill(evaluation["no_adaptation"], without)
+    fill(evaluation["backward_looking"], adapted)
+    fill(evaluation["last_epoch"], figures_of[-1])
+    first = evaluation["curve"][0]
+    curve = [dict(first, val_bpb=3.0 - epoch / 10, epoch=epoch) for epoch in range(1, epochs + 1)]
+    evaluation["curve"] = curve if replay else curve[:1]
+    if mixed is not None:
+        evaluation.update(mixture=evaluation_of("mixture", 2.0)["mixture"], score="mixture")
+        fill(evaluation["mixture"], mixed)
+    score = evaluation[evaluation["score"]]
+    for figure in (score, evaluation["backward_looking"]):
+        figure["lacking"] = lacking
+    result.update(val_loss=score["val_loss"], val_bpb=score["val_bpb"])
+    (folder / "result.json").write_text(json.dumps(result))
+    (folder / "train.log").touch()
+    arrays = dict(index=np.arange(len(bytes_)), targets=targets, bytes=bytes_, nll_no_adaptation=without)
+    arrays |= dict(nll_per_epoch=figures_of, figures_finished=np.full(len(bytes_), len(figures_of)))
+    arrays["figures_finished"][:lacking] = 0
+    if mixed is not None:
+        arrays["nll_mixture"] = mixed
+    np.savez(folder / "ttt_documents.npz", **arrays)
+    named = {"no_adaptation": without, "epoch_1" if replay else "single_pass": adapted, "mixture": mixed}
+    named = {name: nats.sum() for name, nats in named.items() if nats is not None}
+    share = np.array([4 / 11, 3 / 11, 2 / 11, 2 / 11 - last_share, last_share])  # of the bytes, by span
     np.savez(
-        folder / f"ttt_documents{tag}.npz",
-        index=np.arange(len(bytes_)),
-        targets=targets,
-        bytes=bytes_,
-        nll_no_adaptation=without,
-        nll_per_epoch=figures_of,
-        figures_finished=np.full(len(bytes_), len(figures_of)),
-    )
-    np.savez(
-        folder / f"ttt_positions{tag}.npz",
-        weights=result["weights_sha256"],
-        figures=np.array(names),
-        nll=by_span,
+        folder / "ttt_positions.npz",
+        figures=[*named],
+        nll=np.outer([*named.values()], np.arange(1, 6) / 15),
         ends=np.array([64, 128, 256, 512, 600]),
-        bytes=np.array([10, 10, 8, 4, last_bytes]),
+        targets=share * counts["targets"],
+        bytes=share * counts["bytes"],
     )
-    return path if tag else folder
+    return folder
 
 
-def cells(out: str) -> list[list[str]]:
-    return [[cell.strip() for cell in line.strip("|").split("|")] for line in out.splitlines() if line.startswith("|")][
-        2:
-    ]
+def cells(out: str) -> list[dict[str, str]]:
+    """The rows of a Markdown table, by the names of its columns."""
+    lines = [[cell.strip() for cell in line.strip("|").split("|")] for line in out.splitlines() if line[:1] == "|"]
+    return [dict(zip(lines[0], line, strict=True)) for line in lines[2:]]
+
+
+INTERVAL, BEHIND = "95% interval", "behind the best, 95% interval"
 
 
 def test_compare_shows_the_best_first_with_intervals_that_the_normal_law_confirms(tmp_path: Path) -> None:
@@ -839,16 +1075,16 @@ def test_compare_shows_the_best_first_with_intervals_that_the_normal_law_confirm
     result = call(compare, *runs, "--samples", 4000)
     assert result.code == 0, result.err
     best, second = cells(result.out)
-    assert (best[4], second[4]) == ("0.2", "0.1") and "400 documents, 1,200,000 bytes" in result.out
+    assert (best["lora_lr"], second["lora_lr"]) == ("0.2", "0.1") and "400 documents, 1,200,000 bytes" in result.out
     scale = math.log(2) * 3000
     for row, gain in ((best, gains["better"]), (second, gains["worse"])):
-        assert float(row[10]) == pytest.approx(gain.mean() / scale, abs=5e-5)
-        assert float(row[9]) == pytest.approx((without - gain).sum() / math.log(2) / bytes_.sum(), abs=5e-5)
-        low, high = map(float, row[11].split(" to "))
+        assert float(row["gain"]) == pytest.approx(gain.mean() / scale, abs=5e-5)
+        assert float(row["adapted"]) == pytest.approx((without - gain).sum() / math.log(2) / bytes_.sum(), abs=5e-5)
+        low, high = map(float, row[INTERVAL].split(" to "))
         assert high - low == pytest.approx(2 * 1.96 * gain.std() / math.sqrt(n) / scale, rel=0.08)
-    low, high = map(float, second[12].split(" to "))
+    low, high = map(float, second[BEHIND].split(" to "))
     difference = gains["better"] - gains["worse"]
-    assert (low + high) / 2 == pytest.approx(difference.mean() / scale, abs=1e-4) and best[12] == "–"
+    assert (low + high) / 2 == pytest.approx(difference.mean() / scale, abs=1e-4) and best[BEHIND] == "–"
 
 
 def test_compare_weighs_documents_by_their_bytes(tmp_path: Path) -> None:
@@ -857,13 +1093,32 @@ def test_compare_weighs_documents_by_their_bytes(tmp_path: Path) -> None:
         tmp_path / "a", without, without - np.array([0.0, 10.0]), bytes_, ttt_protocol="replay", ttt_n_epochs=50
     )
     (row,) = cells(call(compare, run).out)
-    assert float(row[10]) == pytest.approx(10 / math.log(2) / 1010, abs=5e-5) and row[:5] == [
-        "replay",
-        "cached",
-        "1024",
-        "1 of 50",
-        "0.001",
-    ]
+    assert float(row["gain"]) == pytest.approx(10 / math.log(2) / 1010, abs=5e-5)
+    assert (row["protocol"], row["n_epochs"], row["lora_lr"]) == ("replay", "1 of 50", "0.001")
+    assert (row["mixture"], row["mixture_share"]) == ("–", "–")
+
+
+def test_compare_judges_a_mixture_by_the_mixture(tmp_path: Path) -> None:
+    bytes_, without = np.array([100, 1000]), np.array([100.0, 900.0])
+    mixed = a_scored_run(tmp_path / "mixed", without, without + 50, bytes_, mixed=without - 20)
+    plain = a_scored_run(tmp_path / "plain", without, without - 10, bytes_)
+    best, second = cells(call(compare, plain, mixed).out)
+    assert float(best["gain"]) == pytest.approx(40 / math.log(2) / 1100, abs=5e-5)
+    assert float(best["mixture"]) == pytest.approx(960 / math.log(2) / 1100, abs=5e-5)
+    assert float(best["adapted"]) == pytest.approx(1100 / math.log(2) / 1100, abs=5e-5)
+    assert (best["mixture_share"], second["mixture"]) == ("0.1", "–")
+
+
+def test_real_runs_are_compared(tmp_path: Path) -> None:
+    rows = cells(call(compare, micro()["replay"], micro()["mixture"], "--samples", 50).out)
+    by_protocol = {row["protocol"]: row for row in rows}
+    for name, protocol in (("replay", "replay"), ("mixture", "single_pass")):
+        evaluation = json.loads(left_by(name))["evaluation"]
+        shown = [by_protocol[protocol][column] for column in ("no adaptation", "adapted", "mixture")]
+        figures = [evaluation.get(figure) for figure in ("no_adaptation", "backward_looking", "mixture")]
+        assert shown == ["–" if figure is None else f"{figure['val_bpb']:.4f}" for figure in figures]
+    assert is_one_line_error(call(compare, micro()["late"], micro()["late"]), "time ran out", "EVAL_MAX_SECONDS")
+    assert is_one_line_error(call(compare, micro()["sliding"]), "sliding window")
 
 
 def test_compare_refuses_what_cannot_be_compared(tmp_path: Path) -> None:
@@ -884,6 +1139,7 @@ def test_compare_refuses_what_cannot_be_compared(tmp_path: Path) -> None:
     window = a_scored_run(tmp_path / "sliding", a, a, b)
     result = json.loads((window / "result.json").read_text())
     sliding(result)
+    result.update({name: result["evaluation"]["sliding"][name] for name in ("val_loss", "val_bpb")})
     (window / "result.json").write_text(json.dumps(result))
     assert is_one_line_error(call(compare, window), "sliding window")
     whole = (good / "ttt_documents.npz").read_bytes()
@@ -909,8 +1165,8 @@ def test_compare_gives_no_interval_of_documents_without_bytes(tmp_path: Path) ->
     run = a_scored_run(tmp_path / "a", without, without - 1, bytes_)
     result = call(compare, run, "--samples", 2000)
     (row,) = cells(result.out)
-    assert (result.code, result.err, row[11]) == (0, "", "none")
-    assert float(row[10]) == pytest.approx(60 / math.log(2) / 300, abs=5e-5)
+    assert (result.code, result.err, row[INTERVAL]) == (0, "", "none")
+    assert float(row["gain"]) == pytest.approx(60 / math.log(2) / 300, abs=5e-5)
     assert "only 3 of 60 documents have bytes" in result.out and "nan" not in result.out
     bytes_[1:] = 0
     assert is_one_line_error(
@@ -950,12 +1206,12 @@ def test_damaged_documents_are_read_or_refused(
     assert found.code == 0 or is_one_line_error(found)
 
 
-def test_two_evaluations_of_one_folder_are_compared_and_drawn(tmp_path: Path, folder: Path) -> None:
+def test_two_evaluations_of_one_model_are_compared_and_drawn(tmp_path: Path) -> None:
     a, b = np.array([50.0, 60.0]), np.array([7, 8])
-    a_scored_run(folder, a, a - 1, b, ttt_protocol="replay", ttt_n_epochs=50)
-    other = a_scored_run(folder, a, a - 2, b, tag="_single")
-    assert [row[0] for row in cells(call(compare, folder, other).out)] == ["single_pass", "replay"]
-    ttt, position = drawn(folder, other, what=("ttt", "position")).axes
+    replay = a_scored_run(tmp_path / "replay", a, a - 1, b, ttt_protocol="replay", ttt_n_epochs=50)
+    other = a_scored_run(tmp_path / "single", a, a - 2, b)
+    assert [row["protocol"] for row in cells(call(compare, replay, other).out)] == ["single_pass", "replay"]
+    ttt, position = drawn(replay, other, what=("ttt", "position")).axes
     bpb = [(a - nats).sum() / math.log(2) / 15 for nats in (0, 2)]
     scores = [
         "epoch 1 2.9000, a valid score",
@@ -963,32 +1219,93 @@ def test_two_evaluations_of_one_folder_are_compared_and_drawn(tmp_path: Path, fo
         f"single pass {bpb[1]:.4f}, a valid score",
     ]
     assert legend(ttt) == [f"no adaptation {bpb[0]:.4f}", *scores]
-    names = ["no adaptation", "epoch 1, a valid score", "epoch 50 (not a score)", "single pass, a valid score"]
-    assert legend(position) == names
-    third = a_scored_run(folder, a, a - 3, b, tag="_again")
-    assert "ours/result_again.json: " in legend(drawn(folder, other, third, what=("ttt",)).axes[0])[-1]
+    assert legend(position) == ["no adaptation", "epoch 1, a valid score", "single pass, a valid score"]
+    third = a_scored_run(tmp_path / "again", a, a - 3, b)
+    assert "/again: " in legend(drawn(replay, other, third, what=("ttt",)).axes[0])[-1]
+
+
+def test_the_mixture_is_drawn_as_a_valid_score_of_its_own(tmp_path: Path) -> None:
+    a, b = np.array([50.0, 60.0]), np.array([7, 8])
+    run = a_scored_run(tmp_path / "run", a, a + 1, b, mixed=a - 2, ttt_protocol="replay")
+    ttt, position, documents = drawn(run, what=("ttt", "position", "documents")).axes
+    bpb = (a - 2).sum() / math.log(2) / 15
+    assert f"mixture with epoch 1 {bpb:.4f}, a valid score" in legend(ttt)
+    (line,) = [line for line in ttt.lines if line.get_label().startswith("mixture")]
+    assert list(line.get_ydata()) == pytest.approx([bpb, bpb])
+    assert legend(position) == ["no adaptation", "epoch 1, a valid score", "mixture with epoch 1, a valid score"]
+    assert len({str(line.get_linestyle()) + str(line._dash_pattern) for line in position.lines}) == 3
+    assert legend(documents) == [
+        f"epoch 1: 2 of 2 lose, at most {1 / math.log(2) / 7:.4f}",
+        "mixture with epoch 1: 0 of 2 lose, at most 0.0000",
+    ]
+    _, adapted, mixed = documents.lines
+    assert adapted.get_ydata() == pytest.approx(-1 / math.log(2) / np.array([7, 8]))
+    assert mixed.get_ydata() == pytest.approx(2 / math.log(2) / np.array([8, 7]))
+
+
+def test_documents_that_a_deadline_cut_off_gain_nothing_and_are_not_drawn(folder: Path) -> None:
+    a, b = np.array([50.0, 60.0, 70.0]), np.array([7, 8, 0])
+    a_scored_run(folder, a, a - 1, b, lacking=1)
+    (axes,) = drawn(folder, what=("documents",)).axes
+    assert legend(axes) == ["single pass: 0 of 1 lose, at most 0.0000\n(time ran out for 1 documents)"]
+    assert axes.lines[1].get_ydata() == pytest.approx([1 / math.log(2) / 8])
+
+
+def test_an_epoch_that_is_not_finite_is_said(folder: Path) -> None:
+    a, b = np.array([50.0, 60.0]), np.array([7, 8])
+    a_scored_run(folder, a, a - 1, b, ttt_protocol="replay", epochs=4)
+    result = json.loads((folder / "result.json").read_text())
+    for figure in (result["evaluation"]["last_epoch"], *result["evaluation"]["curve"][2:]):
+        figure.update(val_loss=None, val_bpb=None)
+    (folder / "result.json").write_text(json.dumps(result))
+    (axes,) = drawn(folder, what=("ttt",)).axes
+    assert legend(axes)[-1] == "epoch 4 not finite (not a score)"
+
+
+def test_the_panels_of_real_runs_show_what_the_runs_kept() -> None:
+    replay, mixture_, late = (micro()[name] for name in ("replay", "mixture", "late"))
+    ttt, position, documents = drawn(replay, mixture_, what=("ttt", "position", "documents")).axes
+    names = ["no adaptation", "epoch 1", "single pass", "mixture with single pass"]
+    assert [label.split(",")[0] for label in legend(position)] == names
+    assert [label.split(":")[0] for label in legend(documents)] == names[1:]
+    figures = {name: json.loads(left_by(name))["evaluation"] for name in ("replay", "mixture")}
+    assert f"epoch 1 {figures['replay']['backward_looking']['val_bpb']:.4f}, a valid score" in legend(ttt)
+    assert f"mixture with single pass {figures['mixture']['mixture']['val_bpb']:.4f}, a valid score" in legend(ttt)
+    with np.load(mixture_ / "ttt_positions.npz") as arrays:
+        bits, bytes_ = arrays["nll"][-1] / math.log(2), arrays["bytes"]
+    assert position.lines[-1].get_ydata() == pytest.approx(bits / bytes_)
+    assert bits.sum() / bytes_.sum() == pytest.approx(figures["mixture"]["mixture"]["val_bpb"], rel=1e-6)
+    count = len(processes.LENGTHS)
+    assert (
+        f"late: time ran out: {count} documents count without adaptation" in plot.notes(plot.read_runs([late]), [])[0]
+    )
 
 
 def test_positions_are_drawn_where_their_spans_end(folder: Path) -> None:
     a, b = np.array([50.0, 60.0]), np.array([7, 8])
     a_scored_run(folder, a, a - 1, b, ttt_protocol="replay")
     (axes,) = drawn(folder, what=("position",)).axes
-    plain, first, _ = axes.lines
+    plain, first = axes.lines
     assert plain.get_xdata().tolist() == [64, 128, 256, 512, 600]
-    assert plain.get_ydata() == pytest.approx(np.array([1 / 10, 2 / 10, 3 / 8, 4 / 4, 5 / 2]) / math.log(2))
-    assert first.get_ydata() == pytest.approx(np.array([6 / 10, 7 / 10, 8 / 8, 9 / 4, 10 / 2]) / math.log(2))
-    a_scored_run(folder, a, a - 1, b, last_bytes=0)  # a last span that holds the next document's BOS alone
+    for line, nats in ((plain, 110), (first, 108)):
+        rates = nats * np.arange(1, 6) / 15 / (15 * np.array([4, 3, 2, 1, 1]) / 11)
+        assert line.get_ydata() == pytest.approx(rates / math.log(2))
+    a_scored_run(folder, a, a - 1, b, last_share=0)  # a last span that holds the next document's BOS alone
     (axes,) = drawn(folder, what=("position",)).axes
     assert np.isfinite(axes.lines[0].get_ydata()).tolist() == [True, True, True, True, False]
 
 
-def test_positions_are_drawn_only_where_they_were_kept(folder: Path) -> None:
+def test_positions_are_drawn_only_where_they_are_this_runs(folder: Path) -> None:
     a_scored_run(folder, np.array([50.0, 60.0]), np.array([49.0, 58.0]), np.array([7, 8]), ttt_protocol="replay")
     _, position = drawn(folder, what=("ttt", "position")).axes
-    assert legend(position) == ["no adaptation", "epoch 1, a valid score", "epoch 50 (not a score)"]
+    assert legend(position) == ["no adaptation", "epoch 1, a valid score"]
     with np.load(folder / "ttt_positions.npz") as file:
         arrays = dict(file)
-    for wrong in ({"weights": "bb" * 32}, {"figures": np.array(["a"])}, {"nll": np.ones(3)}, {"bytes": np.ones(4)}):
+    others = {"nll": 1.01 * arrays["nll"]}, {"figures": np.array(["a", "b"])}, {"bytes": 2 * arrays["bytes"]}
+    for wrong in (*others, {"figures": arrays["figures"][:1]}, {"targets": 2 * arrays["targets"]}):
+        np.savez(folder / "ttt_positions.npz", **arrays | wrong)
+        assert is_one_line_error(call(plot, folder, "--out", folder / "x"), "ttt_positions.npz", "other figures")
+    for wrong in ({"nll": np.ones(3)}, {"bytes": np.ones(4)}, {"ends": np.array(["a"] * 5)}):
         np.savez(folder / "ttt_positions.npz", **arrays | wrong)
         assert is_one_line_error(call(plot, folder, "--out", folder / "x"), "ttt_positions.npz", "damaged")
     (folder / "ttt_positions.npz").unlink()
@@ -1021,7 +1338,7 @@ def test_names_of_runs_are_no_grammar(tmp_path: Path, monkeypatch: pytest.Monkey
 def test_a_panel_that_is_left_out_is_said(scored: Path, reference: Path, tmp_path: Path) -> None:
     (scored / "ttt_positions.npz").unlink()
     out = call(plot, scored, reference, "--what", "loss", "ttt", "position", "--out", tmp_path / "x").out
-    assert "no panel position: it takes ttt_positions.npz, which test-time training leaves beside result.json" in out
+    assert "no panel position: it takes result.json and ttt_positions.npz of test-time training" in out
     (said,) = [line for line in out.splitlines() if "panel ttt" in line]
     assert said.endswith("/reference.txt: it takes replay of more than one epoch") and "ours" not in said
     assert "loss" not in out
@@ -1029,10 +1346,10 @@ def test_a_panel_that_is_left_out_is_said(scored: Path, reference: Path, tmp_pat
 
 def test_what_a_deadline_cut_is_said_in_words(folder: Path, tmp_path: Path) -> None:
     a, b = np.array([50.0, 60.0]), np.array([7, 8])
-    a_scored_run(folder, a, a - 1, b, ttt_protocol="replay", epochs=9, lacking=3)
+    a_scored_run(folder, a, a - 1, b, ttt_protocol="replay", epochs=9, lacking=2)
     figure = drawn(folder, what=("ttt",))
-    assert legend(figure.axes[0])[1] == "epoch 1 2.9000, a valid score\n(time ran out for 3 documents)"
-    words = "time ran out in .*/ours: 3 documents count without adaptation in the score"
+    assert legend(figure.axes[0])[1] == "epoch 1 2.9000, a valid score\n(time ran out for 2 documents)"
+    words = "/ours: time ran out: 2 documents count without adaptation in the score"
     assert re.search(words, figure.get_supxlabel().replace("\n", " "))
     assert re.search(words, call(plot, folder, "--what", "ttt", "--out", tmp_path / "x").out)
     a_scored_run(folder, a, a - 1, b, ttt_protocol="replay", epochs=9)

@@ -195,13 +195,10 @@ def test_what_a_waiting_rank_had_finished_is_not_done_again(gone_on, whole):
 def test_sessions_say_who_scored_how_long_and_how_it_ended(gone_on, waiting):
     evaluation, sessions = gone_on[0][0].result["evaluation"], gone_on[0][0].result["sessions"]
     first, second = sessions
-    assert [row["stage"] for row in sessions] == ["evaluation"] * 2 and [row["world_size"] for row in sessions] == [
-        2,
-        2,
-    ]
+    assert [(row["stage"], row["world_size"]) for row in sessions] == [("evaluation", 2)] * 2
     assert len(first["devices"]) == len(second["devices"]) == 2 and second["ended"] == "finished"
     assert "SIGTERM" in first["ended"] or first["ended"] == "killed"  # who is stuck cannot say so
-    assert evaluation["seconds"] >= first["seconds"] + second["seconds"] - 0.5 > 0
+    assert evaluation["seconds"] >= first["seconds"] + second["seconds"] - 0.5 > 3  # waiting for another counts
     assert evaluation["at_least"] is (first["ended"] == "killed")
 
 

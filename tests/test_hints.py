@@ -1,0 +1,65 @@
+"""What the file tells a user unasked: settings spelt wrongly, a warmdown that the run is too short for, and --help's
+text."""
+
+import re
+import time
+
+import numpy as np
+import pytest
+import torch
+
+import runs
+import train_gpt
+
+
+@pytest.mark.parametrize(
+    "name, meant",
+    [
+        ("TTT_LR", "TTT_LORA_LR"), ("NUM_ITERATIONS", "ITERATIONS"), ("iterations", "ITERATIONS"),
+        ("BATCH_SIZE", "TTT_BATCH_SIZE or VAL_BATCH_SIZE"), ("ttt_lora_rnk", "TTT_LORA_RANK"),
+    ],
+)  # fmt: skip
+def test_a_setting_is_found_by_its_words_in_either_case(name, meant):
+    assert train_gpt.misspelt({name: "1"}) == [f"warning: {name} is not a setting — did you mean {meant}?"]
+
+
+def test_variables_with_words_of_other_programs_or_one_word_alone_are_left_in_peace():
+    usual = "RUN_ID TORCHELASTIC_RUN_ID WANDB_RUN_ID CUDA_DEVICE_ORDER TORCH_COMPILE_DEBUG PATH DEVICE DIR LR"
+    usual += " LOCAL_RANK WORLD_SIZE XDG_DATA_DIRS PIP_CACHE_DIR SLURM_JOB_ID NVIDIA_VISIBLE_DEVICES http_proxy _"
+    assert train_gpt.misspelt(dict.fromkeys(usual.split(), "1")) == []
+
+
+def test_help_names_every_setting_with_what_the_environment_would_be_told():
+    lines = train_gpt.help_text().splitlines()
+    usual, tiny = (train_gpt.Settings.from_env({"PRESET": preset}) for preset in ("record", "tiny"))
+    assert len(lines) == len(vars(usual))
+    for line, (name, value) in zip(lines, vars(usual).items(), strict=True):
+        shown = int(value) if isinstance(value, bool) else value
+        small = getattr(tiny, name)
+        differs = small != value and name != "preset"
+        assert line.startswith(f"{name.upper()}={shown}" + f" (tiny: {small})" * differs + ": ")
+        assert re.search(r"; (one of|int from|float from|printable text like) ", line)
+    with pytest.raises(train_gpt.UserError) as refused:
+        train_gpt.Settings.from_env({"NUM_LAYERS": "1"})
+    (line,) = (line for line in lines if line.startswith("NUM_LAYERS="))
+    assert line.endswith("; int from 2 to 256") and "int from 2 to 256" in str(refused.value)
+
+
+@pytest.mark.parametrize("warmdown, noted", ((100, True), (10, False)))
+def test_a_warmdown_longer_than_the_run_is_noted_with_the_share_of_the_peak(monkeypatch, tmp_path, warmdown, noted):
+    s = runs.micro(MAX_WALLCLOCK_SECONDS=2, WARMDOWN_ITERS=warmdown, ITERATIONS=1000, WARMUP_STEPS=4, DEVICE="cpu")
+    run = train_gpt.Run(train_gpt.replace(s, output_dir=str(tmp_path), quantizer="nearest"))
+    lines = []
+    monkeypatch.setattr(train_gpt.Run, "log", lambda run, line, console=True: lines.append(line))
+    trainer = train_gpt.Trainer([np.arange(3000, dtype=np.uint16) % 300], "data", run)
+    waits = iter((0.5, 0.05, 0.05, 0.05))  # the first step compiles
+    monkeypatch.setattr(trainer, "train_step", lambda: time.sleep(next(waits)) or torch.zeros(()))
+    trainer.warm_up()
+    trainer.reserve()
+    notes = [line for line in lines if "warmdown" in line]
+    assert len(notes) == noted
+    for line in notes:  # 2 s of steps of 0.05 s, or a little more
+        steps, share, better = re.search(r"about (\d+) steps.* ([\d.]+)% .*WARMDOWN_ITERS=(\d+)", line).groups()
+        assert 20 < int(steps) <= 40
+        assert float(share) == pytest.approx(int(steps), abs=1)
+        assert int(better) == pytest.approx(int(steps) * 3500 / 6900, abs=1)
