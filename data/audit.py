@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 import common
 import sequential
-from sequential import ADAPTED, MIXTURE, train_gpt
+from sequential import train_gpt
 
 AROUND = 8  # tokens of no document that stand before each
 DRAWN = 100  # targets whose probabilities are summed
@@ -239,14 +239,14 @@ def certify(left: common.Run, documents: int, decode: bool) -> tuple[dict[str, A
     """A run's findings, each printed as it is found, as result.json has them, and causal's rows."""
     model, run = sequential.open_run(left)
     stream = sequential.open_stream(left, run)
-    tokenizer, _ = sequential.open_tokenizer(run)
+    tokenizer = sequential.open_tokenizer(left, run)
     rng = np.random.default_rng([run.s.seed, 0xA0D17])
     sample = draw(stream, run, documents, rng)
     what = f"{len(sample.numbers)} documents of {sample.lengths.sum():,} targets"
     print(f"{left.path}: scores {what} three times, then token after token; it may take minutes", flush=True)
     before = trace(model, run, sample, sample.tokens)
-    figure = MIXTURE if left.score is left.figures.get(MIXTURE) else ADAPTED
-    scored = before[MIXTURE] if figure == MIXTURE else list(before.values())[1]
+    figure = left.score_name
+    scored = before["mixture"] if figure == "mixture" else list(before.values())[1]
     found, rows = causal(model, run, sample, before, rng)
     certificate = dict(source_sha256=train_gpt.SOURCE_SHA256, documents=len(sample.numbers), findings={})
 
@@ -272,7 +272,7 @@ def main(parser: argparse.ArgumentParser) -> None:
     options = parser.parse_args()
     runs = [common.read_run(path) for path in options.runs]
     for left in runs:
-        if "sliding" in left.figures:
+        if left.score_name == "sliding":
             raise common.UserError(f"{left.path} is of a sliding window — give runs with test-time training")
     failed = False
     for left in runs:

@@ -75,11 +75,12 @@ class Codec:
         figure = chosen_figure(left, figure)
         torch.set_num_threads(1)  # several may add up in several orders
         model, run = sequential.open_run(left, "cpu")
-        tokenizer, digest = sequential.open_tokenizer(run)
+        tokenizer = sequential.open_tokenizer(left, run)
         settings = {name: value for name, value in dataclasses.asdict(run.s).items() if matters(name)}
         versions = {x.__name__: x.__version__ for x in (torch, np, sentencepiece)}
         versions["constriction"] = importlib.metadata.version("constriction")
-        identity = dict(artifact=left.result["weights_sha256"], tokenizer=digest, settings=settings, versions=versions)
+        identity = dict(artifact=left.result["weights_sha256"], tokenizer=left.result["data"]["tokenizer"])
+        identity |= dict(settings=settings, versions=versions)
         return cls(left, figure, model, run, tokenizer, identity)
 
     def encode(self, documents: list[Document], progress: Callable = int) -> np.ndarray:
@@ -144,7 +145,7 @@ def matters(name: str) -> bool:
 
 def chosen_figure(left: common.Run, figure: str | None) -> str:
     """A figure that can be a file's, by default that of the score; UserError for any other."""
-    if "sliding" in left.figures:
+    if left.score_name == "sliding":
         if figure in (None, NO_ADAPTATION):
             return NO_ADAPTATION
         raise UserError(f"{left.path} is of a sliding window — use --figure {NO_ADAPTATION}")
@@ -153,7 +154,7 @@ def chosen_figure(left: common.Run, figure: str | None) -> str:
     if figure == LAST_EPOCH:
         why = "in replay's last epoch the adapters have trained on the text that it predicts, and who expands a file"
         raise UserError(f"{why} has no text yet: no file of that size exists — use --figure {ADAPTED}")
-    figure = figure or (MIXTURE if left.score is left.figures.get(MIXTURE) else ADAPTED)
+    figure = figure or left.score_name
     if figure not in left.figures:
         raise UserError(f"{left.path} has no {figure} — use --figure {' or '.join(set(left.figures) - {LAST_EPOCH})}")
     return figure

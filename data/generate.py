@@ -72,7 +72,7 @@ def main(parser: argparse.ArgumentParser) -> None:
     left = common.read_run(options.run)
     torch.set_num_threads(1)
     model, run = sequential.open_run(left, "cpu")
-    tokenizer, _ = sequential.open_tokenizer(run)
+    tokenizer = sequential.open_tokenizer(left, run)
     text = sys.stdin.read() if options.prompt == "-" else options.prompt
     prompt = tokenizer.encode(text.encode("utf-8", "replace").decode())
     drawn = generate(model, run, [train_gpt.BOS, *prompt], options)

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
+import sentencepiece
 import torch
 import torch.nn.functional as F
 
@@ -62,11 +63,13 @@ def open_stream(left: common.Run, run: train_gpt.Run) -> train_gpt.Stream:
     return stream
 
 
-def open_tokenizer(run: train_gpt.Run) -> tuple:
-    """The SentencePieceProcessor of a run, and the SHA-256 of its file."""
+def open_tokenizer(left: common.Run, run: train_gpt.Run) -> sentencepiece.SentencePieceProcessor:
+    """The tokenizer of a run; UserError if it is not what it was."""
     with user_errors():
         tokenizer = train_gpt.load_tokenizer(run.s.tokenizer_path, run.s.vocab_size)
-    return tokenizer, hashlib.sha256(Path(run.s.tokenizer_path).read_bytes()).hexdigest()
+    if hashlib.sha256(Path(run.s.tokenizer_path).read_bytes()).hexdigest() != left.result["data"]["tokenizer"]:
+        raise common.UserError(f"{run.s.tokenizer_path} is another tokenizer than {left.path} had — {common.UNTOUCHED}")
+    return tokenizer
 
 
 class Enough(Exception):

@@ -47,7 +47,8 @@ def evaluate(folder: Path, weights: Path, data: Path, module: ModuleType = train
     files = dict(EVAL_ONLY=weights, DATA_PATH=data, TOKENIZER_PATH=data / "tokenizer.model")
     run = module.Run(module.Settings.from_env(runs.environment(folder, **(SETTINGS | files | settings))))
     stream = module.load_validation(run)
-    known = dict(data=dict(train=None, validation=stream.fingerprint), training=None, artifact=None)
+    data = dict(train=None, validation=stream.fingerprint, tokenizer=stream.tokenizer)
+    known = dict(data=data, training=None, artifact=None)
     module.score_file(module.scoring_model(run), stream, run, **known)
     return folder
 

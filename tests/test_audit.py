@@ -167,7 +167,8 @@ def test_mistakes_are_one_line(mixed: Path, weights: Path, tmp_path: Path) -> No
     shutil.copy(weights, copy)
     for change, word in (
         ({"weights_sha256": "ab" * 32}, "another artifact"),
-        ({"data": {"validation": "ab" * 32}}, "another text"),
+        ({"data": result["data"] | {"validation": "ab" * 32}}, "another text"),
+        ({"data": result["data"] | {"tokenizer": "ab" * 32}}, "another tokenizer"),
         ({"settings": result["settings"] | {"ttt_lora_rank": -1}}, "TTT_LORA_RANK"),
     ):
         (tmp_path / "result.json").write_text(json.dumps(result | change))

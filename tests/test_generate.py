@@ -23,8 +23,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_the_likeliest_tokens_are_those_of_whole_forward_passes(folder: Path) -> None:
-    model, run = sequential.open_run(common.read_run(folder), "cpu")
-    tokenizer, _ = sequential.open_tokenizer(run)
+    left = common.read_run(folder)
+    model, run = sequential.open_run(left, "cpu")
+    tokenizer = sequential.open_tokenizer(left, run)
     prompt = tokenizer.encode("abc de")
     tokens = [train_gpt.BOS, *prompt]
     for _ in range(10):  # fewer than the context holds
