@@ -20,7 +20,7 @@ import train_gpt
 from conftest import random_model
 
 TOOLS = "sequential", "audit", "compress", "generate"
-LENGTHS = [37, 1, 22, 5]  # tokens of the validation documents, BOS included
+LENGTHS = [21, 1, 12, 5]  # tokens of the validation documents, BOS included
 SETTINGS = dict(TTT_N_EPOCHS=2, TTT_LORA_LR=0.05, TTT_CHUNK_SIZE=8, TTT_EVAL_SEQ_LEN=24, EVAL_MAX_SECONDS=0)
 MIXTURE = dict(TTT_PROTOCOL="single_pass", TTT_MIXTURE=1, TTT_LORA_TARGETS=",".join(train_gpt.LORA_TARGETS))
 

@@ -132,7 +132,7 @@ def test_a_training_shard_with_validation_documents_is_found(data: Path, weights
     runs.write_shard(
         other / "fineweb_train_000001.bin", validation[:30]
     )  # the first document runs on into the next shard
-    runs.write_shard(other / "fineweb_train_000002.bin", validation[30:60])
+    runs.write_shard(other / "fineweb_train_000002.bin", validation[15:34])
     folder = scored.evaluate(tmp_path / "run", weights, other, **scored.MIXTURE)
     found = call(audit, folder)
     assert found.code == 1 and failures(folder) == {"disjoint"}, found.out

@@ -39,13 +39,12 @@ def test_the_likeliest_tokens_are_those_of_whole_forward_passes(folder: Path) ->
 
 def test_draws_repeat_by_their_seed_and_adapting_changes_them(folder: Path) -> None:
     def text(*options: object) -> str:
-        found = call(generate, folder, "--prompt", "ab cd ef gh ab cd", "--tokens", 12, *options)
-        assert found.code == 0 and found.out.startswith("ab cd ef gh ab cd"), found.err
+        found = call(generate, folder, "--prompt", "ab cd ef", "--tokens", 8, *options)
+        assert found.code == 0 and found.out.startswith("ab cd ef"), found.err
         return found.out
 
     assert text("--seed", 3) == text("--seed", 3)
-    assert len({text("--seed", seed) for seed in range(3)}) > 1
-    assert text("--seed", 3, "--adapt") not in (text("--seed", 3), text("--seed", 4))
+    assert len({text("--seed", 3), text("--seed", 4), text("--seed", 3, "--adapt")}) == 3
     assert text("--top-k", 1, "--seed", 5) == text("--temperature", 0)
 
 
