@@ -63,4 +63,4 @@ def test_a_warmdown_longer_than_the_run_is_noted_with_the_share_of_the_peak(monk
         steps, share, better = re.search(r"about (\d+) steps.* ([\d.]+)% .*WARMDOWN_ITERS=(\d+)", line).groups()
         assert 0 < int(steps) <= 40
         assert float(share) == pytest.approx(int(steps) / 10, abs=1)
-        assert int(better) == pytest.approx(int(steps) * 3500 / 6900, abs=1)
+        assert int(better) == pytest.approx(int(steps) * 3500 / (600 / 0.0894), abs=1)
