@@ -503,6 +503,11 @@ class Ranks:
             say(said["line"], "stderr")
         return said["code"]
 
+    def lost(self, e: BaseException) -> str:
+        """What an exception says that a collective raised because another rank had left it, in our words; else empty."""
+        broken = self.world > 1 and isinstance(e, RuntimeError) and re.search("gloo|nccl|connection", str(e), re.I)
+        return "another rank is dead or out of reach" if broken else ""
+
     def leave(self):
         """Once all are here."""
         self.leaving = True
@@ -652,7 +657,7 @@ class Run:
             yield
             row["ended"] = "finished"
         except BaseException as e:
-            row["ended"] = " ".join(str(e).split())[:200] or type(e).__name__
+            row["ended"] = self.ranks.lost(e) or " ".join(str(e).split())[:200] or type(e).__name__
             raise
         finally:
             self.tick(0.0)
@@ -3015,12 +3020,12 @@ def entry(arguments: list[str] = ()) -> int:
         return ranks.end(2, f"error: out of memory in {stage}: {' '.join(str(e).split())[:120]} — set {limit} lower")
     except Exception as e:
         ranks.unwinding = True
-        broken = ranks.world > 1 and isinstance(e, RuntimeError) and re.search("gloo|nccl|connection", str(e), re.I)
-        if broken:
-            time.sleep(2)  # the rank that broke a collective says why
+        lost = ranks.lost(e)
+        if lost:
+            time.sleep(2)  # the rank that broke the collective says why
         elif not ranks.ending:
             traceback.print_exc()
-        return ranks.end(1, "error: another rank is dead or out of reach" if broken else "")
+        return ranks.end(1, f"error: {lost}" if lost else "")
 
 
 if __name__ == "__main__":

@@ -197,7 +197,8 @@ def test_sessions_say_who_scored_how_long_and_how_it_ended(gone_on, waiting):
     first, second = sessions
     assert [(row["stage"], row["world_size"]) for row in sessions] == [("evaluation", 2)] * 2
     assert len(first["devices"]) == len(second["devices"]) == 2 and second["ended"] == "finished"
-    assert "SIGTERM" in first["ended"] or first["ended"] == "killed"  # who is stuck cannot say so
+    # Who is stuck cannot say so; who waited for it in a collective may hear of its end before it is told why.
+    assert "SIGTERM" in first["ended"] or first["ended"] in ("killed", "another rank is dead or out of reach")
     assert evaluation["seconds"] >= first["seconds"] + second["seconds"] - 0.5 > 3  # waiting for another counts
     assert evaluation["at_least"] is (first["ended"] == "killed")
 
