@@ -28,6 +28,7 @@ import copy
 import difflib
 import errno
 import functools
+import gc
 import hashlib
 import io
 import itertools
@@ -161,9 +162,9 @@ class Settings(TrainSettings):
     checkpoint_every = setting(0, "steps between checkpoints; 0: when stopped and last")
     compile = setting(-1, "torch.compile; -1: on CUDA only", choices=(-1, 0, 1))
     warmup_steps = setting(20, "preflight's steps, undone; 0 counts as 1", tiny=2)
-    micro_batch_tokens = setting(98304, "most tokens of a rank at once", 1, tiny=2048)
+    micro_batch_tokens = setting(0, "most tokens of a rank at once; 0: what fits")
     val_loss_every = setting(500, "steps between validations; 0: only last", tiny=80)
-    val_batch_size = setting(524288, "tokens per validation batch, all ranks", 1, tiny=8192)
+    val_batch_size = setting(524288, "most tokens per validation batch, all ranks", 1, tiny=8192)
     train_log_every = setting(100, "steps between log lines", 1, tiny=20)
     fp16_keep_name_patterns = setting("tok_emb,blocks.8.attn.c_k", "tensors kept in fp16")
     prune_fraction = setting(0.03, "smallest weights that become zero", 0, 0.15)
@@ -177,7 +178,7 @@ class Settings(TrainSettings):
     artifact_max_bytes = setting(16_000_000, "of artifact and this file", 1)
     val_docs = setting(0, "validation documents scored; 0: all")
     eval_stride = setting(64, "stride of the sliding window", 1)
-    eval_batch_seqs = setting(32, "sliding windows per batch and rank", 1)
+    eval_batch_seqs = setting(32, "most sliding windows per batch and rank", 1)
     eval_max_seconds = setting(600.0, "from the artifact's load on; 0: no limit", tiny=0.0)
     ttt_enabled = setting(True, "test-time training; 0: sliding window")
     ttt_protocol = setting("replay", "epochs, or one pass", choices=("replay", "single_pass"))
@@ -192,7 +193,7 @@ class Settings(TrainSettings):
     ttt_n_epochs = setting(50, "epochs (replay) or steps per chunk (single_pass)", 1, 100000)
     ttt_chunk_size = setting(256, "targets per adaptation step", 1)
     ttt_eval_seq_len = setting(2048, "longest window, with the chunk", 2, tiny=512)
-    ttt_batch_size = setting(0, "documents at once; 0: by device")
+    ttt_batch_size = setting(0, "most documents at once; 0: what fits")
 
     @classmethod
     def from_env(cls, env: dict[str, str]):
@@ -216,7 +217,7 @@ class Settings(TrainSettings):
             ("ttt_eval_seq_len", "at least", "ttt_chunk_size"),
         ):
             a, b = getattr(self, one), getattr(self, other)
-            if a < b or ("multiple" in rule and a % (2 * b if "even" in rule else b)):
+            if 0 < a < b or ("multiple" in rule and a % (2 * b if "even" in rule else b)):
                 raise UserError(f"{one.upper()}={a} is not {rule} {other.upper()}={b} — change one of the two")
         return self
 
@@ -504,7 +505,7 @@ class Ranks:
         return said["code"]
 
     def lost(self, e: BaseException) -> str:
-        """What an exception says that a collective raised because another rank had left it, in our words; else empty."""
+        """Why, in words, if it is a collective that failed because another rank had left it; else empty."""
         broken = self.world > 1 and isinstance(e, RuntimeError) and re.search("gloo|nccl|connection", str(e), re.I)
         return "another rank is dead or out of reach" if broken else ""
 
@@ -520,6 +521,14 @@ class Ranks:
 # What always travels together: settings, ranks, device, folder and log. A copy with other settings or another folder is
 # a run, too: that is all the preflight is.
 
+MEMORY = dict(  # what is computed at once: the stage, and the setting that bounds it
+    training_rows=("training", "MICRO_BATCH_TOKENS"),
+    validation_rows=("validation", "VAL_BATCH_SIZE"),
+    sliding_windows=("the sliding evaluation", "EVAL_BATCH_SEQS"),
+    documents=("test-time training", "TTT_BATCH_SIZE"),
+)
+MICRO_BATCH_CPU = 2048  # tokens, where MICRO_BATCH_TOKENS=0
+TTT_BATCH = {"cpu": 4, "cuda": 128}  # documents side by side, where TTT_BATCH_SIZE=0 and more would fit
 MODEL_FILES = ("checkpoint.pt", "final_model.ptz", "final_model.pt")
 FILES = (*MODEL_FILES, "train.log", "sessions.json", "ttt_documents.npz", "ttt_positions.npz", "result.json")
 
@@ -576,6 +585,7 @@ class Run:
         self.compile = self.cuda if s.compile < 0 else bool(s.compile)
         self.graphs = False  # CUDA graphs, once they have computed the same
         self.rehearsed = {}  # how nearly
+        self.fits = {}  # most() of what the preflight has tried
         self.pace = {}  # seconds of a unit of batch_cost(), with and without them
         self.folder = Path(s.output_dir)
         self.log_file = None  # only the first rank's; without it a run is silent
@@ -593,6 +603,18 @@ class Run:
         capability = self.capability if self.cuda else None
         built = torch.backends.cuda.is_flash_attention_available() and not torch.version.hip
         return attention_backend(capability, self.s.model_dim // self.s.num_heads, self.dtype, built)
+
+    def most(self, what: str) -> int:
+        """Rows, windows or documents of this rank at once: as settings say, or what of that fits."""
+        s = self.s
+        rows = s.micro_batch_tokens or (s.train_batch_tokens if self.cuda else MICRO_BATCH_CPU)
+        allowed = dict(
+            training_rows=max(1, rows // s.train_seq_len),
+            validation_rows=max(1, s.val_batch_size // (s.train_seq_len * self.ranks.world)),
+            sliding_windows=s.eval_batch_seqs,
+            documents=s.ttt_batch_size or TTT_BATCH[self.device.type],
+        )
+        return self.fits.get(what, allowed[what])
 
     def using(self, **changes) -> "Run":
         """A copy with other settings."""
@@ -812,8 +834,11 @@ class BatchLoader:
             what = f"TRAIN_BATCH_TOKENS/TRAIN_SEQ_LEN={rows} rows do not divide by WORLD_SIZE={run.ranks.world}"
             raise UserError(f"{what} — change one of them")
         self.rows = rows // run.ranks.world  # of this rank
-        most = min(self.rows, s.micro_batch_tokens // s.train_seq_len)
-        self.micro_rows = max(n for n in range(1, most + 1) if self.rows % n == 0)
+
+    @property
+    def micro_rows(self):
+        most = min(self.rows, self.run.most("training_rows"))
+        return max(n for n in range(1, most + 1) if self.rows % n == 0)
 
     def read(self, start, rows):
         """Inputs and targets, (rows, TRAIN_SEQ_LEN) int64 each, from `start` in the endless stream."""
@@ -837,7 +862,8 @@ class BatchLoader:
         s = self.run.s
         start = step * s.train_batch_tokens + self.run.ranks.rank * self.rows * s.train_seq_len
         inputs, targets = self.read(start, self.rows)
-        return list(zip(inputs.split(self.micro_rows), targets.split(self.micro_rows), strict=True))
+        size = self.micro_rows
+        return list(zip(inputs.split(size), targets.split(size), strict=True))
 
 
 def load_tokenizer(path: str, vocab_size: int):
@@ -1663,7 +1689,7 @@ class Trainer:
 
     def train_step(self):
         """One step and, late in the warmdown, a sample. Returns this rank's part of the loss, ()."""
-        self.run.ranks.stage = "training", "MICRO_BATCH_TOKENS"
+        self.run.ranks.stage = MEMORY["training_rows"]
         s = self.run.s
         multiplier = lr_multiplier(self.step, self.elapsed, self.schedule)
         batch = self.loader.batch(self.step)
@@ -2033,10 +2059,11 @@ def overlapping(stream, size, stride):
 def evaluate_standard(forward, stream, run, stride=None):
     """The Score by windows of TRAIN_SEQ_LEN targets, side by side or every `stride`."""
     s = run.s
-    run.ranks.stage = ("the sliding evaluation", "EVAL_BATCH_SEQS") if stride else ("validation", "VAL_BATCH_SIZE")
+    what = "sliding_windows" if stride else "validation_rows"
+    run.ranks.stage = MEMORY[what]
+    batch = run.most(what)
     size = s.train_seq_len
     windows = overlapping(stream, size, stride or size)
-    batch = s.eval_batch_seqs if stride else max(1, s.val_batch_size // (size * run.ranks.world))
     total = torch.zeros(3, dtype=torch.float64, device=run.device)
     mine = np.array_split(windows, run.ranks.world)[run.ranks.rank]
     if run.compile:  # one shape, one compilation
@@ -2073,7 +2100,6 @@ def time_spent(began: float, run: Run) -> dict:
 # graph has frozen is what ChunkStep names, and every address; position and learning rate therefore lie in tensors on
 # the device, which the host fills before it launches.
 
-TTT_BATCH = {"cpu": 4, "cuda": 128}  # documents side by side, where TTT_BATCH_SIZE=0
 STEP_FLOOR = {"cpu": 0, "cuda": 2048}  # tokens; smaller steps cost no less
 LORA_EPS = 1e-10  # Adam's, for the adapters
 UNSCORED = -math.inf  # so that a maximum merges what two ranks or two sessions know
@@ -2174,7 +2200,7 @@ class DocumentBatch:
     def __init__(self, model, stream, capacity: int, run: Run):
         self.model, self.stream, self.run = model, stream, run
         s = run.s
-        run.ranks.stage = "test-time training", "TTT_BATCH_SIZE"
+        run.ranks.stage = MEMORY["documents"]
         integers = functools.partial(torch.zeros, dtype=torch.int64, device=run.device)
         self.start, self.end = integers(capacity), integers(capacity)
         self.adapters = Adapters(capacity, run)
@@ -2370,11 +2396,12 @@ class DocumentBatch:
 
 def batch_documents(lengths: np.ndarray, run: Run) -> list[np.ndarray]:
     """Batches of like length, the same for any world size, costliest first."""
-    device = run.device.type
-    size = run.s.ttt_batch_size or min(TTT_BATCH[device], ceil_div(len(lengths), 8))
+    size = run.most("documents")
+    if not run.s.ttt_batch_size:
+        size = min(size, ceil_div(len(lengths), 8))
     order = np.argsort(-lengths, kind="stable")
     batches = [order[i : i + size] for i in range(0, len(order), size)]
-    return sorted(batches, key=lambda documents: -batch_cost(lengths[documents], run.s, STEP_FLOOR[device]))
+    return sorted(batches, key=lambda documents: -batch_cost(lengths[documents], run.s, STEP_FLOOR[run.device.type]))
 
 
 def batch_cost(lengths: np.ndarray, s, floor: int) -> float:
@@ -2521,14 +2548,11 @@ def score_batch(label: str, batch: DocumentBatch, scores: Scores, deadline: floa
             scores.add(1 + epoch, batch.documents, list(nll[:, None]))
 
 
-def mix(plain: np.ndarray, adapted: np.ndarray, weight: np.ndarray, share: float) -> tuple[np.ndarray, np.ndarray]:
-    """NLL float64 of a mixture of two predictions with their NLL, `weight` of the first, and its next weight."""
-    p0, p1 = plain.astype(np.float64), adapted.astype(np.float64)
-    least = np.minimum(p0, p1)  # taken out, for what float64 cannot hold
-    p0, p1 = np.exp(least - p0), np.exp(least - p1)
-    weighted = weight * p0
-    p = weighted + (1 - weight) * p1
-    return least - np.log(p), (1 - share) * weighted / p + share / 2
+def mix(weight: np.ndarray, p0: np.ndarray, p1: np.ndarray, share: float) -> tuple[np.ndarray, np.ndarray]:
+    """Probability by a mixture of two that give p0 and p1, `weight` that of the first, and its next weight."""
+    first = weight * p0
+    p = first + (1 - weight) * p1
+    return p, (1 - share) * first / p + share / 2
 
 
 def mixture(plain: np.ndarray, adapted: np.ndarray, starts, lengths, share: float) -> np.ndarray:
@@ -2541,11 +2565,12 @@ def mixture(plain: np.ndarray, adapted: np.ndarray, starts, lengths, share: floa
     starts, lengths = starts[order], lengths[order]
     longer = np.searchsorted(-lengths, -np.arange(lengths[0]))  # documents with more than t targets: the first ones
     weight = np.full(len(lengths), 0.5)  # of `plain`
-    mixed = np.empty(len(plain))
+    least = np.minimum(plain, adapted).astype(np.float64)  # taken out, for what float64 cannot hold
+    p0, p1 = np.exp(least - plain), np.exp(least - adapted)
     for t, n in enumerate(longer):
         at = starts[:n] + t
-        mixed[at], weight[:n] = mix(plain[at], adapted[at], weight[:n], share)
-    return mixed
+        p0[at], weight[:n] = mix(weight[:n], p0[at], p1[at], share)
+    return least - np.log(p0)
 
 
 def by_position(nll: dict[str, np.ndarray], stream) -> dict[str, np.ndarray]:
@@ -2763,6 +2788,63 @@ def score_file(model: GPT, stream, run: Run, **known) -> Score:
     return score
 
 
+def most_that_fits(most: int, work: Callable[[int], object], run: Run) -> int:
+    """`most`, or a half, a quarter and so on of it, at which work(n) finds room on the GPU of every rank. Raises
+    OutOfMemoryError where one is too many."""
+    # A tenth stays free for what the allocator has no part in: CUDA graphs, and buffers of NCCL and cuBLAS.
+    torch.cuda.set_per_process_memory_fraction(0.9)
+    n = most
+    while True:
+        try:
+            work(n)
+            run.wait()
+            break
+        except torch.OutOfMemoryError:
+            if n == 1:
+                run.ranks.stage = (
+                    f"{run.ranks.stage[0]}, one at a time",
+                    "TRAIN_SEQ_LEN, TTT_EVAL_SEQ_LEN or NUM_LAYERS",
+                )
+                raise
+        n //= 2
+        gc.collect()  # only out here does nothing hold what failed
+        torch.cuda.empty_cache()
+    torch.cuda.set_per_process_memory_fraction(1.0)
+    torch.cuda.empty_cache()
+    return -int(run.ranks.max([-n])[0])
+
+
+def find_what_fits(trainer: Trainer | None, model: GPT, run: Run):
+    """How much each stage to come can compute at once, tried kernel by kernel, which takes more memory than compiled
+    code does; into run.fits. A score does not depend on it, but for rounding."""
+    s = run.s
+    size = s.train_seq_len
+    longest = s.ttt_eval_seq_len + s.ttt_chunk_size
+
+    def train(rows: int):
+        forward_backward(trainer.forward, [trainer.loader.read(0, rows)], 1.0)
+
+    @torch.no_grad()
+    def score(rows: int):
+        start = torch.zeros(rows, dtype=torch.int64, device=run.device)
+        windows = start, start + size, start
+        score_windows(trainer.forward if trainer else model, synthetic_stream([size], run), windows, size)
+
+    def adapt(documents: int):
+        batch = DocumentBatch(model, synthetic_stream([longest] * documents, run), documents, run.using(ttt_n_epochs=1))
+        batch.load(np.arange(documents))
+        batch.adapt(1)
+
+    tries = dict(training_rows=train, validation_rows=score) if trainer else {}
+    tries |= dict(documents=adapt) if s.ttt_enabled else dict(sliding_windows=score)
+    with torch.compiler.set_stance("force_eager"):
+        for what, work in tries.items():
+            run.ranks.stage = MEMORY[what]
+            run.fits[what] = most_that_fits(run.most(what), work, run)
+    if trainer:
+        trainer.optimizer.grads.zero_()
+
+
 def preflight(trainer: Trainer | None, model: GPT, run: Run) -> dict[str, float]:
     """Every stage to come once, untrained and short, outside both budgets: a run in a temporary folder, without a log.
     Returns the seconds of each."""
@@ -2781,6 +2863,9 @@ def preflight(trainer: Trainer | None, model: GPT, run: Run) -> dict[str, float]
 
     with tempfile.TemporaryDirectory(prefix="preflight_", dir=run.folder, ignore_cleanup_errors=True) as folder:
         small.folder = Path(folder)  # of each rank its own: nothing is shared
+        if run.cuda:  # a CPU's memory says nothing before it is too late
+            find_what_fits(trainer, model, run)
+            done("memory")
         if trainer and not trainer.finished:
             trainer.warm_up()
             trainer.save(small)
@@ -2797,6 +2882,8 @@ def preflight(trainer: Trainer | None, model: GPT, run: Run) -> dict[str, float]
             run.rehearsed, run.pace = small.rehearsed, small.pace
         score_file(model, stream, small)
         done("evaluation")
+    if run.fits:
+        run.log(f"at once, as settings say or what of that fits: {pairs(run.fits)}")
     run.log("preflight " + " ".join(f"{name}:{value:.1f}s" for name, value in seconds.items()))
     describe_device(run)
     return seconds
@@ -2854,7 +2941,7 @@ def rehearse_adaptation(model: GPT, run: Run) -> bool:
         p.normal_(std=0.05)
     longest = s.ttt_eval_seq_len + s.ttt_chunk_size
     same = True
-    for size in (1, s.ttt_batch_size or TTT_BATCH[device]):
+    for size in (run.most("documents"), 1):
         stream = synthetic_stream([longest // (1 + 3 * i // size) for i in range(size)], run)
         batch = DocumentBatch(model, stream, size, run)
         a = np.stack([draw_lora_a(s, i) for i in range(size)])
@@ -2969,7 +3056,7 @@ def main(ranks: Ranks) -> int:
     trainer = Trainer(shards, data["train"], run) if shards else None
     model = scoring_model(run)
     describe(trainer, stream, run)
-    known = dict(data=data, preflight=preflight(trainer, model, run), training=None, artifact=None)
+    known = dict(data=data, preflight=preflight(trainer, model, run), at_once=run.fits, training=None, artifact=None)
     if trainer:
         with run.session("training"):
             hessians = trainer.train(stream)
@@ -3017,7 +3104,9 @@ def entry(arguments: list[str] = ()) -> int:
         return ranks.end(e.code, e.line)
     except torch.OutOfMemoryError as e:
         stage, limit = ranks.stage
-        return ranks.end(2, f"error: out of memory in {stage}: {' '.join(str(e).split())[:120]} — set {limit} lower")
+        what = f"out of memory in {stage}: {' '.join(str(e).split())[:120]} — set {limit} lower"
+        kept = f", and go on with: {ranks.how_to_go_on}" if ranks.how_to_go_on else ""
+        return ranks.end(2, f"error: {what}{kept}")
     except Exception as e:
         ranks.unwinding = True
         lost = ranks.lost(e)

@@ -129,7 +129,9 @@ class Sequential(train_gpt.DocumentBatch):
             after = None
             if self.unadapted:
                 share = self.run.s.ttt_mixture_share
-                nll, after = train_gpt.mix(self.unadapted._predict(position), nll, self.weight, share)
+                both = (np.exp(-x.astype(np.float64)) for x in (self.unadapted._predict(position), nll))
+                p, after = train_gpt.mix(self.weight, *both, share)
+                nll = -np.log(p)
             token = self.choose(position, nll)
             if after is not None:
                 self.weight = after[token : token + 1]

@@ -193,7 +193,7 @@ def bench_train(args):
     model = t.GPT(s, run.dtype, run.attention).to(run.device)
     optimizer = t.Optimizer(model, run)
     forward = run.compiled(model, dynamic=False)
-    rows = max(1, min(s.micro_batch_tokens, s.train_batch_tokens) // s.train_seq_len)
+    rows = min(run.most("training_rows"), s.train_batch_tokens // s.train_seq_len)
     count = rows * s.train_seq_len
     if args.shard:
         tokens = speed.tokens_of(args.shard, run)
@@ -279,7 +279,7 @@ def bench_ttt(args):
     stream = speed.stream_of(args.shard, run)
     batches = t.batch_documents(stream.lengths, run)
     compare_batches(model, stream, batches, ceiling, run, args)
-    size = run.s.ttt_batch_size or t.TTT_BATCH[run.device.type]
+    size = run.most("documents")
     cost = speed.time_steps(model, size, run, args.repeats)
     for kind, corners in (("training", cost.train), ("plain", cost.forward)):
         figures = " ".join(f"{name}:{value:.5f}" for name, value in corners._asdict().items())

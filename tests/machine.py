@@ -219,20 +219,12 @@ def micro_batch(m: Machine, rows: int) -> list:
     return t.BatchLoader([tokens], run).batch(0)
 
 
-def most_that_fit(most: int, work: Callable[[int], None], run: t.Run) -> int:
-    """The number, from `most` on halved, at which work(number) does not run out of the GPU's memory."""
-    number = most
-    while True:
-        try:
-            work(number)
-            run.wait()
-            return number
-        except torch.cuda.OutOfMemoryError:
-            if number == 1:
-                raise
-        gc.collect()  # only now does nothing hold what the failed attempt had
-        torch.cuda.empty_cache()
-        number //= 2
+def most_that_fit(most: int, work: Callable[[int], object], run: t.Run) -> int:
+    """As the script's preflight finds it; on a CPU, which does not say when memory is short, all."""
+    if not run.cuda:
+        return most
+    with torch.compiler.set_stance("force_eager"):
+        return t.most_that_fits(most, work, run)
 
 
 def measure_training(m: Machine):
@@ -244,7 +236,7 @@ def measure_training(m: Machine):
     forward = run.compiled(model, dynamic=False)
     with m.peak_memory("training"):
         began = time.perf_counter()
-        wanted = min(s.micro_batch_tokens, s.train_batch_tokens) // s.train_seq_len
+        wanted = min(run.most("training_rows"), s.train_batch_tokens // s.train_seq_len)
         if not run.cuda:  # rows that fit the time: memory is not what is short
             row = seconds_of(run, lambda: t.forward_backward(forward, micro_batch(m, 1), 1.0), 1)
             wanted = min(wanted, max(1, int(m.most / row)))
@@ -327,7 +319,7 @@ def largest_batch(m: Machine, run: t.Run) -> int:
         batch, last = speed.batch_at_full_context(adapting_model(m), size, run)
         speed.step_of(batch, last, size, True, cached=run.s.ttt_context == "cached")()
 
-    return most_that_fit(run.s.ttt_batch_size or t.TTT_BATCH[run.device.type], work, run)
+    return most_that_fit(run.most("documents"), work, run)
 
 
 def count_of(number: int, what: str) -> str:

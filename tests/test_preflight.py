@@ -243,3 +243,82 @@ def test_a_rank_without_a_gpu_of_its_own_says_so(monkeypatch):
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "3")
     device, _ = train_gpt.choose_device("auto", 0)
     assert device == torch.device("cpu")  # no rank takes a GPU where there are too few for all
+
+
+# ---- What fits
+
+
+@pytest.mark.parametrize("most, room", [(48, 48), (48, 47), (48, 5), (128, 1), (1, 9)])
+def test_what_fits_is_found_by_halving_and_leaves_a_tenth_of_the_memory(monkeypatch, most, room):
+    """A card that has room for so many at once, played on the CPU."""
+    shares, tried = [], []
+    monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", shares.append)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+
+    def work(n):
+        tried.append((n, shares[-1]))
+        if n > room:
+            raise torch.OutOfMemoryError("planted")
+
+    found = train_gpt.most_that_fits(most, work, runs.alone())
+    halves = [most >> i for i in range(most.bit_length())]
+    assert found == next(n for n in halves if n <= room)
+    assert tried == [(n, 0.9) for n in halves[: halves.index(found) + 1]] and shares[-1] == 1.0
+
+
+def test_where_a_single_row_does_not_fit_the_error_says_so(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", lambda share: None)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+    run = runs.alone()
+    run.ranks.stage = train_gpt.MEMORY["training_rows"]
+
+    def work(n):
+        raise torch.OutOfMemoryError("planted")
+
+    with pytest.raises(torch.OutOfMemoryError):
+        train_gpt.most_that_fits(4, work, run)
+    assert run.ranks.stage[0] == "training, one at a time" and "NUM_LAYERS" in run.ranks.stage[1]
+
+
+@pytest.mark.parametrize(
+    "settings", [{}, dict(TTT_PROTOCOL="single_pass", TTT_CONTEXT="recompute"), dict(TTT_ENABLED=0)]
+)
+def test_what_is_tried_is_what_the_stages_compute_and_changes_nothing(monkeypatch, settings):
+    """Every try runs, at the most and at one, and what is found is what the stages then use."""
+    run = runs.alone(MICRO_BATCH_TOKENS=0, TTT_BATCH_SIZE=0, TRAIN_BATCH_TOKENS=32 * 48, EVAL_BATCH_SEQS=7, **settings)
+    monkeypatch.setattr(train_gpt, "most_that_fits", lambda most, work, run: (work(most), work(1), 2)[-1])
+    trainer = train_gpt.Trainer(train_gpt.open_shards("train", run), "", run)
+    before = trainer.state_dict()
+    train_gpt.find_what_fits(trainer, train_gpt.scoring_model(run), run)
+    last = "documents" if run.s.ttt_enabled else "sliding_windows"
+    assert run.fits == dict.fromkeys(("training_rows", "validation_rows", last), 2)
+    assert trainer.loader.micro_rows == 2 and [len(x) for x, _ in trainer.loader.batch(0)] == [2] * 24
+    assert len(train_gpt.batch_documents(train_gpt.np.full(40, 9), run)[0]) == (2 if run.s.ttt_enabled else 4)
+    assert not trainer.optimizer.grads.any()
+    assert all(torch.equal(now, then) for now, then in zip(trainer.state_dict().values(), before.values(), strict=True))
+
+
+def run_out_of_memory(owner: str, name: str) -> None:
+    """From the end of the preflight on, which has no log."""
+    inner = getattr(getattr(train_gpt, owner), name)
+
+    def late(self, *arguments, **named):
+        if self.run.log_file:
+            raise torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate 20 GiB")
+        return inner(self, *arguments, **named)
+
+    setattr(getattr(train_gpt, owner), name, late)
+
+
+@pytest.mark.parametrize(
+    "owner, name, stage, limit",
+    [
+        ("Trainer", "finish", "validation", "VAL_BATCH_SIZE"),
+        ("DocumentBatch", "adapt", "test-time training", "TTT_BATCH_SIZE"),
+    ],
+)
+def test_out_of_memory_later_is_one_line_that_says_how_to_go_on(tmp_path, owner, name, stage, limit):
+    done = runs.run(tmp_path, 2, before=functools.partial(run_out_of_memory, owner, name))
+    error = runs.user_error(done.err)
+    assert f"error: out of memory in {stage}: CUDA out of memory. Tried to allocate 20 GiB — set {limit} lower" in error
+    assert f", and go on with: RESUME=1 OUTPUT_DIR={tmp_path}" in error
