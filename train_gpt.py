@@ -1134,8 +1134,6 @@ def attend(q, k, v, kv, backend="flash"):
     if context:
         return ContextAttention.apply(q, k, v, *context)
     y = flash(q, k, v, True)[0]  # the operator knows its own backward
-    if kv is None:
-        return y
     return y.transpose(1, 2).contiguous().transpose(1, 2)  # as after a context: compiled code serves both
 
 
@@ -1292,11 +1290,11 @@ class GPT(nn.Module):
 
         `lora`: each layer's adapters by LORA_TARGETS. After a `past`, whose kv takes up the chunk's own, ids (B, LEAD +
         T) begin before the chunk; else they are (B, T)."""
-        position, kv = past or (0, None)
+        position, kv = past or (torch.zeros((), dtype=torch.int64, device=ids.device), None)
         x, rope = self.embed(ids, self.LEAD if past else 0, position)
-        x0 = x.view_as(x)  # another tensor: only x gets a gradient
-        if lora:
-            x = x.requires_grad_()  # for block 0 to compile like the others
+        x0 = x
+        if lora:  # x0 needs no gradient; x has one for block 0 to compile like the others
+            x = x.detach().requires_grad_()
         skips = []
         for i, block in enumerate(self.blocks):
             if i >= self.encoders and skips:
@@ -2200,6 +2198,7 @@ class DocumentBatch:
     def __init__(self, model, stream, capacity: int, run: Run):
         self.model, self.stream, self.run = model, stream, run
         s = run.s
+        capacity = max(capacity, 2)  # _step() says why
         run.ranks.stage = MEMORY["documents"]
         integers = functools.partial(torch.zeros, dtype=torch.int64, device=run.device)
         self.start, self.end = integers(capacity), integers(capacity)
@@ -2231,8 +2230,9 @@ class DocumentBatch:
         if (np.diff(chunks) > 0).any():
             raise ValueError("documents must come longest first")
         self.active = [int((chunks > chunk).sum()) for chunk in range(chunks[0] + 1)]
-        self.start[: len(documents)] = torch.from_numpy(self.stream.starts[documents])
-        self.end[: len(documents)] = torch.from_numpy(self.lengths)
+        for rows, values in ((self.start, self.stream.starts[documents]), (self.end, self.lengths)):
+            rows.zero_()
+            rows[: len(documents)] = torch.from_numpy(values)
 
     def score(self):
         """Read without adaptation, whatever the time. Adapters of zeros: compiled code is shared."""
@@ -2363,8 +2363,10 @@ class DocumentBatch:
         return dict(shapes=len(self.graphs), recorded=recorded, bytes_beside_tensors=taken)
 
     def _step(self, step: ChunkStep):
-        n, width, context, score, train, keep = step
+        documents, width, context, score, train, keep = step
         size = self.run.s.ttt_chunk_size
+        # A batch of one would be compiled apart: a document that has come to its end accompanies it, or an empty one.
+        n = max(documents, 2) if self.run.compile else documents
         leaf, loras = self.adapters.layers(n)
         end = self.end[:n].minimum(self.position + size)
         begin, past = self.position.expand(n), None
@@ -2380,8 +2382,8 @@ class DocumentBatch:
             chunk = nll.detach().gather(1, (windows[2][:, None] + column).clamp_max(width - 1))
             self.nll[:n].index_copy_(1, self.position + column, chunk)
         if train:
-            loss = (nll.sum(1) / sums[:, 1].float()).sum()  # each gets its own gradient
-            self.adapters.step(torch.autograd.grad(loss, leaf)[0], self.lr)
+            loss = (nll.sum(1) / sums[:, 1].clamp_min(1).float()).sum()  # each gets its own gradient
+            self.adapters.step(torch.autograd.grad(loss, leaf)[0][:documents], self.lr)
         if keep:
             self._push(n, width)
 
@@ -2486,7 +2488,8 @@ class Scores:
     def of_documents(self, nll: np.ndarray) -> np.ndarray:
         """Sums of targets' NLL (N-1,) by document, (documents,) float64; UNSCORED where one is missing."""
         missing = np.logical_or.reduceat(nll == UNSCORED, self.stream.starts)
-        return np.where(missing, UNSCORED, np.add.reduceat(nll, self.stream.starts, dtype=np.float64))
+        with np.errstate(invalid="ignore"):  # infinite ones of both signs
+            return np.where(missing, UNSCORED, np.add.reduceat(nll, self.stream.starts, dtype=np.float64))
 
     def merge(self):
         """Give every rank what any rank has."""
@@ -2932,28 +2935,28 @@ def rehearse_batch(batch: DocumentBatch, a: np.ndarray, graphs: bool) -> Rehears
 
 
 def rehearse_adaptation(model: GPT, run: Run) -> bool:
-    """Compile every shape: a single document, and some that end one after another. Returns whether CUDA graphs of both
-    compute what was recorded, scores and movement. Of the latter documents `rehearsed` says how nearly, beside what an
-    eager repeat does (flash's backward adds in any order), and `pace` how fast. Weights are random: a fresh model's
-    leave LoRA without gradient."""
+    """Compile every shape, by documents that end one after another. Returns whether CUDA graphs compute what was
+    recorded, scores and movement: `rehearsed` says how nearly, beside what an eager repeat does (flash's backward adds
+    in any order), and `pace` how fast. Weights are random: a fresh model's leave LoRA without gradient."""
     s, device = run.s, run.device.type
     for p in model.parameters():
         p.normal_(std=0.05)
+    size = run.most("documents")
     longest = s.ttt_eval_seq_len + s.ttt_chunk_size
-    same = True
-    for size in (run.most("documents"), 1):
-        stream = synthetic_stream([longest // (1 + 3 * i // size) for i in range(size)], run)
-        batch = DocumentBatch(model, stream, size, run)
-        a = np.stack([draw_lora_a(s, i) for i in range(size)])
-        modes = (False, True, False, True) if run.cuda else (False, False)
-        eager, graphs, *again = [rehearse_batch(batch, a, mode) for mode in modes]
-        nll, movement = eager.differs(graphs)
-        same = same and batch.recording and nll <= 1e-3 and movement <= 0.1
-        if again:  # by now nothing is compiled or recorded any more
-            cost = training_steps(s) * batch_cost(stream.lengths, s, STEP_FLOOR[device])
-            run.pace = dict(kernel_by_kernel=again[0].seconds / cost, graphs=again[1].seconds / cost)
-            run.rehearsed = dict(nll=nll, movement=movement, movement_of_a_repeat=eager.differs(again[0])[1])
-    return run.cuda and not run.ranks.max([not same])[0]
+    stream = synthetic_stream([longest // (1 + 3 * i // size) for i in range(size)], run)
+    batch = DocumentBatch(model, stream, size, run)
+    a = np.stack([draw_lora_a(s, i) for i in range(size)])
+    if not run.cuda:
+        rehearse_batch(batch, a, False)
+        return False
+    eager, graphs, again, graphs_again = [rehearse_batch(batch, a, mode) for mode in (False, True, False, True)]
+    nll, movement = eager.differs(graphs)
+    # Only in the second two nothing is compiled or recorded any more.
+    cost = training_steps(s) * batch_cost(stream.lengths, s, STEP_FLOOR[device])
+    run.pace = dict(kernel_by_kernel=again.seconds / cost, graphs=graphs_again.seconds / cost)
+    run.rehearsed = dict(nll=nll, movement=movement, movement_of_a_repeat=eager.differs(again)[1])
+    differ = not batch.recording or nll > 1e-3 or movement > 0.1
+    return not run.ranks.max([differ])[0]
 
 
 def describe(trainer: Trainer | None, stream, run: Run):

@@ -53,7 +53,7 @@ def test_compiled_adapters_of_all_layers_are_those_written_out(run, graphs):  # 
     model = random_model(s)
     model.compile_regions()
     compare(here, s, model, stream_of(s, [5, 41]))
-    assert graphs() > 5
+    assert graphs() >= 4
 
 
 def test_other_targets_or_another_alpha_are_other_figures(run):

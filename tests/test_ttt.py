@@ -5,7 +5,6 @@ import itertools
 import math
 import time
 from dataclasses import replace
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -535,7 +534,9 @@ def cost_by_hand(targets, size, floor):
 
 
 def ranks_of(s, world, device):
-    return SimpleNamespace(s=s, world=world, rank=0, device=torch.device(device))
+    run = train_gpt.Run(replace(s, device="cpu"))
+    run.ranks.world, run.device, run.cuda = world, torch.device(device), device == "cuda"
+    return run
 
 
 @settings(deadline=None, max_examples=60)
