@@ -162,7 +162,7 @@ def test_machines_that_differ_are_refused_with_one_line_each_before_training(tmp
 
 def stuck_in_the_second(patience: float) -> None:
     """Each rank adapts to one batch and takes for ever for the next; who is silent for `patience` seconds is dead."""
-    train_gpt.PATIENCE = patience
+    train_gpt.PATIENCE, train_gpt.GRACE = patience, 3.0
     calls = itertools.count()
 
     def adapt(batch, *arguments, inner=train_gpt.DocumentBatch.adapt):
@@ -194,7 +194,7 @@ def ended(tmp_path_factory, whole) -> dict:
     scoring = EVALUATION | dict(EVAL_ONLY=whole.folder / "final_model.ptz")
     for name in VICTIMS:
         folders, each = machines(tmp_path_factory.mktemp(name))
-        processes = runs.launch(folders, [1, 2], each, before=partial(stuck_in_the_second, 10.0), **scoring)
+        processes = runs.launch(folders, [1, 2], each, before=partial(stuck_in_the_second, 6.0), **scoring)
         found[name] = dict(processes=processes, folders=folders, each=each, scoring=scoring)
     for end in found.values():
         for process in end["processes"]:
@@ -229,7 +229,7 @@ def test_a_rank_that_dies_or_hangs_in_the_evaluation_ends_all_others_within_a_mi
     said = [line for process in end["processes"] for line in process.err.splitlines() if line.startswith("error: ")]
     assert 1 <= len(said) <= 2 and all("dead or out of reach — go on with: RESUME=1 " in line for line in said)
     assert not any("Traceback" in process.err for process in end["processes"])
-    print(f"figure: {name}: the others ended in {end['seconds']:.0f} s, where silence is death after 10 s")
+    print(f"figure: {name}: the others ended in {end['seconds']:.0f} s, where silence is death after 6 s")
 
 
 def test_sigterm_to_one_machine_ends_the_other_too_with_one_line_each(ended):
@@ -261,8 +261,9 @@ def test_what_was_scored_before_is_kept_and_goes_on_to_the_same_digits(ended, wh
 
 
 def test_a_rank_without_its_peers_says_for_whom_it_waits_and_ends_on_a_signal(tmp_path):
-    for rank in (0, 1):
-        alone = runs.launch([tmp_path / str(rank)], [1], RANK=rank, WORLD_SIZE=2, MASTER_PORT=runs.free_port())[0]
+    place = dict(WORLD_SIZE=2, MASTER_ADDR="127.0.0.1")
+    started = [runs.Run(tmp_path / str(i), RANK=i, MASTER_PORT=runs.free_port(), **place) for i in (0, 1)]
+    for alone in started:
         alone.until("wait", 60)
         assert "WORLD_SIZE=2" in alone.out or "of 2" in alone.out
         alone.kill(signal.SIGINT)

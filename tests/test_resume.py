@@ -111,7 +111,7 @@ def other_plan() -> None:
 
 def patience(seconds: float, rank: int = 1, slow: float = 0.0) -> None:
     """A rank that is silent for so long is dead; one rank waits in its first batch without adaptation."""
-    train_gpt.PATIENCE = seconds
+    train_gpt.PATIENCE, train_gpt.GRACE = seconds, 3.0
     calls = itertools.count()
     late = os.environ["RANK"] == str(rank)
 
