@@ -465,8 +465,8 @@ class Ranks:
             os._exit(self.end(*self.found))  # it is stuck
 
     def on_signal(self, number: int, frame):
-        """Raises Interrupted, but a training step is finished first. A second signal does not wait, unless it comes
-        within 2 s: then it is the first one, passed on by a launcher."""
+        """Raises Interrupted, but a training step is finished first."""
+        # A second signal does not wait, unless it comes within 2 s: then it is the first one, passed on by a launcher.
         now = time.monotonic()
         again = self.signal and now > self.signal_time + 2
         waits = bool(self.signal) or self.waits_for_step
@@ -2329,8 +2329,8 @@ class DocumentBatch:
             self._step(step)
 
     def _record(self, step: ChunkStep):
-        """A graph of the step; False if recording fails, or if too little of the device is free for what a graph takes.
-        Nothing is executed while a graph is recorded: the state is whole, and the step goes on kernel by kernel."""
+        """A graph of the step; False if recording fails, or if too little of the device is free for what one takes."""
+        # Nothing is executed meanwhile: if it fails the state is whole, and the step goes on kernel by kernel.
         if not any(self.graphs.values()) or device_is_full():
             torch.cuda.empty_cache()  # while a graph is recorded the allocator gives nothing back
         if not self.recording or device_is_full():
@@ -2407,9 +2407,8 @@ def batch_documents(lengths: np.ndarray, run: Run) -> list[np.ndarray]:
 
 
 def batch_cost(lengths: np.ndarray, s, floor: int) -> float:
-    """Predicted cost of a batch's epoch (targets per document, longest first), in tokens of matrix products.
-
-    Its chunks are sequential: each costs its tokens weighted by their context, never less than `floor`."""
+    """Predicted cost of a batch's epoch (targets per document, longest first), in tokens of matrix products."""
+    # Its chunks are sequential: each costs its tokens weighted by their context, never less than `floor`.
     size = s.ttt_chunk_size
     chunks = np.arange(ceil_div(int(lengths[0]), size))
     tokens = np.clip(lengths[:, None] - chunks * size, 0, size).sum(0)
@@ -2434,11 +2433,11 @@ def predict(batches: list[np.ndarray], stream, run: Run):
 
 class Scores:
     """NLL in nats, UNSCORED where none is known: of every target, `targets` (2, N-1) float32, rows PLAIN and ADAPTED;
-    of every document for replay's epochs, `epochs` (E, documents) float64 (E = 0 where one epoch is all).
+    of every document for replay's epochs, `epochs` (E, documents) float64 (E = 0 where one epoch is all)."""
 
-    Each rank appends what it has scored to a file of its own: pairs of arrays, rows of (figure, document, count) and
-    their numbers; figure 1 + e is epoch e. Of two numbers for one thing the worse counts, so what ranks and sessions
-    know merges in any order."""
+    # Each rank appends what it has scored to a file of its own: pairs of arrays, rows of (figure, document, count) and
+    # their numbers; figure 1 + e is epoch e. Of two numbers for one thing the worse counts, so what ranks and sessions
+    # know merges in any order, and a file may be cut off anywhere.
 
     def __init__(self, tag: str, stream, run: Run):
         self.run, self.stream = run, stream
@@ -2560,10 +2559,9 @@ def mix(weight: np.ndarray, p0: np.ndarray, p1: np.ndarray, share: float) -> tup
 
 def mixture(plain: np.ndarray, adapted: np.ndarray, starts, lengths, share: float) -> np.ndarray:
     """NLL (N,) float64 of a fixed-share mixture of two predictions, from the NLL (N,) that each gives to the targets of
-    documents that start at `starts` and have `lengths` targets (Herbster & Warmuth, Machine Learning 1998).
-
-    Weights begin at one half each; each target multiplies them by the probability that either gave it, and `share` of
-    the sum is dealt out evenly again. So they know earlier targets alone, and the mixture is a probability."""
+    documents that start at `starts` and have `lengths` targets (Herbster & Warmuth, Machine Learning 1998)."""
+    # Weights begin at one half each; each target multiplies them by the probability that either gave it, and `share` of
+    # the sum is dealt out evenly again. So they know earlier targets alone, and the mixture is a probability.
     order = np.argsort(-lengths, kind="stable")
     starts, lengths = starts[order], lengths[order]
     longer = np.searchsorted(-lengths, -np.arange(lengths[0]))  # documents with more than t targets: the first ones
@@ -2818,8 +2816,9 @@ def most_that_fits(most: int, work: Callable[[int], object], run: Run) -> int:
 
 
 def find_what_fits(trainer: Trainer | None, model: GPT, run: Run):
-    """How much each stage to come can compute at once, tried kernel by kernel, which takes more memory than compiled
-    code does; into run.fits. A score does not depend on it, but for rounding."""
+    """How much each stage to come can compute at once, into run.fits."""
+    # Tried kernel by kernel, which takes more memory than compiled code does and compiles nothing for a size that is
+    # then too large. No score depends on what is found, but for rounding.
     s = run.s
     size = s.train_seq_len
     longest = s.ttt_eval_seq_len + s.ttt_chunk_size
@@ -2885,8 +2884,6 @@ def preflight(trainer: Trainer | None, model: GPT, run: Run) -> dict[str, float]
             run.rehearsed, run.pace = small.rehearsed, small.pace
         score_file(model, stream, small)
         done("evaluation")
-    if run.fits:
-        run.log(f"at once, as settings say or what of that fits: {pairs(run.fits)}")
     run.log("preflight " + " ".join(f"{name}:{value:.1f}s" for name, value in seconds.items()))
     describe_device(run)
     return seconds
@@ -2894,6 +2891,8 @@ def preflight(trainer: Trainer | None, model: GPT, run: Run) -> dict[str, float]
 
 def describe_device(run: Run):
     """What the preflight has found of memory and graphs."""
+    if run.fits:
+        run.log(f"at once, as settings say or what of that fits: {pairs(run.fits)}")
     if run.cuda:
         sizes = *torch.cuda.mem_get_info(), torch.cuda.memory_reserved()
         run.log("memory free:{:.1f} of {:.1f} GiB, kept by the allocator:{:.1f}".format(*(x / 2**30 for x in sizes)))
@@ -2937,9 +2936,9 @@ def rehearse_batch(batch: DocumentBatch, a: np.ndarray, graphs: bool) -> Rehears
 def rehearse_adaptation(model: GPT, run: Run) -> bool:
     """Compile every shape, by documents that end one after another. Returns whether CUDA graphs compute what was
     recorded, scores and movement: `rehearsed` says how nearly, beside what an eager repeat does (flash's backward adds
-    in any order), and `pace` how fast. Weights are random: a fresh model's leave LoRA without gradient."""
+    in any order), and `pace` how fast."""
     s, device = run.s, run.device.type
-    for p in model.parameters():
+    for p in model.parameters():  # a fresh model's zeros would leave LoRA without gradient
         p.normal_(std=0.05)
     size = run.most("documents")
     longest = s.ttt_eval_seq_len + s.ttt_chunk_size
