@@ -582,6 +582,7 @@ class Run:
         self.cuda = self.device.type == "cuda"
         self.capability = torch.cuda.get_device_capability(self.device) if self.cuda else None
         self.dtype = compute_dtype(self.capability)
+        self.muon_dtype = self.dtype if self.cuda else cpu_dtype()
         self.compile = self.cuda if s.compile < 0 else bool(s.compile)
         self.graphs = False  # CUDA graphs, once they have computed the same
         self.rehearsed = {}  # how nearly
@@ -702,7 +703,8 @@ def environment(run: Run) -> dict:
     """What a run depends on besides its source and settings."""
     found = {module.__name__: module.__version__ for module in (torch, np, zstandard, sentencepiece)}
     found |= dict(python=platform.python_version(), cuda=torch.version.cuda, device_type=run.device.type)
-    found |= dict(compile=run.compile, dtype=str(run.dtype).split(".")[1], attention=run.attention)
+    dtype, muon_dtype = (str(x).removeprefix("torch.") for x in (run.dtype, run.muon_dtype))
+    found |= dict(compile=run.compile, dtype=dtype, muon_dtype=muon_dtype, attention=run.attention)
     device = torch.cuda.get_device_name() if run.cuda else platform.machine()
     return found | dict(world_size=run.ranks.world, device=device, threads=torch.get_num_threads())
 
@@ -1043,6 +1045,12 @@ def compute_dtype(capability: tuple | None) -> torch.dtype:
     return torch.bfloat16 if capability >= (8, 0) else torch.float32
 
 
+def cpu_dtype() -> torch.dtype:
+    """bf16 if this CPU multiplies it by kernels of its own; else a product takes 25 times as long as float32's."""
+    known = torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return torch.bfloat16 if known else torch.float32
+
+
 def attention_backend(capability: tuple | None, head_dim: int, dtype: torch.dtype, built=True) -> str:
     """`flash` where GPU (None: a CPU), head width and dtype allow it and PyTorch was built with it, else `plain`."""
     if capability is None:
@@ -1331,7 +1339,7 @@ def recipe(name, s):
 
 
 def newton_schulz(g, steps: int = 5, dtype=torch.bfloat16):
-    """Nearest semi-orthogonal matrices of a stack (n, rows, cols), roughly, in bf16 (K. Jordan's Muon, 2024)."""
+    """Nearest semi-orthogonal matrices of a stack (n, rows, cols), roughly (K. Jordan's Muon, 2024). bf16 will do."""
     x = g.to(dtype)
     tall = x.size(-2) > x.size(-1)
     if tall:
@@ -1445,8 +1453,8 @@ class Optimizer:
         g.add_(self.m[group.span].mul_(kept).add_(g), alpha=momentum)  # Nesterov's
         share = ceil_div(group.shape[0], world)
         padded = F.pad(g.view(group.shape), (0, 0, 0, 0, 0, share * world - group.shape[0]))
-        dtype = self.run.dtype if self.run.cuda else torch.bfloat16  # float32 where a GPU does not multiply bf16
-        mine = self.newton_schulz(padded.split(share)[self.run.ranks.rank], self.run.s.muon_backend_steps, dtype)
+        mine = padded.split(share)[self.run.ranks.rank]
+        mine = self.newton_schulz(mine, self.run.s.muon_backend_steps, self.run.muon_dtype)
         if world == 1:
             return mine, None
         update = mine.new_empty(padded.shape)
@@ -1628,6 +1636,12 @@ class Trainer:
             cure = f"WARMDOWN_ITERS={RECORD_SHARE * steps:.0f} would be the record's share"
             self.run.log(f"{what} {steps / s.warmdown_iters:.1%} of its peak; {cure}")
 
+    def seconds_left(self):
+        """Of training, by its mean step or, before the first, the preflight's."""
+        mean = self.elapsed / self.step if self.step else self.step_seconds
+        limit = self.schedule.max_wallclock_seconds or math.inf
+        return min((self.run.s.iterations - self.step) * mean, limit - self.elapsed)
+
     def over(self):
         """Whether another step of mean length would pass a limit."""
         limit = self.schedule.max_wallclock_seconds or math.inf
@@ -1649,6 +1663,8 @@ class Trainer:
                 score, seconds = self.timed(evaluate_standard, self.forward, stream, run)
                 self.report(score)
                 began += seconds
+                if self.step and not over:
+                    run.log(f"about {self.seconds_left():.0f}s of training left")
             if over:
                 break
             loss = self.train_step()
@@ -2422,13 +2438,15 @@ def training_steps(s) -> float:
     return s.ttt_n_epochs + (0 if s.ttt_protocol == "replay" else 2 / 3)
 
 
-def predict(batches: list[np.ndarray], stream, run: Run):
-    """Log the evaluation's seconds by the preflight's pace, were all ranks equally busy."""
+def predict(stream, run: Run) -> dict[str, float]:
+    """Seconds of the evaluation by the preflight's paces, were all ranks equally busy."""
     # Besides, there is the reading without adaptation, and replay's first epoch is run twice.
     steps = training_steps(run.s) + 1 / 3 + (run.s.ttt_protocol == "replay")
-    costs = [batch_cost(stream.lengths[documents], run.s, STEP_FLOOR[run.device.type]) for documents in batches]
-    seconds = {name: pace * steps * sum(costs) / run.ranks.world for name, pace in run.pace.items()}
-    run.log(f"predicted seconds of the evaluation: {pairs(seconds)}")
+    floor = STEP_FLOOR[run.device.type]
+    cost = sum(
+        batch_cost(stream.lengths[documents], run.s, floor) for documents in batch_documents(stream.lengths, run)
+    )
+    return {name: pace * steps * cost / run.ranks.world for name, pace in run.pace.items()}
 
 
 class Scores:
@@ -2509,8 +2527,6 @@ def score_documents(model, stream, scores: Scores, deadline: float, run: Run) ->
     """Every document without adaptation, whatever the time; then what is the score; then replay's epochs, the first one
     again. Returns this rank's seconds of each pass."""
     batches = batch_documents(stream.lengths, run)
-    if run.pace:
-        predict(batches, stream, run)
     batch = DocumentBatch(model, stream, max(map(len, batches)), run)
     known = [scores.of_documents(row) for row in scores.targets]
     missing = dict(no_adaptation=known[PLAIN] == UNSCORED, score=known[ADAPTED] == UNSCORED)
@@ -2839,10 +2855,12 @@ def find_what_fits(trainer: Trainer | None, model: GPT, run: Run):
 
     tries = dict(training_rows=train, validation_rows=score) if trainer else {}
     tries |= dict(documents=adapt) if s.ttt_enabled else dict(sliding_windows=score)
+    fits = {}
     with torch.compiler.set_stance("force_eager"):
         for what, work in tries.items():
             run.ranks.stage = MEMORY[what]
-            run.fits[what] = most_that_fits(run.most(what), work, run)
+            fits[what] = most_that_fits(run.most(what), work, run)
+    run.fits = fits
     if trainer:
         trainer.optimizer.grads.zero_()
 
@@ -2853,21 +2871,21 @@ def preflight(trainer: Trainer | None, model: GPT, run: Run) -> dict[str, float]
     s = run.s
     seconds = {}
     began = time.perf_counter()
-    small = run.using(eval_max_seconds=0.0, ttt_n_epochs=min(s.ttt_n_epochs, 2), resume=False)
-    small.log_file = None
-    small.sessions = []
-    longest = max(s.train_seq_len * run.ranks.world + s.eval_stride, s.ttt_eval_seq_len + s.ttt_chunk_size)
-    stream = synthetic_stream([longest, s.ttt_chunk_size + 1], run)  # rows for all ranks; more context than a window's
 
     def done(stage):
         run.wait()
         seconds[stage] = time.perf_counter() - began - sum(seconds.values())
 
+    if run.cuda:  # a CPU does not say before it is too late
+        find_what_fits(trainer, model, run)
+        done("memory")
+    small = run.using(eval_max_seconds=0.0, ttt_n_epochs=min(s.ttt_n_epochs, 2), resume=False)
+    small.log_file = None
+    small.sessions = []
+    longest = max(s.train_seq_len * run.ranks.world + s.eval_stride, s.ttt_eval_seq_len + s.ttt_chunk_size)
+    stream = synthetic_stream([longest, s.ttt_chunk_size + 1], run)  # rows for all ranks; more context than a window's
     with tempfile.TemporaryDirectory(prefix="preflight_", dir=run.folder, ignore_cleanup_errors=True) as folder:
         small.folder = Path(folder)  # of each rank its own: nothing is shared
-        if run.cuda:  # a CPU's memory says nothing before it is too late
-            find_what_fits(trainer, model, run)
-            done("memory")
         if trainer and not trainer.finished:
             trainer.warm_up()
             trainer.save(small)
@@ -2879,7 +2897,7 @@ def preflight(trainer: Trainer | None, model: GPT, run: Run) -> dict[str, float]
             make_artifact(trainer, trainer.reserve(), stream, small)
             load_weights(trainer.model, before, "the weights before", run)
             done("export")
-        if s.ttt_enabled and (run.compile or run.cuda):
+        if s.ttt_enabled:
             run.graphs = small.graphs = rehearse_adaptation(model, small)
             run.rehearsed, run.pace = small.rehearsed, small.pace
         score_file(model, stream, small)
@@ -2900,6 +2918,19 @@ def describe_device(run: Run):
         run.log(f"CUDA graphs against eager steps: {pairs(run.rehearsed)} (accepted: nll 0.001, movement 0.1)")
         if not run.graphs:
             run.log("note: CUDA graphs do not compute what they record here; every step is launched kernel by kernel")
+
+
+def describe_what_follows(trainer: Trainer | None, stream, rehearsed: dict[str, float], run: Run):
+    """Log how long each stage will take, as far as the preflight, which took `rehearsed`, can tell."""
+    expected = {}
+    if trainer and not trainer.finished:
+        expected["training"] = trainer.seconds_left()
+    if trainer:
+        expected["export"] = rehearsed["export"]
+    if run.s.ttt_enabled:
+        expected |= {f"evaluation_{name}": seconds for name, seconds in predict(stream, run).items()}
+    if expected:
+        run.log(f"expected seconds of what follows: {pairs(expected)}")
 
 
 class Rehearsal(NamedTuple):
@@ -2945,15 +2976,15 @@ def rehearse_adaptation(model: GPT, run: Run) -> bool:
     stream = synthetic_stream([longest // (1 + 3 * i // size) for i in range(size)], run)
     batch = DocumentBatch(model, stream, size, run)
     a = np.stack([draw_lora_a(s, i) for i in range(size)])
-    if not run.cuda:
-        rehearse_batch(batch, a, False)
-        return False
-    eager, graphs, again, graphs_again = [rehearse_batch(batch, a, mode) for mode in (False, True, False, True)]
-    nll, movement = eager.differs(graphs)
-    # Only in the second two nothing is compiled or recorded any more.
+    modes = dict(kernel_by_kernel=False, graphs=True) if run.cuda else dict(kernel_by_kernel=False)
+    eager, *graphs = [rehearse_batch(batch, a, mode) for mode in modes.values()]
+    again = [rehearse_batch(batch, a, mode) for mode in modes.values()]  # nothing is compiled or recorded any more
     cost = training_steps(s) * batch_cost(stream.lengths, s, STEP_FLOOR[device])
-    run.pace = dict(kernel_by_kernel=again.seconds / cost, graphs=graphs_again.seconds / cost)
-    run.rehearsed = dict(nll=nll, movement=movement, movement_of_a_repeat=eager.differs(again)[1])
+    run.pace = {name: rehearsal.seconds / cost for name, rehearsal in zip(modes, again, strict=True)}
+    if not graphs:
+        return False
+    nll, movement = eager.differs(graphs[0])
+    run.rehearsed = dict(nll=nll, movement=movement, movement_of_a_repeat=eager.differs(again[0])[1])
     differ = not batch.recording or nll > 1e-3 or movement > 0.1
     return not run.ranks.max([differ])[0]
 
@@ -2980,6 +3011,7 @@ def describe(trainer: Trainer | None, stream, run: Run):
         run.log(f"model parameters:{sum(p.numel() for p in trainer.model.parameters())}")
         if trainer.resumed:
             run.log(f"resumed from {run.folder / 'checkpoint.pt'} at step {trainer.step}")
+    run.log("preflight: every stage to come, once and in small")
 
 
 def settings_beside(weights: str) -> dict:
@@ -3058,7 +3090,9 @@ def main(ranks: Ranks) -> int:
     trainer = Trainer(shards, data["train"], run) if shards else None
     model = scoring_model(run)
     describe(trainer, stream, run)
-    known = dict(data=data, preflight=preflight(trainer, model, run), at_once=run.fits, training=None, artifact=None)
+    seconds = preflight(trainer, model, run)
+    describe_what_follows(trainer, stream, seconds, run)
+    known = dict(data=data, preflight=seconds, at_once=run.fits, training=None, artifact=None)
     if trainer:
         with run.session("training"):
             hessians = trainer.train(stream)

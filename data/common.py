@@ -122,7 +122,7 @@ def explain(error: Exception) -> str | None:
 def run_tool(main: Callable[[argparse.ArgumentParser], None]) -> NoReturn:
     """Runs a tool's main function; what goes wrong ends in one line on stderr and exit code 2 (130 for Ctrl-C)."""
     parser = Parser(description=main.__globals__["__doc__"], formatter_class=argparse.RawDescriptionHelpFormatter)
-    for number in (signal.SIGTERM, signal.SIGHUP):
+    for number in (signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)):  # Windows has no SIGHUP
         if signal.getsignal(number) == signal.SIG_DFL:  # else it is to be ignored, as nohup says
             signal.signal(number, lambda number, _: sys.exit(128 + number))  # what was begun is removed
     while (descriptor := os.open(os.devnull, os.O_RDWR)) < 3:  # a closed console's number would be the next file's

@@ -6,7 +6,6 @@ Run it again to go on after an interruption. The environment variables of huggin
 """
 
 import argparse
-import fcntl
 import json
 import os
 import shutil
@@ -15,6 +14,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TextIO
+
+try:
+    import fcntl
+except ImportError:  # Windows: there nothing keeps two downloads into one folder apart
+    fcntl = None
 
 from common import UserError, check_shard, naming, number, run_tool
 from text import load_tokenizer
@@ -51,6 +55,8 @@ def take(partial: Path) -> TextIO | None:
     partial.mkdir(parents=True, exist_ok=True)
     with suppress(FileNotFoundError), naming(partial / "lock"):
         lock = (partial / "lock").open("w")
+        if fcntl is None:
+            return lock
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

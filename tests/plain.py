@@ -7,9 +7,9 @@ import torch
 MUON = r"blocks\.\d+\.(attn\.(c_q|c_k|c_v|proj)|mlp\.(fc|proj))\.weight|bigram\.proj\.weight"
 
 
-def orthogonalised(matrix, steps):
-    """Newton-Schulz of one matrix in bf16."""
-    x = matrix.bfloat16()
+def orthogonalised(matrix, steps, dtype):
+    """Newton-Schulz of one matrix, in bf16 where the machine multiplies it."""
+    x = matrix.to(dtype)
     tall = x.shape[0] > x.shape[1]
     x = x.T if tall else x
     x = x / (x.norm() + 1e-7)  # a branch that starts at zero has no gradient yet
@@ -20,10 +20,11 @@ def orthogonalised(matrix, steps):
 
 
 class Loop:
-    """Each parameter updated alone, with Muon written out and torch's Adam, AdamW and clip_grad_norm_."""
+    """Each parameter updated alone, with Muon written out, its products in `dtype`, and torch's Adam, AdamW and
+    clip_grad_norm_."""
 
-    def __init__(self, model, s):
-        self.s = s
+    def __init__(self, model, s, dtype):
+        self.s, self.dtype = s, dtype
         self.weights = {name: p.detach().clone().requires_grad_() for name, p in model.named_parameters()}
         self.muon = {name: torch.zeros_like(w) for name, w in self.weights.items() if re.fullmatch(MUON, name)}
         self.others, betas = [], dict(betas=(s.beta1, s.beta2), eps=s.adam_eps)
@@ -45,7 +46,8 @@ class Loop:
         for name, m in self.muon.items():
             w, g, lr = self.weights[name].data, self.weights[name].grad, s.matrix_lr * multiplier
             m.copy_(mu * m + g)
-            update = orthogonalised(g + mu * m, s.muon_backend_steps) * max(1, w.shape[0] / w.shape[1]) ** 0.5
+            update = orthogonalised(g + mu * m, s.muon_backend_steps, self.dtype)
+            update *= max(1, w.shape[0] / w.shape[1]) ** 0.5
             w.copy_((1 - lr * s.weight_decay) * w - lr * update)
         for lr, optimizer in self.others:
             optimizer.param_groups[0]["lr"] = lr * multiplier

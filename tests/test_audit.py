@@ -109,7 +109,7 @@ FAULTS = {
     ),
     "a mixture's weight that sees its own target": (
         {"normalised"},
-        [("    p = weighted + (1 - weight) * p1\n", "    weight = weighted / (weighted + (1 - weight) * p1)\n"
+        [("    p = first + (1 - weight) * p1\n", "    weight = first / (first + (1 - weight) * p1)\n"
           "    p = weight * p0 + (1 - weight) * p1\n")],
     ),
 }  # fmt: skip

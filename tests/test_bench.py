@@ -362,10 +362,10 @@ def test_memory_is_that_of_the_tensors(settings, targets):
     run = settings.using(ttt_lora_targets=targets)
     found = speed.memory_of_document(run)
     stream = t.synthetic_stream([20], run)
-    batch = t.DocumentBatch(speed_model(run), stream, 1, run)
-    assert found["adapters"] == batch.adapters.flat.nbytes
-    assert found["moments"] == batch.adapters.m.nbytes + batch.adapters.v.nbytes
-    assert found["keys_and_values"] == batch.kv.nbytes / 2  # here in float32
+    batch = t.DocumentBatch(speed_model(run), stream, 3, run)
+    assert found["adapters"] == batch.adapters.flat[0].nbytes
+    assert found["moments"] == batch.adapters.m[0].nbytes + batch.adapters.v[0].nbytes
+    assert found["keys_and_values"] == batch.kv[0].nbytes / 2  # here in float32
     size = run.s.ttt_chunk_size
     both, one = (speed.bytes_saved(run, n, size) for n in (2, 1))
     assert found["saved_for_backward"] == pytest.approx(both - one, rel=0.01)

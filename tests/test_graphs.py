@@ -133,9 +133,12 @@ def test_the_log_says_how_near_graphs_are_what_is_free_and_how_long_it_will_take
     near = re.search(r"graphs against eager steps: nll:(\S+) movement:(\S+) movement_of_a_repeat:(\S+) \(", log)
     assert [float(x) for x in near.groups()] == [0.0, pytest.approx(0.0, abs=1e-3), 0.0]
     assert run.graphs and "note:" not in log
-    train_gpt.score_file(model, stream_of(run.s, LENGTHS), run)
+    stream = stream_of(run.s, LENGTHS)
+    train_gpt.describe_what_follows(None, stream, {}, run)
+    train_gpt.score_file(model, stream, run)
     log = run.log_file.getvalue()
-    predicted = re.search(r"predicted seconds of the evaluation: kernel_by_kernel:(\S+) graphs:(\S+)", log)
+    names = r"evaluation_kernel_by_kernel:(\S+) evaluation_graphs:(\S+)"
+    predicted = re.search(f"expected seconds of what follows: {names}", log)
     assert all(float(x) > 0 for x in predicted.groups())
     assert int(re.search(r"CUDA graphs shapes:\d+ recorded:(\d+) ", log)[1]) > 2
 

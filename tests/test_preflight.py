@@ -130,6 +130,19 @@ def test_seconds_per_stage_are_in_the_log_and_in_result_json(reference):
     assert order == sorted(order)
 
 
+def test_before_each_stage_a_line_says_how_long_it_will_take(reference):
+    lines = reference.lines
+    before = lines.index("preflight: every stage to come, once and in small")
+    (expected,) = (line for line in lines if line.startswith("expected seconds of what follows: "))
+    names = re.findall(r"(\w+):(\d+\.\d+)", expected)
+    assert [name for name, _ in names] == ["training", "export", "evaluation_kernel_by_kernel"]
+    assert all(0 < float(seconds) < 60 for _, seconds in names)
+    first_step = next(i for i, line in enumerate(lines) if line.startswith("step:0/"))
+    assert before < lines.index(expected) < first_step
+    # VAL_LOSS_EVERY=6 of 12 steps: once in between, neither before the first step nor after the last.
+    assert sum(bool(re.fullmatch(r"about \d+s of training left", line)) for line in lines) == 1
+
+
 def test_nothing_is_left_of_it_when_training_begins(reference):
     (line,) = (line for line in reference.lines if line.startswith("folder:"))
     assert [name for name in line.split()[1:] if not name.startswith("console.")] == ["sessions.json", "train.log"]
@@ -252,6 +265,7 @@ def test_a_rank_without_a_gpu_of_its_own_says_so(monkeypatch):
 def test_what_fits_is_found_by_halving_and_leaves_a_tenth_of_the_memory(monkeypatch, most, room):
     """A card that has room for so many at once, played on the CPU."""
     shares, tried = [], []
+    monkeypatch.setattr(train_gpt.gc, "collect", lambda: None)  # of a test's process, a second
     monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", shares.append)
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
 
@@ -269,6 +283,7 @@ def test_what_fits_is_found_by_halving_and_leaves_a_tenth_of_the_memory(monkeypa
 def test_where_a_single_row_does_not_fit_the_error_says_so(monkeypatch):
     monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", lambda share: None)
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+    monkeypatch.setattr(train_gpt.gc, "collect", lambda: None)
     run = runs.alone()
     run.ranks.stage = train_gpt.MEMORY["training_rows"]
 

@@ -13,6 +13,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from functools import partial
 from pathlib import Path
@@ -260,9 +261,14 @@ def test_what_was_scored_before_is_kept_and_goes_on_to_the_same_digits(ended, wh
     assert not list(end["folders"][0].glob("scores_*")) and not list(end["folders"][1].glob("scores_*"))
 
 
+def soon() -> None:
+    """Timers of ten seconds wait for one."""
+    train_gpt.threading.Timer = lambda seconds, *rest, inner=threading.Timer: inner(seconds / 10, *rest)
+
+
 def test_a_rank_without_its_peers_says_for_whom_it_waits_and_ends_on_a_signal(tmp_path):
     place = dict(WORLD_SIZE=2, MASTER_ADDR="127.0.0.1")
-    started = [runs.Run(tmp_path / str(i), RANK=i, MASTER_PORT=runs.free_port(), **place) for i in (0, 1)]
+    started = [runs.Run(tmp_path / str(i), before=soon, RANK=i, MASTER_PORT=runs.free_port(), **place) for i in (0, 1)]
     for alone in started:
         alone.until("wait", 60)
         assert "WORLD_SIZE=2" in alone.out or "of 2" in alone.out
