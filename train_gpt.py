@@ -1637,8 +1637,8 @@ class Trainer:
             self.run.log(f"{what} {steps / s.warmdown_iters:.1%} of its peak; {cure}")
 
     def seconds_left(self):
-        """Of training, by its mean step or, before the first, the preflight's."""
-        mean = self.elapsed / self.step if self.step else self.step_seconds
+        """Of training, by its mean step or, before the first, the preflight's; infinite if nothing is known."""
+        mean = self.elapsed / self.step if self.step else self.step_seconds or math.inf
         limit = self.schedule.max_wallclock_seconds or math.inf
         return min((self.run.s.iterations - self.step) * mean, limit - self.elapsed)
 
@@ -2851,7 +2851,12 @@ def find_what_fits(trainer: Trainer | None, model: GPT, run: Run):
     def adapt(documents: int):
         batch = DocumentBatch(model, synthetic_stream([longest] * documents, run), documents, run.using(ttt_n_epochs=1))
         batch.load(np.arange(documents))
+        torch.cuda.reset_peak_memory_stats()
         batch.adapt(1)
+        kept = torch.cuda.max_memory_allocated() - torch.cuda.memory_allocated()
+        graphs = torch.empty(kept, dtype=torch.uint8, device=run.device)  # they keep as much as a step needs
+        batch.adapt(1)
+        del graphs
 
     tries = dict(training_rows=train, validation_rows=score) if trainer else {}
     tries |= dict(documents=adapt) if s.ttt_enabled else dict(sliding_windows=score)
@@ -2924,13 +2929,14 @@ def describe_what_follows(trainer: Trainer | None, stream, rehearsed: dict[str, 
     """Log how long each stage will take, as far as the preflight, which took `rehearsed`, can tell."""
     expected = {}
     if trainer and not trainer.finished:
-        expected["training"] = trainer.seconds_left()
+        expected["training"] = trainer.seconds_left()  # infinite after a single warm-up step, which compiles
     if trainer:
         expected["export"] = rehearsed["export"]
     if run.s.ttt_enabled:
         expected |= {f"evaluation_{name}": seconds for name, seconds in predict(stream, run).items()}
-    if expected:
-        run.log(f"expected seconds of what follows: {pairs(expected)}")
+    known = {stage: seconds for stage, seconds in expected.items() if math.isfinite(seconds)}
+    if known:
+        run.log(f"expected seconds of what follows: {pairs(known)}")
 
 
 class Rehearsal(NamedTuple):

@@ -105,6 +105,13 @@ class Graphs:
         monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (self.free, self.total))
         monkeypatch.setattr(torch.cuda, "memory_reserved", lambda: self.keeps)
         monkeypatch.setattr(torch.cuda, "empty_cache", empty_cache)
-        for name in ("Stream", "current_stream", "Event", "graph_pool_handle", "set_per_process_memory_fraction"):
+        for name in (
+            "Stream",
+            "current_stream",
+            "Event",
+            "graph_pool_handle",
+            "set_per_process_memory_fraction",
+            "reset_peak_memory_stats",
+        ):
             monkeypatch.setattr(torch.cuda, name, idle)
         monkeypatch.setattr(torch.cuda, "stream", lambda stream: contextlib.nullcontext())

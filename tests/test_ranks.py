@@ -166,11 +166,11 @@ def stuck_in_the_second(patience: float) -> None:
     train_gpt.PATIENCE, train_gpt.GRACE = patience, 3.0
     calls = itertools.count()
 
-    def adapt(batch, *arguments, inner=train_gpt.DocumentBatch.adapt):
+    def adapt(batch, *arguments, inner=train_gpt.DocumentBatch.adapt, **named):
         real = batch.stream.target_count == TARGETS  # not the preflight's
         while real and next(calls):
             time.sleep(0.05)
-        inner(batch, *arguments)
+        inner(batch, *arguments, **named)
         if real:
             print("adapted", flush=True)
 
@@ -243,8 +243,8 @@ def test_sigterm_to_one_machine_ends_the_other_too_with_one_line_each(ended):
 
 
 def announce() -> None:
-    def adapt(batch, *arguments, inner=train_gpt.DocumentBatch.adapt):
-        inner(batch, *arguments)
+    def adapt(batch, *arguments, inner=train_gpt.DocumentBatch.adapt, **named):
+        inner(batch, *arguments, **named)
         if batch.stream.target_count == TARGETS:
             print("adapted", flush=True)
 
