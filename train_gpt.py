@@ -1889,7 +1889,9 @@ def pack(tensors: dict[str, Stored], s):
             planes[kind] = numbers.view(np.uint8).reshape(-1, numbers.itemsize).T
     expanded = sum(plane.size for plane in planes.values())
     # Codes hardly repeat, so matches are chance: none under 7 bytes is smaller and four times faster.
-    level22 = zstandard.ZstdCompressionParameters.from_level(22, source_size=expanded, min_match=7)
+    # Jobs are of one size, so the bytes do not depend on how many of the node's cores take them.
+    jobs = dict(threads=min(8, os.cpu_count() or 1), job_size=1 << 21, overlap_log=1)
+    level22 = zstandard.ZstdCompressionParameters.from_level(22, source_size=expanded, min_match=7, **jobs)
     compressor = zstandard.ZstdCompressor(compression_params=level22).compressobj(size=expanded)
     frame = b""
     kinds = {}
