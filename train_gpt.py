@@ -2985,8 +2985,9 @@ def rehearse_adaptation(model: GPT, run: Run) -> bool:
     batch = DocumentBatch(model, stream, size, run)
     a = np.stack([draw_lora_a(s, i) for i in range(size)])
     modes = dict(kernel_by_kernel=False, graphs=True) if run.cuda else dict(kernel_by_kernel=False)
-    eager, *graphs = [rehearse_batch(batch, a, mode) for mode in modes.values()]
-    again = [rehearse_batch(batch, a, mode) for mode in modes.values()]  # nothing is compiled or recorded any more
+    again = eager, *graphs = [rehearse_batch(batch, a, mode) for mode in modes.values()]
+    if run.cuda or run.compile:  # now nothing is compiled or recorded any more
+        again = [rehearse_batch(batch, a, mode) for mode in modes.values()]
     cost = training_steps(s) * batch_cost(stream.lengths, s, STEP_FLOOR[device])
     run.pace = {name: rehearsal.seconds / cost for name, rehearsal in zip(modes, again, strict=True)}
     if not graphs:
