@@ -339,6 +339,62 @@ def test_a_folder_in_use_is_refused_also_to_a_resume_and_to_one_of_two_starts_at
     assert before == (tmp_path / "run" / "checkpoint.pt").read_bytes()
 
 
+# ---- Systems that lack what Linux has
+
+LACKING = {
+    "os": "uname fork forkpty getuid geteuid getloadavg sched_getaffinity posix_fallocate setsid killpg getpgid",
+    "signal": "SIGHUP SIGKILL SIGSTOP SIGCONT SIGUSR1 pthread_kill sigwait pthread_sigmask",
+    "select": "poll epoll",
+}
+
+
+def lack() -> None:
+    """What Windows (all of it) and macOS (some) do not have; os.name stays, for Python's own sake."""
+    for module, names in LACKING.items():
+        for name in names.split():
+            if hasattr(sys.modules[module], name):
+                delattr(sys.modules[module], name)
+    for module in ("resource", "pwd", "grp", "termios"):
+        sys.modules[module] = None
+    mkldnn = torch.backends.mkldnn
+    mkldnn.is_available = lambda: False  # as in PyTorch for Apple's chips
+
+
+def test_nothing_that_other_systems_lack_is_called(tmp_path):
+    """Training, export, evaluation; another rank, whose signals and heartbeats it needs; a signal, and going on."""
+    done = runs.run(tmp_path / "one", before=lack, SEED=5)
+    assert done.result["val_bpb"] > 0
+    assert runs.codes(runs.ranks(tmp_path / "two", before=lack)) == [0, 0]
+    endless = runs.Run(tmp_path / "stopped", before=lack, ITERATIONS=100_000, VAL_LOSS_EVERY=0)
+    endless.until("step:5/")
+    endless.kill(signal.SIGTERM)
+    assert endless.wait() == 143 and "RESUME=1" in endless.err
+
+
+def test_a_folder_is_locked_on_windows_too(tmp_path, monkeypatch):
+    """By a stand-in for msvcrt that does what its documentation says: a locked byte cannot be locked again."""
+    locked = set()
+
+    def locking(descriptor, mode, count):
+        assert mode == 2 and count == 1
+        place = os.fstat(descriptor).st_ino, os.lseek(descriptor, 0, os.SEEK_CUR)
+        if place in locked:
+            raise OSError(36, "Resource deadlock avoided")
+        locked.add(place)
+
+    class Windows:
+        name, SEEK_END = "nt", os.SEEK_END
+
+    monkeypatch.setitem(sys.modules, "msvcrt", type("msvcrt", (), dict(locking=locking, LK_NBLCK=2)))
+    monkeypatch.setattr(train_gpt, "os", Windows)
+    with open(tmp_path / "log", "a") as first, open(tmp_path / "log", "a") as second:
+        train_gpt.lock(first)
+        first.write("a line")
+        with pytest.raises(BlockingIOError):
+            train_gpt.lock(second)
+    assert (tmp_path / "log").read_text() == "a line"  # the byte that is locked is not one of the file's
+
+
 def run_a_copy_that_is_edited_meanwhile() -> None:
     copy = Path(os.environ["OUTPUT_DIR"]).with_suffix(".py")
     shutil.copy(runs.ROOT / "train_gpt.py", copy)
