@@ -18,7 +18,10 @@ Stream.
 """
 
 import os
+import signal
 
+if __name__ == "__main__":  # until entry() has more to say of it: no traceback of an import
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 # Before torch: a thread that waits for another must not hold a core, which on a busy machine that one needs.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
@@ -39,7 +42,6 @@ import re
 import select
 import shlex
 import shutil
-import signal
 import socket
 import struct
 import subprocess
@@ -293,6 +295,11 @@ class Interrupted(BaseException):
         self.line = line
 
 
+def stopped(number: int, when: str = "") -> tuple[int, str]:
+    """What Interrupted says of a signal."""
+    return 128 + number, f"stopped by {signal.Signals(number).name}{when}"
+
+
 def say(line: str, name: str = "stdout") -> str:
     """Print to a console. One that is gone, full or of a narrow encoding ends nothing: returns what the system says."""
     console = getattr(sys, name)
@@ -449,8 +456,7 @@ class Ranks:
             if select.select([self.knock], [], [], 0.5)[0]:
                 knocks.append((self.knock.recv(1)[0], turn))
             if knocks and not self.waits_for_step and turn - knocks[0][1] > 2 * GRACE:
-                number = knocks[0][0]
-                self.found = 128 + number, f"stopped by {signal.Signals(number).name}"
+                self.found = stopped(knocks[0][0])
             for rank, (count, when) in heard.items():
                 if self.beats[rank] != count:
                     heard[rank] = self.beats[rank], turn
@@ -469,7 +475,7 @@ class Ranks:
         # A second signal does not wait, unless it comes within 2 s: then it is the first one, passed on by a launcher.
         now = time.monotonic()
         again = self.signal and now > self.signal_time + 2
-        waits = bool(self.signal) or self.waits_for_step
+        waits = self.signal or self.waits_for_step
         if not self.signal and not self.ending:
             self.signal, self.signal_time = number, now
         if self.unwinding and again:
@@ -477,7 +483,7 @@ class Ranks:
         if self.unwinding or (waits and not again and not self.ending):
             return
         self.unwinding = True
-        raise Interrupted(*(self.ending or (128 + number, f"stopped by {signal.Signals(number).name}")))
+        raise Interrupted(*(self.ending or stopped(number)))
 
     def end(self, code: int, line: str) -> int:
         """Announce why this rank ends, unless another was first; say it once a machine. Returns the code of all."""
@@ -608,9 +614,10 @@ class Run:
     def most(self, what: str) -> int:
         """Rows, windows or documents of this rank at once: as settings say, or what of that fits."""
         s = self.s
-        rows = s.micro_batch_tokens or (s.train_batch_tokens if self.cuda else MICRO_BATCH_CPU)
+        tokens = s.micro_batch_tokens or (s.train_batch_tokens if self.cuda else MICRO_BATCH_CPU)
+        tokens = min(tokens, s.train_batch_tokens // self.ranks.world)
         allowed = dict(
-            training_rows=max(1, rows // s.train_seq_len),
+            training_rows=max(1, tokens // s.train_seq_len),
             validation_rows=max(1, s.val_batch_size // (s.train_seq_len * self.ranks.world)),
             sliding_windows=s.eval_batch_seqs,
             documents=s.ttt_batch_size or TTT_BATCH[self.device.type],
@@ -669,9 +676,8 @@ class Run:
     def session(self, stage: str):
         """Account for a stage that RESUME=1 can continue: sessions.json says how long each process worked at it, on
         what, and how it ended."""
-        row = dict(
-            stage=stage, world_size=self.ranks.world, devices=self.devices, seconds=0.0, ended="killed"
-        )  # until it ends otherwise
+        row = dict(stage=stage, world_size=self.ranks.world, devices=self.devices, seconds=0.0)
+        row["ended"] = "killed"  # until it ends otherwise
         self.sessions.append(row)
         self.session_began = time.perf_counter()
         self.ranks.last_act = functools.partial(self.tick, 0.0)
@@ -780,9 +786,8 @@ def open_folder(run: Run) -> Run:
 # targets, each with the bytes that it adds to the text, cut into documents at BOS.
 
 BOS = 1
-SHARD_MAGIC = 20240520
-SHARD_VERSION = 1
-SHARD_HEADER_BYTES = 1024
+SHARD = 20240520, 1  # magic number, version
+SHARD_HEADER = 1024  # bytes
 COMPARED_DOCUMENTS = 1000  # of validation, whose counted bytes are compared with their decoded text
 COMPARED_TOKENS = 1 << 21  # of them at most: a second's work
 
@@ -791,11 +796,11 @@ def open_shard(path: Path):
     """Tokens (n,) uint16, memory-mapped. Raises UserError, OSError."""
     header = np.fromfile(path, "<i4", 3).tolist()
     magic, version, count = (header + [0, 0, 0])[:3]  # the file may be shorter
-    room = (path.stat().st_size - SHARD_HEADER_BYTES) / 2
-    if (magic, version) != (SHARD_MAGIC, SHARD_VERSION) or count < 1 or count != room:
+    room = (path.stat().st_size - SHARD_HEADER) / 2
+    if (magic, version) != SHARD or count < 1 or count != room:
         found = f"magic {magic}, version {version}, announces {count} tokens and has {room:g}"
         raise UserError(f"shard {path} has {found} — fetch or make it again")
-    return np.memmap(path, "<u2", "r", SHARD_HEADER_BYTES, (count,))
+    return np.memmap(path, "<u2", "r", SHARD_HEADER, (count,))
 
 
 def open_shards(split: str, run):
@@ -1351,7 +1356,7 @@ def newton_schulz(g, steps: int = 5, dtype=torch.bfloat16):
     return x.mT if tall else x
 
 
-def adam_(p, g, m, v, step, lr, betas: tuple, eps: float, decay=0.0):
+def adam_(p, g, m, v, step, lr, betas: tuple, eps: float, decay):
     """One AdamW step in place (Loshchilov & Hutter 2019). `step`, () or one per row, counts from 1."""
     m.lerp_(g, 1 - betas[0])
     v.mul_(betas[1]).addcmul_(g, g, value=1 - betas[1])
@@ -1386,18 +1391,17 @@ class Optimizer:
         self.run = run
         alike = {}  # parameters by what a group has in common; Muon's have one shape, to be a stack
         for name, p in model.named_parameters():
-            method, lr, decay = recipe(name, run.s)
-            shape = p.shape if method == "muon" else ()
-            alike.setdefault((method, lr, decay, shape), []).append(p)
+            kind = recipe(name, run.s)
+            alike.setdefault((kind, p.shape if kind[0] == "muon" else ()), []).append(p)
         self.groups = []
         spans = {}  # of each parameter
         end = 0
-        for (method, lr, decay, shape), parameters in alike.items():
+        for (kind, shape), parameters in alike.items():
             start = end
             for p in parameters:
                 spans[p] = slice(end, end + p.numel())
-                end += p.numel() if method == "muon" else ceil_div(p.numel(), 64) * 64  # aligned, for wide loads
-            self.groups.append(Group(method, lr, decay, slice(start, end), (len(parameters), *shape)))
+                end += p.numel() if kind[0] == "muon" else ceil_div(p.numel(), 64) * 64  # aligned, for wide loads
+            self.groups.append(Group(*kind, slice(start, end), (len(parameters), *shape)))
             end = ceil_div(end, 64) * 64
         self.weights, self.grads, self.m, self.v = (torch.zeros(end, device=run.device) for _ in range(4))
         for p, span in spans.items():
@@ -1494,6 +1498,7 @@ def calibrate(model, loader: BatchLoader, start: int, tokens: int, run):
     """E[x x'] of the inputs x of linear layers, by their weights' names, (cols, cols) float64; for GPTQ alone."""
     if run.s.quantizer != "gptq":
         return {}
+    run.ranks.stage = "calibration", "TRAIN_SEQ_LEN"
     sums = {}
     hooks = []
 
@@ -1602,6 +1607,7 @@ class Trainer:
 
     def warm_up(self):
         """Steps, undone: everything is compiled."""
+        self.run.ranks.stage = MEMORY["training_rows"]
         before = copy.deepcopy(self.state())
         steps = max(self.run.s.warmup_steps, 1)
         seconds = [self.timed(self.train_step)[1] for _ in range(steps)]
@@ -1639,8 +1645,8 @@ class Trainer:
     def seconds_left(self):
         """Of training, by its mean step or, before the first, the preflight's; infinite if nothing is known."""
         mean = self.elapsed / self.step if self.step else self.step_seconds or math.inf
-        limit = self.schedule.max_wallclock_seconds or math.inf
-        return min((self.run.s.iterations - self.step) * mean, limit - self.elapsed)
+        left = (self.schedule.max_wallclock_seconds or math.inf) - self.elapsed
+        return min((self.run.s.iterations - self.step) * mean, left)
 
     def over(self):
         """Whether another step of mean length would pass a limit."""
@@ -1679,13 +1685,7 @@ class Trainer:
                     run.log(f"note: no checkpoint of step {self.step}: {self.unsaved}")
             if signalled:
                 kept = self.unsaved or f"its checkpoint is in {run.folder}"
-                name = signal.Signals(int(signalled)).name
-                raise Interrupted(128 + int(signalled), f"stopped by {name} after step {self.step}; {kept}")
-        run.ranks.waits_for_step = False
-        (signalled,) = run.ranks.max([run.ranks.signal]).tolist()
-        if signalled:  # in the last validation
-            self.save(run)
-            raise Interrupted(128 + signalled, f"stopped by {signal.Signals(signalled).name} after the last step")
+                raise Interrupted(*stopped(int(signalled), f" after step {self.step}; {kept}"))
         return self.finish()
 
     def report(self, what):
@@ -1719,12 +1719,15 @@ class Trainer:
     def finish(self):
         """Average and calibrate; a finished checkpoint needs only the latter."""
         run = self.run
-        new = not self.finished
-        self.finished = True
-        if new and self.averaged >= 2:
-            self.optimizer.weights.copy_(self.average / self.averaged)
-        if new:
-            self.save(run)  # before calibration, which a signal may end
+        if not self.finished:
+            self.finished = True
+            if self.averaged >= 2:
+                self.optimizer.weights.copy_(self.average / self.averaged)
+            self.save(run)
+        run.ranks.waits_for_step = False  # only now is everything kept
+        (signalled,) = run.ranks.max([run.ranks.signal]).tolist()
+        if signalled:
+            raise Interrupted(*stopped(signalled, " after the last step"))
         hessians, self.calibration = self.calibrate(self.step * run.s.train_batch_tokens, run.s.calibration_tokens)
         outcome = "their mean is the final model" if self.averaged >= 2 else "too few, the last weights are final"
         run.log(f"swa: {self.averaged} checkpoints: {outcome}")
@@ -2099,10 +2102,17 @@ def evaluate_sliding(forward, stream, run):
     return evaluate_standard(forward, stream, run, run.s.eval_stride)
 
 
+def under_way(sessions: list[dict]) -> list[dict]:
+    """Those of an evaluation since the last one that finished: their scores are still there."""
+    rows = [row for row in sessions if row["stage"] == "evaluation"]
+    ends = [i for i, row in enumerate(rows, 1) if row["ended"] == "finished"]
+    return rows[ends[-1] if ends else 0 :]
+
+
 def time_spent(began: float, run: Run) -> dict:
     """The first rank's seconds since `began`; at least that many if a process was killed."""
     seconds = time.perf_counter() - began
-    killed = any(row["stage"] == "evaluation" and row["ended"] == "killed" for row in run.sessions[:-1])
+    killed = any(row["ended"] == "killed" for row in under_way(run.sessions[:-1]))
     within = not run.s.eval_max_seconds or seconds <= run.s.eval_max_seconds
     return dict(seconds=seconds, at_least=killed, within_budget=within)
 
@@ -2196,9 +2206,9 @@ class ChunkStep(NamedTuple):
 
 
 def device_is_full() -> bool:
-    """Whether less than an eighth of the GPU's memory is free."""
+    """Whether less than a twentieth of the GPU's memory is free: half of what most_that_fits() leaves."""
     free, total = torch.cuda.mem_get_info()
-    return 8 * free < total
+    return 20 * free < total
 
 
 def memory_beside_tensors() -> int:
@@ -2216,7 +2226,7 @@ class DocumentBatch:
     def __init__(self, model, stream, capacity: int, run: Run):
         self.model, self.stream, self.run = model, stream, run
         s = run.s
-        capacity = max(capacity, 2)  # _step() says why
+        capacity = max(capacity, 1 + run.compile)  # _step() says why
         run.ranks.stage = MEMORY["documents"]
         integers = functools.partial(torch.zeros, dtype=torch.int64, device=run.device)
         self.start, self.end = integers(capacity), integers(capacity)
@@ -2444,10 +2454,8 @@ def predict(stream, run: Run) -> dict[str, float]:
     """Seconds of the evaluation by the preflight's paces, were all ranks equally busy."""
     # Besides, there is the reading without adaptation, and replay's first epoch is run twice.
     steps = training_steps(run.s) + 1 / 3 + (run.s.ttt_protocol == "replay")
-    floor = STEP_FLOOR[run.device.type]
-    cost = sum(
-        batch_cost(stream.lengths[documents], run.s, floor) for documents in batch_documents(stream.lengths, run)
-    )
+    lengths, floor = stream.lengths, STEP_FLOOR[run.device.type]
+    cost = sum(batch_cost(lengths[documents], run.s, floor) for documents in batch_documents(lengths, run))
     return {name: pace * steps * cost / run.ranks.world for name, pace in run.pace.items()}
 
 
@@ -2474,7 +2482,8 @@ class Scores:
     def _read(self, path: Path) -> int:
         """Returns the bytes up to where a file is cut off, by a process that ended, or damaged."""
         whole = 0
-        with contextlib.suppress(ValueError, EOFError, OSError, IndexError, TypeError), open(path, "rb") as f:
+        damage = ValueError, EOFError, OSError, IndexError, TypeError, MemoryError
+        with contextlib.suppress(*damage), open(path, "rb") as f:
             while f.peek(1):
                 rows, numbers = np.load(f), np.load(f)
                 parts = np.split(numbers, np.cumsum(rows[:, 2])[:-1])
@@ -2494,8 +2503,9 @@ class Scores:
 
     def add(self, figure: int, documents: np.ndarray, nll: list[np.ndarray]):
         """Keep one array of NLL for each document. Raises UserError if the disk takes no more."""
-        rows = [(figure, document, len(numbers)) for document, numbers in zip(documents, nll, strict=True)]
+        rows = []
         for document, numbers in zip(documents, nll, strict=True):
+            rows.append((figure, document, len(numbers)))
             self._note(figure, document, numbers)
         try:
             np.save(self.file, np.array(rows))
@@ -2584,12 +2594,13 @@ def mixture(plain: np.ndarray, adapted: np.ndarray, starts, lengths, share: floa
     starts, lengths = starts[order], lengths[order]
     longer = np.searchsorted(-lengths, -np.arange(lengths[0]))  # documents with more than t targets: the first ones
     weight = np.full(len(lengths), 0.5)  # of `plain`
-    least = np.minimum(plain, adapted).astype(np.float64)  # taken out, for what float64 cannot hold
-    p0, p1 = np.exp(least - plain), np.exp(least - adapted)
-    for t, n in enumerate(longer):
-        at = starts[:n] + t
-        p0[at], weight[:n] = mix(weight[:n], p0[at], p1[at], share)
-    return least - np.log(p0)
+    with np.errstate(invalid="ignore"):  # NaN where both are infinite
+        least = np.minimum(plain, adapted).astype(np.float64)  # taken out, for what float64 cannot hold
+        p0, p1 = np.exp(least - plain), np.exp(least - adapted)
+        for t, n in enumerate(longer):
+            at = starts[:n] + t
+            p0[at], weight[:n] = mix(weight[:n], p0[at], p1[at], share)
+        return least - np.log(p0)
 
 
 def by_position(nll: dict[str, np.ndarray], stream) -> dict[str, np.ndarray]:
@@ -2666,9 +2677,8 @@ def label_figures(nll, lacking: list[int], mixed, account: dict, stream, run: Ru
         run.log(f"mixture {score} no_adaptation:{plain.bpb:.8f} {s.ttt_protocol}:{first.bpb:.8f}")
     run.log(f"ttt {pairs(account)} first_lacks:{lacking[1]} last_lacks:{lacking[-1]}")
     if lacking[-1]:
-        what = (
-            f"{lacking[1]} documents lack the score, {lacking[-1]} the last epoch, and count without adaptation there"
-        )
+        what = f"{lacking[1]} documents lack the score, {lacking[-1]} the last epoch"
+        what += ", and count without adaptation there"
         run.log(f"note: EVAL_MAX_SECONDS={s.eval_max_seconds:g} ran out: {what}; raise it, or 0 for no limit")
     bpb = f"backward_looking_val_bpb:{first.bpb:.8f} last_epoch_val_bpb:{last.bpb:.8f}"
     run.log(f"final_ttt_exact protocol:{s.ttt_protocol} context:{s.ttt_context} {bpb}")
@@ -2772,11 +2782,8 @@ def score_file(model: GPT, stream, run: Run, **known) -> Score:
     """Load the file, evaluate it and report; result.json takes what else is `known`. Raises UserError, once that is
     written, for a score that is not finite."""
     s = run.s
-    earlier = 0.0  # seconds of sessions whose scores are still there; killed ones took a little longer
-    for row in run.sessions:
-        if row["stage"] == "evaluation":
-            earlier = 0.0 if row["ended"] == "finished" else earlier + row["seconds"]
-    began = time.perf_counter() - float(run.ranks.max([earlier])[0])
+    earlier = sum(row["seconds"] for row in under_way(run.sessions))  # killed ones took a little longer
+    began = time.perf_counter() - float(run.ranks.max([float(earlier)])[0])
     path = Path(s.eval_only or run.folder / "final_model.ptz")
     scores = None
     with run.session("evaluation"):
@@ -2810,31 +2817,37 @@ def score_file(model: GPT, stream, run: Run, **known) -> Score:
 def most_that_fits(most: int, work: Callable[[int], object], run: Run) -> int:
     """`most`, or a half, a quarter and so on of it, at which work(n) finds room on the GPU of every rank. Raises
     OutOfMemoryError where one is too many."""
-    # A tenth stays free for what the allocator has no part in: CUDA graphs, and buffers of NCCL and cuBLAS.
-    torch.cuda.set_per_process_memory_fraction(0.9)
+    # A tenth of what others leave stays free for what is not the allocator's: graphs, buffers of NCCL and cuBLAS.
+    free, total = torch.cuda.mem_get_info()
+    torch.cuda.set_per_process_memory_fraction(0.9 * (free + torch.cuda.memory_reserved()) / total)
     n = most
-    while True:
-        try:
-            work(n)
-            run.wait()
-            break
-        except torch.OutOfMemoryError:
-            if n == 1:
-                run.ranks.stage = (
-                    f"{run.ranks.stage[0]}, one at a time",
-                    "TRAIN_SEQ_LEN, TTT_EVAL_SEQ_LEN or NUM_LAYERS",
-                )
-                raise
-        n //= 2
-        gc.collect()  # only out here does nothing hold what failed
-        torch.cuda.empty_cache()
-    torch.cuda.set_per_process_memory_fraction(1.0)
-    torch.cuda.empty_cache()
+    try:
+        while not fits(work, n, run):
+            n //= 2
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
     return -int(run.ranks.max([-n])[0])
 
 
-def find_what_fits(trainer: Trainer | None, model: GPT, run: Run):
-    """How much each stage to come can compute at once, into run.fits."""
+def fits(work: Callable[[int], object], n: int, run: Run) -> bool:
+    """Whether work(n) finds room. Raises OutOfMemoryError if one is too many."""
+    try:
+        work(n)
+        run.wait()
+        return True
+    except torch.OutOfMemoryError:
+        if n == 1:
+            stage, _ = run.ranks.stage
+            run.ranks.stage = f"{stage}, one at a time", "TRAIN_SEQ_LEN, TTT_EVAL_SEQ_LEN or NUM_LAYERS"
+            raise
+        return False
+    finally:
+        gc.collect()
+        torch.cuda.empty_cache()
+
+
+def find_what_fits(trainer: Trainer | None, model: GPT, run: Run) -> dict[str, int]:
+    """How much each stage to come can compute at once, for Run.fits."""
     # Tried kernel by kernel, which takes more memory than compiled code does and compiles nothing for a size that is
     # then too large. No score depends on what is found, but for rounding.
     s = run.s
@@ -2842,7 +2855,9 @@ def find_what_fits(trainer: Trainer | None, model: GPT, run: Run):
     longest = s.ttt_eval_seq_len + s.ttt_chunk_size
 
     def train(rows: int):
+        before = copy.deepcopy(trainer.tensors)  # as warm_up() has it
         forward_backward(trainer.forward, [trainer.loader.read(0, rows)], 1.0)
+        del before
 
     @torch.no_grad()
     def score(rows: int):
@@ -2862,14 +2877,14 @@ def find_what_fits(trainer: Trainer | None, model: GPT, run: Run):
 
     tries = dict(training_rows=train, validation_rows=score) if trainer else {}
     tries |= dict(documents=adapt) if s.ttt_enabled else dict(sliding_windows=score)
-    fits = {}
+    found = {}
     with torch.compiler.set_stance("force_eager"):
         for what, work in tries.items():
             run.ranks.stage = MEMORY[what]
-            fits[what] = most_that_fits(run.most(what), work, run)
-    run.fits = fits
+            found[what] = most_that_fits(run.most(what), work, run)
     if trainer:
         trainer.optimizer.grads.zero_()
+    return found
 
 
 def preflight(trainer: Trainer | None, model: GPT, run: Run) -> dict[str, float]:
@@ -2883,12 +2898,12 @@ def preflight(trainer: Trainer | None, model: GPT, run: Run) -> dict[str, float]
         run.wait()
         seconds[stage] = time.perf_counter() - began - sum(seconds.values())
 
-    if run.cuda:  # a CPU does not say before it is too late
-        find_what_fits(trainer, model, run)
-        done("memory")
     small = run.using(eval_max_seconds=0.0, ttt_n_epochs=min(s.ttt_n_epochs, 2), resume=False)
     small.log_file = None
     small.sessions = []
+    if run.cuda:  # a CPU does not say before it is too late
+        run.fits = small.fits = find_what_fits(trainer, model, small)
+        done("memory")
     longest = max(s.train_seq_len * run.ranks.world + s.eval_stride, s.ttt_eval_seq_len + s.ttt_chunk_size)
     stream = synthetic_stream([longest, s.ttt_chunk_size + 1], run)  # rows for all ranks; more context than a window's
     with tempfile.TemporaryDirectory(prefix="preflight_", dir=run.folder, ignore_cleanup_errors=True) as folder:
@@ -2934,29 +2949,13 @@ def describe_what_follows(trainer: Trainer | None, stream, rehearsed: dict[str, 
         expected["training"] = trainer.seconds_left()  # infinite after a single warm-up step, which compiles
     if trainer:
         expected["export"] = rehearsed["export"]
-    if run.s.ttt_enabled:
-        expected |= {f"evaluation_{name}": seconds for name, seconds in predict(stream, run).items()}
-    known = {stage: seconds for stage, seconds in expected.items() if math.isfinite(seconds)}
-    if known:
+    expected |= {f"evaluation_{name}": seconds for name, seconds in predict(stream, run).items()}
+    if known := {stage: seconds for stage, seconds in expected.items() if math.isfinite(seconds)}:
         run.log(f"expected seconds of what follows: {pairs(known)}")
 
 
-class Rehearsal(NamedTuple):
-    """What adaptation to synthetic documents gave: NLL, the adapters' movement (B, n), seconds."""
-
-    nll: np.ndarray
-    movement: Tensor
-    seconds: float
-
-    def differs(self, other: "Rehearsal") -> tuple[float, float]:
-        """The largest relative difference of an NLL, and the relative difference of the movements."""
-        nll = np.abs(other.nll - self.nll) / np.abs(self.nll)
-        movement = (other.movement - self.movement).norm() / self.movement.norm()
-        return float(nll.max()), movement.item()
-
-
-def rehearse_batch(batch: DocumentBatch, a: np.ndarray, graphs: bool) -> Rehearsal:
-    """Score and adapt to all documents of the batch's stream, by graphs or kernel by kernel."""
+def rehearse_batch(batch: DocumentBatch, a: np.ndarray, graphs: bool) -> tuple[np.ndarray, Tensor, float]:
+    """NLL, the adapters' movement (B, n) and seconds of all the stream's documents, by graphs or kernel by kernel."""
     run = batch.run
     run.graphs = graphs
     batch.load(np.arange(len(a)))
@@ -2969,7 +2968,13 @@ def rehearse_batch(batch: DocumentBatch, a: np.ndarray, graphs: bool) -> Rehears
     end = batch.adapters.flat.clone()
     batch.adapters.begin(a)
     nll = batch.epoch_nll() if batch.epochs else np.concatenate(batch.target_nll())
-    return Rehearsal(nll, end - batch.adapters.flat, seconds)
+    return nll, end - batch.adapters.flat, seconds
+
+
+def differences(one: tuple, other: tuple) -> tuple[float, float]:
+    """Of two rehearsals, relative: the largest of an NLL, and that of the movements."""
+    (nll, moved, _), (other_nll, other_moved, _) = one, other
+    return float((np.abs(other_nll - nll) / np.abs(nll)).max()), ((other_moved - moved).norm() / moved.norm()).item()
 
 
 def rehearse_adaptation(model: GPT, run: Run) -> bool:
@@ -2989,13 +2994,13 @@ def rehearse_adaptation(model: GPT, run: Run) -> bool:
     if run.cuda or run.compile:  # now nothing is compiled or recorded any more
         again = [rehearse_batch(batch, a, mode) for mode in modes.values()]
     cost = training_steps(s) * batch_cost(stream.lengths, s, STEP_FLOOR[device])
-    run.pace = {name: rehearsal.seconds / cost for name, rehearsal in zip(modes, again, strict=True)}
+    run.pace = {name: seconds / cost for name, (_, _, seconds) in zip(modes, again, strict=True)}
     if not graphs:
         return False
-    nll, movement = eager.differs(graphs[0])
-    run.rehearsed = dict(nll=nll, movement=movement, movement_of_a_repeat=eager.differs(again[0])[1])
-    differ = not batch.recording or nll > 1e-3 or movement > 0.1
-    return not run.ranks.max([differ])[0]
+    nll, movement = differences(eager, graphs[0])
+    run.rehearsed = dict(nll=nll, movement=movement, movement_of_a_repeat=differences(eager, again[0])[1])
+    same = batch.recording and nll <= 1e-3 and movement <= 0.1  # NaN is not
+    return not run.ranks.max([not same])[0]
 
 
 def describe(trainer: Trainer | None, stream, run: Run):
@@ -3028,7 +3033,17 @@ def settings_beside(weights: str) -> dict:
     environment is silent; nothing where its result.json is not beside them."""
     with contextlib.suppress(OSError, ValueError, KeyError, AttributeError):
         result = json.loads(Path(weights).with_name("result.json").read_bytes())
-        kinds = ("data_path", "tokenizer_path", "train_seq_len", "eval_s", "eval_b", "eval_m", "val_", "ttt_")
+        kinds = (
+            "data_path",
+            "tokenizer_path",
+            "train_seq_len",
+            "train_batch",
+            "eval_s",
+            "eval_b",
+            "eval_m",
+            "val_",
+            "ttt_",
+        )
         kept = {name: value for name, value in result["settings"].items() if name.startswith(kinds)}
         values = {name.upper(): str(int(v) if isinstance(v, bool) else v) for name, v in kept.items()}
         return dict(settings=values, tokenizer=result["data"]["tokenizer"])
@@ -3043,7 +3058,8 @@ def summarise(result: dict, run: Run):
     run.log(f"score of the {kind}: {score['val_bpb']:.4f} bits per byte ({score['protocol']}, backward-looking)")
     if "curve" in figures:
         plain, last = figures["no_adaptation"]["val_bpb"], figures["last_epoch"]
-        run.log(f"without adaptation {plain:.4f}: adaptation gains {plain - score['val_bpb']:.4f}")
+        if plain:  # else it is not finite
+            run.log(f"without adaptation {plain:.4f}: adaptation gains {plain - score['val_bpb']:.4f}")
         if last["val_bpb"] and not last["backward_looking"]:
             run.log(f"epoch {last['epoch']}: {last['val_bpb']:.4f}, no score: it has trained on what it predicts")
     if result.get("artifact"):

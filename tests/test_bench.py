@@ -363,6 +363,7 @@ def test_memory_is_that_of_the_tensors(settings, targets):
     found = speed.memory_of_document(run)
     stream = t.synthetic_stream([20], run)
     batch = t.DocumentBatch(speed_model(run), stream, 3, run)
+    assert len(t.DocumentBatch(speed_model(run), stream, 1, run).kv) == 1  # without a companion, as nothing is compiled
     assert found["adapters"] == batch.adapters.flat[0].nbytes
     assert found["moments"] == batch.adapters.m[0].nbytes + batch.adapters.v[0].nbytes
     assert found["keys_and_values"] == batch.kv[0].nbytes / 2  # here in float32

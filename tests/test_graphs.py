@@ -2,6 +2,7 @@
 memory is short, and when replay and eager steps differ. That replay gives eager figures is shown in test_ttt.py."""
 
 import io
+import math
 import re
 
 import numpy as np
@@ -120,7 +121,7 @@ def test_graphs_stop_before_they_fill_the_device(run, graphed, graphs, monkeypat
     batch, eager = batches(graphed, run)
     monkeypatch.setattr(train_gpt.DocumentBatch, "_record", occupying(graphs, 30 * GIB))
     np.testing.assert_allclose(batch.read().figures, eager.read().figures, rtol=2e-5)
-    assert graphs.captured == 3 and graphs.free >= -10 * GIB  # 80, 50, 20 GiB free; below 10 none is begun
+    assert graphs.captured == 3 and graphs.free >= -10 * GIB  # 80, 50, 20 GiB free; below 4 none is begun
 
 
 def test_the_log_says_how_near_graphs_are_what_is_free_and_how_long_it_will_take(graphed, graphs, tmp_path):
@@ -151,19 +152,21 @@ def evaluation(run: train_gpt.Run, folder) -> train_gpt.GPT:
     return train_gpt.scoring_model(run)
 
 
-def test_graphs_that_adapt_otherwise_than_eager_steps_are_refused(graphed, graphs, tmp_path, monkeypatch):
-    """A learning rate that depends on the host: within a graph it stays what it was."""
+@pytest.mark.parametrize("wrong", [6.0, math.nan])
+def test_graphs_that_adapt_otherwise_than_eager_steps_are_refused(graphed, graphs, tmp_path, monkeypatch, wrong):
+    """A learning rate that the host has once in seven steps: within a graph it stays what it was. Or it is no number."""
     calls = []
 
     def step(adapters, gradient, lr, inner=train_gpt.Adapters.step):
         calls.append(1)
-        inner(adapters, gradient, lr * (1 + len(calls) % 7))
+        amiss = graphs.capturing if math.isnan(wrong) else len(calls) % 7 == 6
+        inner(adapters, gradient, lr * (wrong if amiss else 1.0))
 
     monkeypatch.setattr(train_gpt.Adapters, "step", step)
     model = evaluation(graphed, tmp_path)
     train_gpt.preflight(None, model, graphed)
     log = graphed.log_file.getvalue()
-    assert float(re.search(r" movement:(\S+)", log)[1]) > 0.1
+    assert not float(re.search(r" movement:(\S+)", log)[1]) <= 0.1
     assert not graphed.graphs and "every step is launched kernel by kernel" in log
 
 

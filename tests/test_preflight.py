@@ -267,6 +267,8 @@ def test_what_fits_is_found_by_halving_and_leaves_a_tenth_of_the_memory(monkeypa
     shares, tried = [], []
     monkeypatch.setattr(train_gpt.gc, "collect", lambda: None)  # of a test's process, a second
     monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", shares.append)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (50, 80))  # others have 20 of it
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda: 10)
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
 
     def work(n):
@@ -277,11 +279,14 @@ def test_what_fits_is_found_by_halving_and_leaves_a_tenth_of_the_memory(monkeypa
     found = train_gpt.most_that_fits(most, work, runs.alone())
     halves = [most >> i for i in range(most.bit_length())]
     assert found == next(n for n in halves if n <= room)
-    assert tried == [(n, 0.9) for n in halves[: halves.index(found) + 1]] and shares[-1] == 1.0
+    assert tried == [(n, 0.9 * 60 / 80) for n in halves[: halves.index(found) + 1]] and shares[-1] == 1.0
 
 
 def test_where_a_single_row_does_not_fit_the_error_says_so(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", lambda share: None)
+    shares = []
+    monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", shares.append)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (80, 80))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda: 0)
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
     monkeypatch.setattr(train_gpt.gc, "collect", lambda: None)
     run = runs.alone()
@@ -292,6 +297,7 @@ def test_where_a_single_row_does_not_fit_the_error_says_so(monkeypatch):
 
     with pytest.raises(torch.OutOfMemoryError):
         train_gpt.most_that_fits(4, work, run)
+    assert shares == [0.9, 1.0]
     assert run.ranks.stage[0] == "training, one at a time" and "NUM_LAYERS" in run.ranks.stage[1]
 
 
@@ -305,7 +311,10 @@ def test_what_is_tried_is_what_the_stages_compute_and_changes_nothing(monkeypatc
     monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda: None)
     trainer = train_gpt.Trainer(train_gpt.open_shards("train", run), "", run)
     before = trainer.state_dict()
-    train_gpt.find_what_fits(trainer, train_gpt.scoring_model(run), run)
+    run.sessions = [dict(stage="training", ended="killed", seconds=1.0)]  # as of a run that goes on
+    small = run.using()
+    small.sessions = []
+    run.fits = train_gpt.find_what_fits(trainer, train_gpt.scoring_model(run), small)
     last = "documents" if run.s.ttt_enabled else "sliding_windows"
     assert run.fits == dict.fromkeys(("training_rows", "validation_rows", last), 2)
     assert trainer.loader.micro_rows == 2 and [len(x) for x, _ in trainer.loader.batch(0)] == [2] * 24
@@ -329,7 +338,7 @@ def run_out_of_memory(owner: str, name: str) -> None:
 @pytest.mark.parametrize(
     "owner, name, stage, limit",
     [
-        ("Trainer", "finish", "validation", "VAL_BATCH_SIZE"),
+        ("Trainer", "train_step", "training", "MICRO_BATCH_TOKENS"),
         ("DocumentBatch", "adapt", "test-time training", "TTT_BATCH_SIZE"),
     ],
 )
