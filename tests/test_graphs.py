@@ -154,7 +154,7 @@ def evaluation(run: train_gpt.Run, folder) -> train_gpt.GPT:
 
 @pytest.mark.parametrize("wrong", [6.0, math.nan])
 def test_graphs_that_adapt_otherwise_than_eager_steps_are_refused(graphed, graphs, tmp_path, monkeypatch, wrong):
-    """A learning rate that the host has once in seven steps: within a graph it stays what it was. Or it is no number."""
+    """A learning rate that the host changes in one of seven steps: a graph keeps it as it was. Or it is no number."""
     calls = []
 
     def step(adapters, gradient, lr, inner=train_gpt.Adapters.step):
