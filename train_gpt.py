@@ -50,6 +50,7 @@ import tempfile
 import threading
 import time
 import traceback
+import zipfile
 from collections.abc import Callable, Iterator
 from dataclasses import Field, asdict, dataclass, field, fields, replace
 from datetime import timedelta
@@ -168,7 +169,7 @@ class Settings(TrainSettings):
     val_loss_every = setting(500, "steps between validations; 0: only last", tiny=80)
     val_batch_size = setting(524288, "most tokens per validation batch, all ranks", 1, tiny=8192)
     train_log_every = setting(100, "steps between log lines", 1, tiny=20)
-    fp16_keep_name_patterns = setting("tok_emb,blocks.8.attn.c_k", "tensors kept in fp16")
+    fp16_keep_name_patterns = setting("tok_emb,blocks.8.attn.c_k", "tensors kept in fp16", form=".{0,1000}")
     prune_fraction = setting(0.03, "smallest weights that become zero", 0, 0.15)
     quantizer = setting("gptq", "rounding of int5 and int6", choices=("gptq", "nearest"))
     quant_sigmas = setting(
@@ -176,7 +177,7 @@ class Settings(TrainSettings):
         "0 or two numbers k5,k6 from 1 to 99: int5,int6 in steps of max|row| or k * rms(row) over 15,31",
         form=r"0|[1-9]\d?(\.\d+)?,[1-9]\d?(\.\d+)?",
     )
-    calibration_tokens = setting(262144, "training tokens for GPTQ", 1, tiny=32768)
+    calibration_tokens = setting(262144, "training tokens for GPTQ", 1, 1 << 30, tiny=32768)
     artifact_max_bytes = setting(16_000_000, "of artifact and this file", 1)
     val_docs = setting(0, "validation documents scored; 0: all")
     eval_stride = setting(64, "stride of the sliding window", 1)
@@ -193,9 +194,9 @@ class Settings(TrainSettings):
     ttt_mixture = setting(False, "mix the predictions without and with adaptation")
     ttt_mixture_share = setting(0.1, "share of its weights dealt anew at each target", 1e-6, 1)
     ttt_n_epochs = setting(50, "epochs (replay) or steps per chunk (single_pass)", 1, 100000)
-    ttt_chunk_size = setting(256, "targets per adaptation step", 1)
-    ttt_eval_seq_len = setting(2048, "longest window, with the chunk", 2, tiny=512)
-    ttt_batch_size = setting(0, "most documents at once; 0: what fits")
+    ttt_chunk_size = setting(256, "targets per adaptation step", 1, 1 << 20)
+    ttt_eval_seq_len = setting(2048, "longest window, with the chunk", 2, 1 << 20, tiny=512)
+    ttt_batch_size = setting(0, "most documents at once; 0: what fits", 0, 1 << 16)
 
     @classmethod
     def from_env(cls, env: dict[str, str]):
@@ -231,6 +232,12 @@ class Settings(TrainSettings):
     def ttt_figures(self):
         """Scores that adaptation gives a document."""
         return self.ttt_n_epochs if self.ttt_protocol == "replay" else 1
+
+
+def scoring_settings(s: Settings) -> dict:
+    """What a document's figures depend on, to the last digit, but for model and machine."""
+    kinds = ("ttt_", "eval_stride", "beta", "seed")
+    return {name: value for name, value in asdict(s).items() if name.startswith(kinds)}
 
 
 def parse_setting(f: Field, raw):
@@ -480,7 +487,7 @@ class Ranks:
             self.signal, self.signal_time = number, now
         if self.unwinding and again:
             os._exit(128 + number)
-        if self.unwinding or (waits and not again and not self.ending):
+        if self.unwinding or self.leaving or (waits and not again and not self.ending):
             return
         self.unwinding = True
         raise Interrupted(*(self.ending or stopped(number)))
@@ -502,9 +509,10 @@ class Ranks:
                     time.sleep(0.05)  # the store may end with this process
                     heard = self.store.add("heard", 0)
 
-        announcing = threading.Thread(target=announce, daemon=True)
-        announcing.start()
-        announcing.join(GRACE)  # the store's machine may be dead
+        if self.world > 1:
+            announcing = threading.Thread(target=announce, daemon=True)
+            announcing.start()
+            announcing.join(GRACE)  # the store's machine may be dead
         said = json.loads(first[0])
         if said["line"] and (first[0] == mine or (self.local == 0 and said["node"] != self.node)):
             say(said["line"], "stderr")
@@ -595,7 +603,7 @@ class Run:
         self.fits = {}  # most() of what the preflight has tried
         self.pace = {}  # seconds of a unit of batch_cost(), with and without them
         self.folder = Path(s.output_dir)
-        self.log_file = None  # only the first rank's; without it a run is silent
+        self.log_file = self.lock_file = None  # only the first rank's; without the former a run is silent
         self.devices = [environment(self)["device"]]  # of all ranks, once they are asked
         self.sessions = []  # of this run in its folder, by this and earlier processes
         self.session_kept = 0.0  # when they were last written
@@ -670,7 +678,8 @@ class Run:
         except OSError as e:
             raise UserError(system_says(e, f"{path} ({len(content)} bytes)")) from e
         finally:
-            temporary.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):  # it has taken its place, or cannot be removed either
+                temporary.unlink()
 
     @contextlib.contextmanager
     def session(self, stage: str):
@@ -722,7 +731,10 @@ def choose_folder(run: Run) -> str:
         return s.output_dir or f"runs/{s.run_id}"
     if s.resume or run.ranks.restarts:
         known = sorted(Path("runs").glob("*/train.log"), key=lambda path: path.stat().st_mtime)
-        those = " or ".join(f"OUTPUT_DIR={path.parent}" for path in known[-3:]) or "OUTPUT_DIR to the run's folder"
+        those = (
+            " or ".join(f"OUTPUT_DIR={shlex.quote(str(path.parent))}" for path in known[-3:])
+            or "OUTPUT_DIR to the run's folder"
+        )
         raise UserError(f"a run cannot be resumed without OUTPUT_DIR or RUN_ID — set {those}")
     stem = f"runs/{time.strftime('%Y-%m-%d')}_{s.preset}_seed{s.seed}"
     for number in itertools.count(2):
@@ -746,19 +758,54 @@ def claim_folder(run: Run):
     taken()  # before anything there is touched
     folder.mkdir(parents=True, exist_ok=True)
     run.log_file = open(folder / "train.log", "a", encoding="utf-8", errors="replace")  # noqa: SIM115 - stays open
+    run.lock_file = open(folder / "train.log", "a")  # noqa: SIM115 - apart from the log, which may fail
     try:
-        lock(run.log_file)
+        lock(run.lock_file)
     except BlockingIOError as e:
         raise UserError(f"OUTPUT_DIR={folder} is in use by a live run — wait for it, or choose another") from e
+    except OSError as e:
+        raise UserError(system_says(e, f"{folder}/train.log to lock it")) from e
     names = taken()  # another run may have come and gone
+    if "result.json" in names and (note := compare_result(folder / "result.json", run)):
+        run.log(note)
     for left in folder.glob("preflight_*"):  # by a process that was killed
-        shutil.rmtree(left, ignore_errors=True)
-    if s.resume and not names:
-        run.log(f"note: RESUME=1, but {folder} has nothing to go on from: this run starts afresh")
+        if all(file.name in FILES or file.name.startswith("scores_") for file in left.iterdir()):
+            shutil.rmtree(left, ignore_errors=True)
+    if s.resume and ("checkpoint.pt" not in names and not s.eval_only):
+        run.log(f"note: RESUME=1, but {folder} has no checkpoint to go on from: this run starts afresh")
+    run.sessions = read_sessions(folder) if "sessions.json" in names else []
+
+
+def read_sessions(folder: Path) -> list[dict]:
+    """Raises UserError, OSError."""
+    content = (folder / "sessions.json").read_bytes()
     try:
-        run.sessions = json.loads((folder / "sessions.json").read_bytes()) if "sessions.json" in names else []
-    except ValueError as e:
+        rows = json.loads(content)
+        names = {"stage", "world_size", "devices", "seconds", "ended"}
+        if any({*row} != names or not isinstance(row["seconds"], float) for row in rows):
+            raise ValueError("another form")
+        return list(rows)
+    except (ValueError, KeyError, TypeError, RecursionError) as e:
         raise UserError(f"{folder}/sessions.json is damaged — delete it to go on without its account") from e
+
+
+def compare_result(path: Path, run: Run) -> str:
+    """A note of how the evaluation differs whose result RESUME=1 will replace, or nothing. Raises UserError if its
+    weights are others."""
+    s = run.s
+    try:
+        result = json.loads(path.read_bytes())
+        theirs, weights, trained = result["settings"], result["weights_sha256"], bool(result["training"])
+        others = [f"{k.upper()}={theirs.get(k)}, now {v}" for k, v in scoring_settings(s).items() if theirs.get(k) != v]
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
+        raise UserError(f"{path} is damaged — delete it to score again") from e
+    if s.eval_only:
+        same = weights == hashlib.sha256(Path(s.eval_only).read_bytes()).hexdigest()
+    else:
+        same = trained and path.with_name("checkpoint.pt").exists()
+    if not same:
+        raise UserError(f"{path} is of weights that this run would not score — choose another OUTPUT_DIR")
+    return f"note: this will replace the result of another evaluation ({others[0]})" if others else ""
 
 
 def open_folder(run: Run) -> Run:
@@ -766,7 +813,8 @@ def open_folder(run: Run) -> Run:
     scores. Raises UserError, OSError."""
     folder = run.ranks.from_first(choose_folder, run)
     resume = run.s.resume or run.ranks.restarts > 0
-    run = run.using(run_id=run.s.run_id or Path(folder).resolve().name, output_dir=folder, resume=resume)
+    name = "".join(c if c.isprintable() else "?" for c in Path(folder).resolve().name)
+    run = run.using(run_id=run.s.run_id or name, output_dir=folder, resume=resume)
     run.folder = Path(folder)
     run.ranks.from_first(claim_folder, run)
     run.folder.mkdir(parents=True, exist_ok=True)
@@ -776,7 +824,7 @@ def open_folder(run: Run) -> Run:
     if run.ranks.world > 1:
         alone = os.environ.get("LOCAL_WORLD_SIZE") == str(run.ranks.world)
         launcher = f"torchrun --standalone --nproc_per_node={run.ranks.world}" if alone else "torchrun ... (as before)"
-    again = ["RESUME=1", f"OUTPUT_DIR={shlex.quote(folder)}", *values, launcher, sys.argv[0]]
+    again = ["RESUME=1", f"OUTPUT_DIR={shlex.quote(folder)}", *values, launcher, shlex.quote(sys.argv[0])]
     run.ranks.how_to_go_on = " ".join(again)
     return run
 
@@ -806,9 +854,13 @@ def open_shard(path: Path):
 def open_shards(split: str, run):
     """The shards of a split, whose tokens are all in the vocabulary. Raises UserError."""
     s = run.s
-    shards = [open_shard(path) for path in sorted(Path(s.data_path).glob(f"fineweb_{split}_*.bin"))]
+    where = f"fineweb_{split}_*.bin in {s.data_path}"
+    paths = sorted(Path(s.data_path).glob(f"fineweb_{split}_*.bin"))
+    numbers = [int(path.stem.rpartition("_")[2]) for path in paths if path.stem[-1:].isdecimal()]
+    if numbers and numbers != [*range(numbers[0], numbers[0] + len(numbers))]:
+        raise UserError(f"of {where} some number is missing: there are {numbers[:9]} — fetch or make all")
+    shards = [open_shard(path) for path in paths]
     if not shards:
-        where = f"fineweb_{split}_*.bin in {s.data_path}"
         raise UserError(f"no {where} — set DATA_PATH, or run data/fineweb.py or data/text.py")
     for shard in shards[run.ranks.rank :: run.ranks.world]:
         top = max(int(shard[i : i + (1 << 24)].max()) for i in range(0, len(shard), 1 << 24))
@@ -1520,6 +1572,14 @@ def calibrate(model, loader: BatchLoader, start: int, tokens: int, run):
     return {name: run.ranks.sum(total) / (rows * width) for name, total in sums.items()}
 
 
+def load_pt(content: bytes):
+    """What torch.save() wrote. Raises errors of many kinds, also for a changed byte, which torch.load() would take."""
+    with zipfile.ZipFile(io.BytesIO(content)) as archive:
+        if damaged := archive.testzip():
+            raise ValueError(f"{damaged} has another checksum")
+    return torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+
+
 class Trainer:
     """A model in training, new or, with RESUME=1, from its checkpoint."""
 
@@ -1575,7 +1635,7 @@ class Trainer:
         """From the first rank's file. Raises UserError."""
         content = self.run.ranks.from_first(path.read_bytes)
         try:
-            state = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+            state = load_pt(content)
             theirs = state["identity"]
             others = [f"{k.upper()}: {theirs.get(k)}, now {v}" for k, v in self.identity.items() if theirs.get(k) != v]
             if not others:
@@ -2481,16 +2541,17 @@ class Scores:
 
     def _read(self, path: Path) -> int:
         """Returns the bytes up to where a file is cut off, by a process that ended, or damaged."""
+        content = path.read_bytes()
+        file = io.BytesIO(content)
         whole = 0
-        damage = ValueError, EOFError, OSError, IndexError, TypeError, MemoryError
-        with contextlib.suppress(*damage), open(path, "rb") as f:
-            while f.peek(1):
-                rows, numbers = np.load(f), np.load(f)
+        with contextlib.suppress(ValueError, EOFError, IndexError, TypeError, MemoryError):
+            while whole < len(content):
+                rows, numbers = np.load(file), np.load(file)
                 parts = np.split(numbers, np.cumsum(rows[:, 2])[:-1])
                 for (figure, document, count), nll in zip(rows.tolist(), parts, strict=True):
                     if len(nll) == count:
                         self._note(figure, document, nll)
-                whole = f.tell()
+                whole = file.tell()
         return whole
 
     def _note(self, figure: int, document: int, nll: np.ndarray):
@@ -2507,9 +2568,11 @@ class Scores:
         for document, numbers in zip(documents, nll, strict=True):
             rows.append((figure, document, len(numbers)))
             self._note(figure, document, numbers)
+        content = io.BytesIO()  # of numpy's own errors no cause is known
+        np.save(content, np.array(rows))
+        np.save(content, np.concatenate(nll))
         try:
-            np.save(self.file, np.array(rows))
-            np.save(self.file, np.concatenate(nll))
+            self.file.write(content.getbuffer())
             self.file.flush()
         except OSError as e:
             raise UserError(system_says(e, self.path)) from e
@@ -2716,7 +2779,7 @@ def read_weights(path: Path, run: Run) -> Weights:
     digest = hashlib.sha256(blob).hexdigest()
     if path.suffix == ".pt":
         try:
-            state = torch.load(io.BytesIO(blob), map_location="cpu", weights_only=True)
+            state = load_pt(blob)
             state = {str(name): tensor.float() for name, tensor in state.items()}
             if not all(tensor.isfinite().all() for tensor in state.values()):
                 raise ValueError("not finite")
@@ -2772,7 +2835,7 @@ def make_artifact(trainer: Trainer, hessians: dict[str, Tensor], stream, run: Ru
 def evaluation_tag(weights: str, stream, run: Run) -> str:
     """Of all that the figures depend on, so not of ranks."""
     s = run.s
-    scoring = [pair for pair in asdict(s).items() if pair[0].startswith(("ttt_", "eval_stride", "beta", "seed"))]
+    scoring = sorted(scoring_settings(s).items())
     machine = str(run.dtype), run.attention, run.compile, torch.__version__, 0 if s.ttt_enabled else s.train_seq_len
     inputs = scoring, s.of(ModelSettings), machine, SOURCE_SHA256, weights, stream.fingerprint
     return hashlib.sha256(repr(inputs).encode()).hexdigest()[:12]
@@ -2790,8 +2853,7 @@ def score_file(model: GPT, stream, run: Run, **known) -> Score:
         weights = read_weights(path, run)
         load_weights(model, weights.state, str(path), run)
         quantised = path.suffix != ".pt"
-        kind = "quantised" if quantised else "unquantised"
-        run.log(f"evaluating {path}, {kind} weights: {s.of(ModelSettings)}")
+        run.log(f"evaluating {path}, {'' if quantised else 'un'}quantised weights: {s.of(ModelSettings)}")
         if s.ttt_enabled:
             tag = evaluation_tag(weights.sha256, stream, run)
             figures, score, scores = evaluate_documents(model, stream, run, tag, began)
@@ -2800,12 +2862,17 @@ def score_file(model: GPT, stream, run: Run, **known) -> Score:
             run.log(f"final_sliding_exact {score}")
             figures = time_spent(began, run)
             figures["sliding"] = score.figure("sliding", f"stride {s.eval_stride}", figures["seconds"])
-    overridden = sorted(f.name for f in fields(s) if f.name.upper() in os.environ)
-    result = dict(schema_version=3, run_id=s.run_id, seed=s.seed, settings=asdict(s), overridden=overridden)
-    result |= dict(source_sha256=SOURCE_SHA256, source_bytes=len(SOURCE_BYTES), environment=environment(run))
-    result |= dict(weights_sha256=weights.sha256, quantised=quantised, world_size=run.ranks.world) | known
-    result |= dict(sessions=run.sessions, evaluation=figures, val_loss=finite(score.loss), val_bpb=finite(score.bpb))
-    run.ranks.from_first(run.write, "result.json", json.dumps(result, indent=1).encode())
+        run.tick(0.0)
+        sessions = [
+            *run.sessions[:-1],
+            run.sessions[-1] | dict(ended="finished"),
+        ]  # as it will be, once this is written
+        result = dict(schema_version=3, run_id=s.run_id, seed=s.seed, settings=asdict(s), source_sha256=SOURCE_SHA256)
+        result["overridden"] = sorted(f.name for f in fields(s) if f.name.upper() in os.environ)
+        result |= dict(source_bytes=len(SOURCE_BYTES), environment=environment(run), weights_sha256=weights.sha256)
+        result |= dict(quantised=quantised, world_size=run.ranks.world, sessions=sessions, evaluation=figures) | known
+        result |= dict(val_loss=finite(score.loss), val_bpb=finite(score.bpb))
+        run.ranks.from_first(run.write, "result.json", json.dumps(result, indent=1).encode())
     if scores:
         scores.remove()
     if not math.isfinite(score.nll):
@@ -3031,23 +3098,27 @@ def describe(trainer: Trainer | None, stream, run: Run):
 def settings_beside(weights: str) -> dict:
     """Data, tokenizer and evaluation settings, as variables, of the run whose weights EVAL_ONLY names, for where the
     environment is silent; nothing where its result.json is not beside them."""
-    with contextlib.suppress(OSError, ValueError, KeyError, AttributeError):
-        result = json.loads(Path(weights).with_name("result.json").read_bytes())
-        kinds = (
-            "data_path",
-            "tokenizer_path",
-            "train_seq_len",
-            "train_batch",
-            "eval_s",
-            "eval_b",
-            "eval_m",
-            "val_",
-            "ttt_",
-        )
+    path = Path(weights).with_name("result.json") if weights else None
+    if not path or not path.exists():
+        return {}
+    kinds = (
+        "data_path",
+        "tokenizer_path",
+        "train_seq_len",
+        "train_batch",
+        "eval_s",
+        "eval_b",
+        "eval_m",
+        "val_",
+        "ttt_",
+    )
+    try:
+        result = json.loads(path.read_bytes())
         kept = {name: value for name, value in result["settings"].items() if name.startswith(kinds)}
         values = {name.upper(): str(int(v) if isinstance(v, bool) else v) for name, v in kept.items()}
-        return dict(settings=values, tokenizer=result["data"]["tokenizer"])
-    return {}
+        return dict(settings=values, tokenizer=str(result["data"]["tokenizer"]))
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
+        raise UserError(f"{path}, whose settings EVAL_ONLY takes, is damaged — restore it, or delete it") from e
 
 
 def summarise(result: dict, run: Run):
@@ -3066,7 +3137,8 @@ def summarise(result: dict, run: Run):
         run.log("artifact and code: {total_bytes:,} of {max_bytes:,} bytes".format(**result["artifact"]))
         run.log(f"training took {result['training']['seconds']:.0f}s of MAX_WALLCLOCK_SECONDS")
     run.log(f"evaluation took {figures['seconds']:.0f}s; all figures are in {run.folder}")
-    run.log(f"next: python data/audit.py {run.folder}; python data/plot.py {run.folder}")
+    folder = shlex.quote(str(run.folder))
+    run.log(f"next: python data/audit.py {folder}; python data/plot.py {folder}")
     for line in misspelt(os.environ):
         run.log(line)
 
@@ -3163,7 +3235,7 @@ def entry(arguments: list[str] = ()) -> int:
         return ranks.end(2, f"error: {system_says(e)}")
     except Interrupted as e:
         return ranks.end(e.code, e.line)
-    except torch.OutOfMemoryError as e:
+    except (torch.OutOfMemoryError, MemoryError) as e:
         stage, limit = ranks.stage
         what = f"out of memory in {stage}: {' '.join(str(e).split())[:120]} — set {limit} lower"
         kept = f", and go on with: {ranks.how_to_go_on}" if ranks.how_to_go_on else ""

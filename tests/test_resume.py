@@ -399,8 +399,8 @@ def nan_in_the_score() -> None:
     """One target of document 3, as where adapters diverge."""
     adapt = train_gpt.DocumentBatch.adapt
 
-    def planted(batch, *arguments):
-        adapt(batch, *arguments)
+    def planted(batch, *arguments, **named):
+        adapt(batch, *arguments, **named)
         row = np.flatnonzero(batch.documents == 3)
         if batch.stream.target_count == TARGETS and len(row):
             batch.nll[row[0], 5] = math.nan
