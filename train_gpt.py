@@ -782,7 +782,7 @@ def read_sessions(folder: Path) -> list[dict]:
     try:
         rows = json.loads(content)
         names = {"stage", "world_size", "devices", "seconds", "ended"}
-        if any({*row} != names or not isinstance(row["seconds"], float) for row in rows):
+        if type(rows) is not list or any({*row} != names or not isinstance(row["seconds"], float) for row in rows):
             raise ValueError("another form")
         return list(rows)
     except (ValueError, KeyError, TypeError, RecursionError) as e:

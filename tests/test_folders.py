@@ -1,0 +1,182 @@
+"""A folder belongs to one run, whatever is done to it: nothing of another is replaced, removed or taken for its own."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import runs
+from runs import train_gpt
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory) -> runs.Run:
+    return runs.run(tmp_path_factory.mktemp("finished") / "run", ITERATIONS=4, WARMDOWN_ITERS=2)
+
+
+@pytest.fixture
+def again(finished, tmp_path) -> Path:
+    """A copy of the finished run's folder."""
+    return Path(shutil.copytree(finished.folder, tmp_path / "run"))
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """Of all files that a run leaves, but for logs."""
+    return {
+        path.name: path.read_bytes() for path in folder.iterdir() if path.suffix in (".pt", ".ptz", ".npz", ".json")
+    }
+
+
+FOUR = dict(ITERATIONS=4, WARMDOWN_ITERS=2)
+
+
+def test_a_resume_never_trains_another_model_where_one_is_finished(again):
+    """Neither where its checkpoint is gone, nor where only an evaluation was."""
+    (again / "checkpoint.pt").unlink()
+    before = contents(again)
+    done = runs.run(again, 2, RESUME=1, SEED=5, **FOUR)
+    assert "result.json is of weights that this run would not score" in runs.user_error(done.err)
+    scored = runs.run(again.with_name("scored"), EVAL_ONLY=again / "final_model.ptz")
+    kept = contents(scored.folder)
+    done = runs.run(scored.folder, 2, RESUME=1, SEED=9, **FOUR)
+    assert "OUTPUT_DIR" in runs.user_error(done.err)
+    assert contents(again) == before and contents(scored.folder) == kept
+
+
+def test_a_resume_never_scores_another_artifact_where_one_is_scored(again, finished, tmp_path):
+    scored = runs.run(tmp_path / "scored", EVAL_ONLY=finished.folder / "final_model.ptz")
+    before = contents(scored.folder)
+    done = runs.run(scored.folder, 2, RESUME=1, EVAL_ONLY=finished.folder / "final_model.pt")
+    assert "is of weights that this run would not score" in runs.user_error(done.err)
+    assert contents(scored.folder) == before
+
+
+def test_another_evaluation_of_a_finished_run_says_what_it_replaces(again):
+    done = runs.run(again, RESUME=1, TTT_N_EPOCHS=2, **FOUR)
+    assert "note: this will replace the result of another evaluation (TTT_N_EPOCHS=3, now 2)" in done.out
+
+
+def test_what_a_run_has_not_made_is_not_removed(tmp_path):
+    mine = tmp_path / "preflight_notes" / "thesis.txt"
+    mine.parent.mkdir()
+    mine.write_text("years of work")
+    runs.run(tmp_path, **FOUR)
+    assert mine.read_text() == "years of work"
+
+
+def test_a_resume_without_a_checkpoint_says_that_it_starts_afresh(again):
+    for name in ("checkpoint.pt", "result.json", "final_model.ptz", "final_model.pt"):
+        (again / name).unlink()
+    done = runs.run(again, RESUME=1, **FOUR)
+    assert f"note: RESUME=1, but {again} has no checkpoint to go on from: this run starts afresh" in done.out
+
+
+@pytest.mark.parametrize("text", ["{}", "null", "[1]", "[{}]", "5", '"x"', "[[]]", "[" * 100_000])
+def test_an_account_of_another_form_is_one_line(again, text):
+    (again / "sessions.json").write_text(text)
+    done = runs.run(again, 2, RESUME=1, **FOUR)
+    assert "sessions.json is damaged" in runs.user_error(done.err)
+
+
+@pytest.mark.parametrize("text", ["[]", "null", '{"settings": {}, "data": null}', '{"settings": ', "[" * 100_000])
+def test_settings_beside_an_artifact_are_taken_whole_or_not_at_all(again, tmp_path, text):
+    (again / "result.json").write_text(text)
+    done = runs.run(tmp_path / "scored", 2, EVAL_ONLY=again / "final_model.ptz")
+    assert "result.json, whose settings EVAL_ONLY takes, is damaged" in runs.user_error(done.err)
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.integers(0, 10**9), st.integers(0, 7))
+def test_a_flipped_bit_of_a_checkpoint_or_a_state_dict_is_found(where, bit):
+    """torch.load takes it: what is loaded is what was saved, or an error."""
+    state = {"weights": torch.arange(4000.0), "step": 7}
+    file = io.BytesIO()
+    torch.save(state, file)
+    content = bytearray(file.getvalue())
+    content[where % len(content)] ^= 1 << bit
+    try:
+        loaded = train_gpt.load_pt(bytes(content))
+    except Exception:  # of many kinds, all of which are told as damage
+        return
+    assert loaded["step"] == 7 and loaded["weights"].equal(state["weights"])
+
+
+class Full(io.StringIO):
+    def write(self, text):
+        raise OSError(28, "No space left on device")
+
+
+def test_the_lock_outlives_the_log(tmp_path):
+    first, second = runs.alone(tmp_path / "run"), runs.alone(tmp_path / "run", RESUME=1)
+    train_gpt.claim_folder(first)
+    first.log_file.close()
+    first.log_file = Full()
+    first.log("a line on a full disk")
+    with pytest.raises(train_gpt.UserError, match="is in use by a live run"):
+        train_gpt.claim_folder(second)
+    first.lock_file.close()
+    train_gpt.claim_folder(second)
+
+
+def test_a_file_that_cannot_be_removed_either_is_told_as_the_first_error(tmp_path, monkeypatch):
+    def stale(*_, **__):
+        raise OSError(116, "Stale file handle")
+
+    run = runs.alone(tmp_path)
+    monkeypatch.setattr(train_gpt.os, "replace", stale)
+    monkeypatch.setattr(Path, "unlink", stale)
+    with pytest.raises(train_gpt.UserError, match="sessions.json.*Stale file handle"):
+        run.write("sessions.json", b"[]")
+
+
+def test_scores_that_cannot_be_read_for_a_moment_are_not_thrown_away(tmp_path, monkeypatch):
+    run = runs.alone(tmp_path, RESUME=1)
+    stream = train_gpt.synthetic_stream([20, 9], run)
+    scores = train_gpt.Scores("tag", stream, run)
+    scores.add(train_gpt.PLAIN, np.array([1]), [np.ones(9, np.float32)])
+    whole = scores.path.read_bytes()
+
+    def failing(path, inner=Path.read_bytes):
+        raise OSError(5, "Input/output error", str(path))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "read_bytes", failing)
+        with pytest.raises(OSError, match="Input/output error"):
+            train_gpt.Scores("tag", stream, run)
+    assert scores.path.read_bytes() == whole
+    assert train_gpt.Scores("tag", stream, run).targets[train_gpt.PLAIN, 20:].tolist() == [1.0] * 9
+
+
+def result_on_a_full_disk() -> None:
+    def write(run, name, content, inner=train_gpt.Run.write):
+        if name == "result.json" and not run.folder.name.startswith("preflight_"):
+            raise train_gpt.UserError("cannot use result.json: No space left on device — free space there")
+        inner(run, name, content)
+
+    train_gpt.Run.write = write
+
+
+def test_seconds_of_an_evaluation_whose_result_could_not_be_written_count(again, tmp_path):
+    scoring = dict(EVAL_ONLY=again / "final_model.ptz", TTT_N_EPOCHS=40)
+    runs.run(tmp_path / "scored", 2, before=result_on_a_full_disk, **scoring)
+    (first,) = json.loads((tmp_path / "scored" / "sessions.json").read_text())
+    assert "No space left" in first["ended"]
+    result = runs.run(tmp_path / "scored", RESUME=1, **scoring).result
+    assert result["evaluation"]["seconds"] >= first["seconds"] > 0.1
+    assert [row["ended"] == "finished" for row in result["sessions"]] == [False, True]
+
+
+def test_a_shard_that_is_missing_in_between_is_named(tmp_path):
+    folder = Path(shutil.copytree(runs.data(), tmp_path / "data"))
+    os.rename(folder / "fineweb_train_000001.bin", folder / "fineweb_train_000002.bin")
+    done = runs.run(tmp_path / "run", 2, DATA_PATH=folder, TOKENIZER_PATH=folder / "tokenizer.model")
+    assert "fineweb_train_*.bin" in (error := runs.user_error(done.err)) and "[0, 2]" in error
