@@ -348,7 +348,10 @@ class Ranks:
         self.beats = []  # of all ranks, when last heard
         self.unwinding = self.leaving = False
         self.how_to_go_on = ""  # a command, once there is a folder
-        self.stage = "the start", "NUM_LAYERS"  # of the run, and the setting that its memory depends on
+        self.stage = (
+            "the start",
+            "NUM_LAYERS, MODEL_DIM or BIGRAM_VOCAB_SIZE",
+        )  # of the run, and the setting that its memory depends on
         self.last_act = lambda: None  # of a rank whose main thread is stuck
 
     def join(self, env: dict[str, str]):
@@ -3235,12 +3238,12 @@ def entry(arguments: list[str] = ()) -> int:
         return ranks.end(2, f"error: {system_says(e)}")
     except Interrupted as e:
         return ranks.end(e.code, e.line)
-    except (torch.OutOfMemoryError, MemoryError) as e:
-        stage, limit = ranks.stage
-        what = f"out of memory in {stage}: {' '.join(str(e).split())[:120]} — set {limit} lower"
-        kept = f", and go on with: {ranks.how_to_go_on}" if ranks.how_to_go_on else ""
-        return ranks.end(2, f"error: {what}{kept}")
     except Exception as e:
+        if isinstance(e, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(e):
+            stage, limit = ranks.stage
+            what = f"out of memory in {stage}: {' '.join(str(e).split())[:120]} — set {limit} lower"
+            kept = f", and go on with: {ranks.how_to_go_on}" if ranks.how_to_go_on else ""
+            return ranks.end(2, f"error: {what}{kept}")
         ranks.unwinding = True
         lost = ranks.lost(e)
         if lost:

@@ -277,7 +277,10 @@ def compress(left: common.Run, options: argparse.Namespace) -> None:
     data = options.input.read_bytes()
     codec = Codec.open(left, options.figure)
     delimiter = options.delimiter.replace("\\n", "\n").replace("\\t", "\t")
-    parts = data.split(delimiter.encode()) if delimiter else [data]
+    try:
+        parts = data.split(delimiter.encode()) if delimiter else [data]
+    except UnicodeEncodeError as error:
+        raise UserError(f"--delimiter {ascii(delimiter)} is not UTF-8 — choose another") from error
     done = [tokenize(part, codec.tokenizer) for part in parts]
     documents = [Document(i, len(tokens), np.array(tokens)) for i, (tokens, _, _) in enumerate(done)]
     count = sum(document.length for document in documents)
@@ -380,6 +383,8 @@ def main(parser: argparse.ArgumentParser) -> None:
             figures = NO_ADAPTATION, ADAPTED, MIXTURE, LAST_EPOCH
             sub.add_argument("--figure", choices=figures, help="whose predictions are used (default: the score's)")
     options = parser.parse_args()
+    if getattr(options, "output", None) and not options.output.parent.is_dir():
+        raise UserError(f"{options.output}: there is no folder {options.output.parent} — make it, or choose another")
     if getattr(options, "output", None) and options.output.is_file():
         raise UserError(f"{options.output} is there already — delete it, or choose another name")
     options.command(common.read_run(options.run), options)

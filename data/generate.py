@@ -19,7 +19,7 @@ from sequential import train_gpt
 def sample(nll: np.ndarray, temperature: float, top_k: int, rng: np.random.Generator) -> int:
     """A token drawn from probabilities ∝ exp(-nll / temperature), among the `top_k` likeliest unless that is 0."""
     order = np.argsort(nll, kind="stable")[: top_k or None]
-    if temperature == 0:
+    if temperature < 1e-6:  # float64 could not hold the difference to the likeliest
         return int(order[0])
     scaled = -nll[order].astype(np.float64) / temperature
     weights = np.exp(scaled - scaled.max())

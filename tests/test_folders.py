@@ -180,3 +180,9 @@ def test_a_shard_that_is_missing_in_between_is_named(tmp_path):
     os.rename(folder / "fineweb_train_000001.bin", folder / "fineweb_train_000002.bin")
     done = runs.run(tmp_path / "run", 2, DATA_PATH=folder, TOKENIZER_PATH=folder / "tokenizer.model")
     assert "fineweb_train_*.bin" in (error := runs.user_error(done.err)) and "[0, 2]" in error
+
+
+def test_a_model_too_large_for_this_machine_is_one_line_that_names_what_to_lower(tmp_path):
+    done = runs.run(tmp_path, 2, BIGRAM_VOCAB_SIZE=1 << 24, BIGRAM_DIM=16384)
+    error = runs.user_error(done.err)
+    assert "out of memory in the start" in error and "BIGRAM_VOCAB_SIZE lower" in error
