@@ -239,6 +239,31 @@ def test_bf16_compute_stays_near_float32_and_carries_its_stream_in_bf16():
     assert all(p.grad.dtype == torch.float32 and p.grad.isfinite().all() for p in rough.parameters())
 
 
+def test_rope_turns_by_float32_angles_in_bf16_too():
+    """bfloat16 counts to 256 in steps of one, and from 1,024 in steps of eight."""
+    position = torch.tensor([0, 1, 257, 1027, 2047])
+    angle = position[:, None].double() * 10_000.0 ** (-torch.arange(0, 64, 2).double() / 64)
+    for found, expected in zip(
+        train_gpt.rotary(position, 64, 10_000.0, torch.bfloat16), (angle.cos(), angle.sin()), strict=True
+    ):
+        assert found.dtype == torch.bfloat16 and (found.double() - expected).abs().max() < 2**-8
+
+
+def test_logits_near_the_cap_are_told_apart_in_bf16_too():
+    """Of their roundings only that of the product remains, which the tanh flattens there: its own would not be."""
+    s = small(logit_softcap=30.0)
+    model = random_model(s, dtype=torch.bfloat16)
+    model.tok_emb.weight.mul_(60)
+    g = torch.Generator().manual_seed(0)
+    x = torch.randn(1, 50, s.model_dim, generator=g).bfloat16()
+    found = model.logits(x)
+    normed = torch.nn.functional.rms_norm(x, (s.model_dim,), eps=train_gpt.RMS_EPS).double()
+    inner = normed @ (model.tok_emb.weight / 30).bfloat16().double().T
+    off = (found.double() - 30 * inner.tanh()).abs()
+    assert found.dtype == torch.float32 and (inner.abs() > 1.5).any()
+    assert (off <= 30 * inner.cosh() ** -2 * (inner.abs() * 2**-8 + 1e-3) + 1e-3).all()
+
+
 def test_a_fresh_bf16_model_is_not_swamped_by_the_norms_epsilon():
     """bfloat16's own epsilon is 300 times the mean square of a fresh tied embedding; float32's is the default."""
     s = small(model_dim=64, vocab_size=1024)
