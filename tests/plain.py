@@ -41,7 +41,8 @@ class Loop:
         for name, w in self.weights.items():
             w.grad = gradients[name].clone()
         norm = torch.nn.utils.clip_grad_norm_(self.weights.values(), s.grad_clip_norm) if s.grad_clip_norm else None
-        share = min(step / s.muon_momentum_warmup_steps, 1)
+        warm_up = s.muon_momentum_warmup_steps
+        share = min(step / warm_up, 1) if warm_up else 1
         mu = (1 - share) * s.muon_momentum_warmup_start + share * s.muon_momentum
         for name, m in self.muon.items():
             w, g, lr = self.weights[name].data, self.weights[name].grad, s.matrix_lr * multiplier

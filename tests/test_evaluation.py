@@ -122,6 +122,17 @@ def by_hand(model, s, tokens, bytes_, start_of):
     return total
 
 
+@pytest.mark.parametrize("world", (1, 2, 3, 8))
+def test_a_validation_batch_is_that_of_all_ranks_together(run, world):
+    """The most whole rows of each rank that VAL_BATCH_SIZE tokens leave room for; one at least."""
+    for size in (7, 16, 100, 1000):
+        here = run_of(run, small(val_batch_size=size, train_seq_len=16, train_batch_tokens=16))
+        here.ranks = train_gpt.Ranks()
+        here.ranks.world = world
+        rows = here.most("validation_rows")
+        assert rows >= 1 and (rows == 1 or rows * world * 16 <= size) and (rows + 1) * world * 16 > size
+
+
 @settings(deadline=None, max_examples=15)
 @given(st.integers(2, 70), st.integers(4, 24), st.integers(1, 24), st.integers(1, 7), st.integers(0, 9))
 def test_each_mode_scores_every_target_once_in_its_own_window(run, length, size, stride, batch, seed):

@@ -56,6 +56,7 @@ HOT = dict(
         dict(mlp_mult=0.5, num_layers=5),
         dict(grad_clip_norm=0),
         dict(muon_backend_steps=3, num_kv_heads=4),
+        dict(muon_momentum_warmup_steps=0),
     ),
     ids=str,
 )

@@ -6,8 +6,10 @@ import functools
 import os
 import re
 import signal
+import threading
 import time
 
+import numpy as np
 import pytest
 import torch
 
@@ -280,6 +282,46 @@ def test_what_fits_is_found_by_halving_and_leaves_a_tenth_of_the_memory(monkeypa
     halves = [most >> i for i in range(most.bit_length())]
     assert found == next(n for n in halves if n <= room)
     assert tried == [(n, 0.9 * 60 / 80) for n in halves[: halves.index(found) + 1]] and shares[-1] == 1.0
+
+
+class Together:
+    """Two ranks that are threads, whose maximum waits for both."""
+
+    def __init__(self):
+        self.values, self.both = {}, threading.Barrier(2, timeout=20)
+
+    def rank(self, number):
+        ranks = train_gpt.Ranks()
+
+        def largest(values):
+            self.values[number] = values
+            self.both.wait()
+            return np.max([self.values[0], self.values[1]], axis=0)
+
+        ranks.rank, ranks.world, ranks.max = number, 2, largest
+        return ranks
+
+
+def test_what_fits_on_one_rank_but_not_on_another_does_not_fit(monkeypatch):
+    """All compute the same number at once, that of the rank with the least room."""
+    for name in ("set_per_process_memory_fraction", "empty_cache"):
+        monkeypatch.setattr(torch.cuda, name, lambda *_: None)
+    together, found = Together(), {}
+
+    def find(number, room):
+        def work(n):
+            if n > room:
+                raise torch.OutOfMemoryError("planted")
+
+        run = train_gpt.Run(runs.alone().s, together.rank(number))
+        found[number] = train_gpt.most_that_fits(48, work, run)
+
+    threads = [threading.Thread(target=find, args=place) for place in ((0, 30), (1, 13))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert found == {0: 12, 1: 12}
 
 
 def test_where_a_single_row_does_not_fit_the_error_says_so(monkeypatch):

@@ -85,3 +85,49 @@ def test_warm_up_steps_train_nothing(run):
     for _ in range(3):
         assert warm.train_step().equal(cold.train_step())
     assert flat(warm).equal(flat(cold)) and not flat(warm).equal(before)
+
+
+class Clock:
+    """Goes on by a second with every training step, and by 100 with every validation."""
+
+    def __init__(self, monkeypatch):
+        self.now, step, validate = 1000.0, train_gpt.Trainer.train_step, train_gpt.evaluate_standard
+        monkeypatch.setattr(train_gpt.time, "perf_counter", lambda: self.now)
+        monkeypatch.setattr(train_gpt.Trainer, "train_step", self.taking(1.0, step))
+        monkeypatch.setattr(train_gpt, "evaluate_standard", self.taking(100.0, validate))
+
+    def taking(self, seconds, work):
+        def later(*arguments):
+            self.now += seconds
+            return work(*arguments)
+
+        return later
+
+
+def test_validation_takes_nothing_of_the_training_time(run, tmp_path, monkeypatch):
+    """Neither from the clock that is shown nor from the limit: 24 steps of a second, or the 10 that fit into 10.5 s."""
+    for limit, steps in ((0, 24), (10.5, 10)):
+        trainer = trainer_of(run, tmp_path, val_loss_every=2, max_wallclock_seconds=limit)
+        with monkeypatch.context() as patched:
+            Clock(patched)
+            trainer.train(stream_of(trainer.run.s, [40, 20]))
+        assert (trainer.step, trainer.elapsed) == (steps, steps)
+
+
+@pytest.mark.parametrize(
+    "limit, step, elapsed, expected",
+    (  # 24 steps in all; the preflight's took 2 s
+        (0, 0, 0.0, 48),
+        (0, 6, 18.0, 54),
+        (100, 0, 0.0, 48),
+        (10, 0, 0.0, 10),
+        (40, 6, 18.0, 22),
+        (100, 20, 60.0, 12),
+    ),
+)
+def test_what_is_left_of_training_ends_with_the_steps_or_the_seconds_whichever_is_first(
+    run, limit, step, elapsed, expected
+):
+    trainer = trainer_of(run, max_wallclock_seconds=limit)
+    trainer.step_seconds, trainer.step, trainer.elapsed = 2.0, step, elapsed
+    assert trainer.seconds_left() == pytest.approx(expected)
