@@ -236,6 +236,22 @@ def test_an_artifact_alone_gives_the_same_figures_without_training_shards_or_mod
     assert done.result["weights_sha256"] == reference.result["weights_sha256"]
 
 
+def test_an_artifact_in_its_runs_folder_is_scored_as_that_run_did_where_the_environment_is_silent(tmp_path, reference):
+    """Data, tokenizer and all settings of the evaluation; what the environment says goes before."""
+    silent = dict.fromkeys([*runs.MICRO, "DATA_PATH", "TOKENIZER_PATH"]) | dict(DEVICE="cpu", SEED=5)
+    silent["EVAL_ONLY"] = reference.folder / "final_model.ptz"
+    done = runs.run(tmp_path / "silent", **silent)
+    assert done.lines[-1] == reference.lines[-1]
+    kinds = ("train_seq_len", "eval_s", "eval_b", "eval_m", "val_", "ttt_", "data_path", "tokenizer_path")
+    for name, value in reference.result["settings"].items():
+        if name.startswith(kinds):
+            assert done.result["settings"][name] == value, name
+    said = dict(TTT_ENABLED=0, TRAIN_SEQ_LEN=24, VAL_DOCS=5)
+    done = runs.run(tmp_path / "said", **silent | said)
+    assert {name: int(done.result["settings"][name.lower()]) for name in said} == said
+    assert done.result["evaluation"]["sliding"]["targets"] == sum(runs.LENGTHS[:5])
+
+
 def test_a_state_dict_is_scored_as_it_is_and_labelled_unquantised(tmp_path, reference):
     done = runs.run(tmp_path, EVAL_ONLY=reference.folder / "final_model.pt", SEED=5)
     assert done.result["quantised"] is False and "unquantised" in done.out
@@ -315,6 +331,15 @@ def test_a_run_without_a_name_makes_a_folder_of_its_own_and_a_resume_must_name_i
     assert all(f"OUTPUT_DIR=runs/{name}" in runs.user_error(refused.err) for name in made)
     named = runs.run(tmp_path / "named", RUN_ID="mine", **unnamed)
     assert (tmp_path / "runs" / "mine" / "result.json").exists() and "RUN_ID=mine" in named.out
+
+
+def test_folders_of_one_day_are_numbered_from_2(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    run = runs.alone("", SEED=2)
+    made = [train_gpt.choose_folder(run) for _ in range(12)]
+    assert made == [made[0], *(f"{made[0]}_{number}" for number in range(2, 13))]
+    assert made[0].startswith("runs/20") and made[0].endswith("_record_seed2")
+    assert {*made} == {*map(str, Path("runs").iterdir())}
 
 
 def test_a_folder_in_use_is_refused_also_to_a_resume_and_to_one_of_two_starts_at_once(tmp_path):
@@ -441,6 +466,29 @@ def test_torchrun_with_two_ranks_writes_one_log(tmp_path):
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.count("final_int8_zlib_roundtrip_exact") == 1
     assert "world_size:2" in (tmp_path / "train.log").read_text()
+
+
+# ---- Arguments
+
+
+def with_arguments(arguments: list[str]) -> None:
+    train_gpt.entry = functools.partial(train_gpt.entry, arguments)
+
+
+def test_arguments_are_settings_and_win_over_the_environment(tmp_path):
+    arguments = ["--ttt-n-epochs=2", "--SEED=7", "--iterations=1"]
+    done = runs.run(tmp_path, before=functools.partial(with_arguments, arguments), SEED=5, TTT_ENABLED=0)
+    kept = done.result["settings"]
+    assert (kept["ttt_n_epochs"], kept["seed"], kept["iterations"]) == (2, 7, 1)
+    assert {"ttt_n_epochs", "seed", "iterations"} <= set(done.result["overridden"])
+
+
+@pytest.mark.parametrize("argument", ["--resume", "--seed", "seed=3", "SEED=3", "--sede=3", "--", "notes.txt", "-h"])
+def test_any_other_argument_is_one_line_that_names_it(monkeypatch, argument):
+    """Also a setting without a value, which the environment would take for an empty one."""
+    monkeypatch.setattr(os, "environ", before := dict(os.environ))
+    message = error_of(lambda: train_gpt.take_arguments([argument]))
+    assert message.startswith(argument) and "--help" in message and before == os.environ and "RESUME" not in before
 
 
 # ---- Settings

@@ -5,9 +5,11 @@ from __future__ import annotations
 import contextlib
 import functools
 import hashlib
+import json
 import os
 import random
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -88,6 +90,32 @@ def test_a_signal_finishes_the_step_writes_a_checkpoint_and_says_how_to_go_on(tm
     assert (tmp_path / "checkpoint.pt").exists() and not (tmp_path / "final_model.ptz").exists()
     again = runs.run(tmp_path, RESUME=1, **settings)
     assert same_end(again, whole) and "step:4/24 train" not in again.out
+
+
+def test_the_line_that_a_signal_leaves_has_every_setting_of_the_run(tmp_path):
+    """Values with spaces and quotes, too: a shell that reads it gives the settings that were given."""
+    given = runs.environment(tmp_path, **LONG, RUN_ID="it's a run", FP16_KEEP_NAME_PATTERNS="tok_emb, smear")
+    stopped = runs.Run(tmp_path, **given)
+    stopped.until("step:2/24 train")
+    stopped.kill(signal.SIGTERM)
+    assert stopped.wait() == 143
+    *variables, launcher, _ = shlex.split(stopped.err.splitlines()[-1].partition("go on with: ")[2])
+    told = dict(variable.split("=", 1) for variable in variables)
+    assert launcher == "python" and {name: told.get(name) for name in given} == given and told["RESUME"] == "1"
+
+
+def ignore_sighup() -> None:
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup does
+
+
+@pytest.mark.parametrize("launcher, code", [({}, 0), (dict(TORCHELASTIC_RUN_ID="one"), 129)])
+def test_nohup_keeps_a_run_from_sighup_but_not_from_that_of_torchrun(tmp_path, launcher, code):
+    """torchrun passes it on to all, and kills who does not end."""
+    started = runs.Run(tmp_path, before=ignore_sighup, **LONG, **launcher)
+    started.until("step:2/24 train")
+    started.kill(signal.SIGHUP)
+    assert started.wait() == code
+    assert (tmp_path / "result.json").exists() == (code == 0) and ("SIGHUP" in started.err) == (code == 129)
 
 
 def test_resume_without_a_checkpoint_starts_afresh_and_says_so(tmp_path):
@@ -465,6 +493,19 @@ def test_an_account_of_sessions_that_cannot_be_written_ends_no_run(tmp_path):
     done = runs.run(tmp_path, before=no_space, FULL="sessions.json", TTT_N_EPOCHS=1)
     assert done.result["training"]["steps"] == 12
     assert (done.out + done.err).count("sessions.json") == 1  # one note
+
+
+def test_an_account_of_sessions_is_never_older_than_5_seconds_nor_written_more_often(monkeypatch):
+    now, kept = [1000.0], []
+    monkeypatch.setattr(time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(train_gpt.Run, "write", lambda run, name, content: kept.append(json.loads(content)))
+    run = runs.alone()
+    with run.session("training"):
+        for step in range(1, 101):
+            now[0] += 0.5
+            run.tick()
+            assert step / 2 - kept[-1][0]["seconds"] < 5
+    assert len(kept) == 1 + 10 + 1 and kept[-1][0]["seconds"] == 50 and kept[-1][0]["ended"] == "finished"
 
 
 @needs_full
