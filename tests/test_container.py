@@ -382,6 +382,24 @@ def test_an_artifact_under_a_cap_that_binds_fits_with_at_most_half_a_percent_to_
     assert same(state, before) and same(torch.load(tmp_path / "final_model.pt", weights_only=True), before)
 
 
+@pytest.mark.parametrize("edge", (1.1, 1.6, 2.3, 3.7, 6.1, 7.9))
+def test_of_all_that_was_tried_the_largest_artifact_that_fits_is_kept(run, monkeypatch, edge):
+    """Sizes that jump over the cap and half a percent below it, wherever the search ends: what was tried last may be
+    too large."""
+    s = small(artifact_max_bytes=CODE + 9_000)
+    tried = []
+
+    def pack(stretch, s):
+        tried.append((bytes(10_000 if stretch < edge else 1_000), stretch))
+        return tried[-1][0], {}
+
+    first = {"tok_emb.weight": train_gpt.Stored("fp16", torch.zeros(2, 2))}
+    monkeypatch.setattr(train_gpt, "quantize_model", lambda state, s, hessians=None, stretch=None: stretch or first)
+    monkeypatch.setattr(train_gpt, "pack", pack)
+    stretch, blob, _ = train_gpt.fit({"tok_emb.weight": torch.zeros(2, 2)}, {}, run_of(run, s))
+    assert len(blob) == 1_000 and stretch == min(x for b, x in tried if len(b) == 1_000)
+
+
 def test_a_cap_that_nothing_meets_gets_the_coarsest_artifact_and_says_how_much_it_lacks(run, tmp_path, wide):
     _, state, _, at = wide
     before, (blob, _) = {name: w.clone() for name, w in state.items()}, at(train_gpt.LARGEST_STRETCH)

@@ -23,6 +23,7 @@ import pytest
 import torch
 
 import runs
+import scored
 from conftest import small, stream_of
 from runs import train_gpt
 
@@ -208,6 +209,26 @@ def test_a_rank_that_computes_for_longer_than_one_may_be_silent_is_not_taken_for
     assert figures(waiting["pairs"]["slow"][0]) == figures(whole)
 
 
+@pytest.mark.parametrize("every", (1, 2, 7))
+def test_silence_is_counted_from_the_last_sign_of_life(monkeypatch, every):
+    """However late in the run, and whether or not each look finds a new sign."""
+    ranks = train_gpt.Ranks()
+    ranks.world, ranks.beats, ranks.knock = 2, [0, 0], None
+    turns, last, ended = itertools.count(1), 994, []
+
+    def half_a_second(*_):
+        turn = next(turns)
+        if turn <= last and turn % every == 0:
+            ranks.beats = [0, turn]
+        return [], [], []
+
+    monkeypatch.setattr(train_gpt.select, "select", half_a_second)
+    monkeypatch.setattr(train_gpt._thread, "interrupt_main", lambda number: ended.append(next(turns) - 1))
+    monkeypatch.setattr(time, "sleep", lambda seconds: setattr(ranks, "leaving", True))
+    ranks.watch()
+    assert train_gpt.PATIENCE <= (ended[0] - last) / 2 <= train_gpt.PATIENCE + 1 and ranks.ending[0] == 1
+
+
 def test_a_job_that_stands_still_as_a_whole_goes_on(waiting, whole):
     """SIGSTOP to all ranks for longer than a rank may be silent, as by ctrl-Z; they do not wake at the same time."""
     assert waiting["codes"]["still"] == [0, 0], waiting["pairs"]["still"][0].err
@@ -290,6 +311,32 @@ def test_a_kill_between_the_last_figure_and_the_result_costs_nothing_that_was_sc
     assert figures(again) == figures(whole) and again.result["val_bpb"] == whole.result["val_bpb"]
 
 
+@pytest.mark.parametrize(
+    "earlier, expected",
+    (
+        ([("evaluation", "finished", 1000)], 0),
+        (
+            [
+                ("training", "finished", 9000),
+                ("evaluation", "stopped by SIGTERM", 1000),
+                ("evaluation", "killed", 2000),
+            ],
+            3000,
+        ),
+        ([("evaluation", "killed", 1000), ("evaluation", "finished", 2000), ("evaluation", "killed", 4000)], 4000),
+    ),
+)
+def test_seconds_of_earlier_sessions_count_where_none_has_finished_since(tmp_path, earlier, expected):
+    """One that has finished leaves no scores: what comes after it does all anew."""
+    data, weights = scored.write_data(tmp_path / "data"), scored.write_weights(tmp_path / "weights.pt")
+    files = dict(EVAL_ONLY=weights, DATA_PATH=data, TOKENIZER_PATH=data / "tokenizer.model")
+    run = runs.alone(tmp_path, **scored.SETTINGS, **files)
+    run.sessions = [dict(stage=stage, ended=ended, seconds=seconds) for stage, ended, seconds in earlier]
+    train_gpt.score_file(train_gpt.scoring_model(run), train_gpt.load_validation(run), run)
+    evaluation = json.loads((tmp_path / "result.json").read_bytes())["evaluation"]
+    assert expected <= evaluation["seconds"] < expected + 500
+
+
 @pytest.mark.parametrize("name, value", [("LOGIT_SOFTCAP", 2), ("ROPE_BASE", 100)])
 def test_nothing_is_taken_over_from_an_evaluation_under_another_setting(tmp_path, whole, name, value):
     """Of a state dict as it is, whose configuration comes from the environment alone."""
@@ -333,6 +380,19 @@ def test_nothing_is_taken_over_from_an_evaluation_of_other_text_of_the_same_shap
 
 
 # ---- What a run says of itself, and where
+
+
+def test_shards_are_known_by_their_sizes_their_order_and_their_ends():
+    """Shards of more tokens than are looked at; the first and the last one always are."""
+    one, two = (np.random.default_rng(seed).integers(0, 300, 700_000).astype("<u2") for seed in (0, 1))
+    known = train_gpt.fingerprint([one, two])
+    assert train_gpt.fingerprint([one.copy(), two.copy()]) == known
+    for place in (0, -1):
+        changed = two.copy()
+        changed[place] += 1
+        assert train_gpt.fingerprint([one, changed]) != known, place
+    others = [two, one], [one], [one, two[:-1]], [np.append(one, two)], [one, np.append(two, two[-1])]
+    assert known not in map(train_gpt.fingerprint, others)
 
 
 def test_a_checkpoint_of_other_shards_of_the_same_sizes_is_refused(tmp_path, whole):

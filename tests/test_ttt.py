@@ -514,6 +514,22 @@ def test_each_figure_says_how_many_documents_it_lacks_and_takes_their_plain_scor
     assert score.nll == one["nll_per_epoch"][0].sum() and score.targets == sum(lengths)
 
 
+def test_epochs_that_a_deadline_cut_off_are_made_up_for_by_a_resume_with_more_time(run, tmp_path, monkeypatch):
+    """Also those of a document that has some of them: the figures end as if there had been time from the start."""
+    s = small(ttt_n_epochs=4, eval_max_seconds=25, ttt_batch_size=2)  # as above
+    model, stream = random_model(s), stream_of(s, [40, 30, 20, 10])
+    (tmp_path / "whole").mkdir()
+    whole, _, _ = evaluated(model, stream, run_of(run, replace(s, eval_max_seconds=0), tmp_path / "whole"))
+    with monkeypatch.context() as patched:
+        now = Clock(patched).now
+        cut, _, kept = train_gpt.evaluate_documents(model, stream, run_of(run, s, tmp_path), "tag", now)
+    kept.file.close()
+    again, _, _ = evaluated(model, stream, run_of(run, replace(s, eval_max_seconds=0, resume=True), tmp_path))
+    assert [figure["lacking"] for figure in cut["curve"]] == [0, 0, 0, 2]
+    assert [figure["val_loss"] for figure in again["curve"]] == [figure["val_loss"] for figure in whole["curve"]]
+    assert [figure["lacking"] for figure in again["curve"]] == [0, 0, 0, 0]
+
+
 def test_if_the_plain_pass_alone_exceeds_the_budget_every_figure_is_the_plain_one(run, tmp_path):
     s = small(eval_max_seconds=1e-9)
     model, stream = random_model(s), stream_of(s, [100, 40, 20])
