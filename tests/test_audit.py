@@ -7,6 +7,7 @@ import os
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 import runs
@@ -145,6 +146,32 @@ def test_a_run_of_a_faulty_copy_is_found_by_the_sound_one(data: Path, weights: P
         folder = scored.evaluate(tmp_path / "run", weights, data, module, **scored.MIXTURE)
     assert call(audit, folder, "--decode", "--documents", 1).code == 1
     assert failures(folder) >= {"repeated"}
+
+
+def test_every_token_after_the_point_is_replaced_by_another(mixed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By a token of the vocabulary that is no BOS; up to the point none is."""
+    left = audit.common.read_run(mixed)
+    model, run = audit.sequential.open_run(left)
+    stream = audit.sequential.open_stream(left, run)
+    sample = audit.draw(stream, run, 2, np.random.default_rng(0))
+    before = audit.trace(model, run, sample, sample.tokens)
+    seen = []
+
+    def trace(model, run, sample, tokens):
+        seen.append(tokens)
+        return before
+
+    monkeypatch.setattr(audit, "trace", trace)
+    for seed in range(40):
+        _, rows = audit.causal(model, run, sample, before, np.random.default_rng(seed))
+        ends = {row["document"]: row["t"] for row in rows}
+        kept = np.zeros(len(sample.tokens), bool)
+        for start, number in zip(sample.starts, sample.numbers.tolist(), strict=True):
+            kept[start : start + ends[number] + 1] = True
+        repeat, changed = seen
+        seen.clear()
+        assert (repeat == sample.tokens).all() and ((changed == sample.tokens) == kept).all()
+        assert (changed[~kept] > audit.train_gpt.BOS).all() and (changed < run.s.vocab_size).all()
 
 
 def test_what_cannot_be_judged_is_said(mixed: Path, data: Path, tmp_path: Path) -> None:

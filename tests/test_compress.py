@@ -102,6 +102,7 @@ def test_counts_are_what_the_coder_codes() -> None:
 
 
 RECOMPUTED = dict(TTT_CONTEXT="recompute")
+SHORT = dict(TTT_EVAL_SEQ_LEN=11)  # the document goes on beyond it, and no chunk begins where a window does
 
 
 @pytest.mark.parametrize(
@@ -113,6 +114,9 @@ RECOMPUTED = dict(TTT_CONTEXT="recompute")
         ("backward_looking", scored.MIXTURE),
         ("mixture", scored.MIXTURE),
         ("mixture", scored.MIXTURE | RECOMPUTED),
+        ("backward_looking", SHORT),
+        ("backward_looking", RECOMPUTED | SHORT),
+        ("mixture", scored.MIXTURE | RECOMPUTED | SHORT),
     ],
 )
 def test_one_token_at_a_time_predicts_what_the_evaluation_does(
@@ -199,6 +203,18 @@ def test_checks_find_the_first_difference(mixed: Path, monkeypatch: pytest.Monke
         next(decoding)
     with pytest.raises(common.UserError, match="behind token 8 of document 0"):  # of its first chunk, which has 4 bits
         next(codec.decode(unknown, words))
+
+
+def test_checks_cost_a_bit_for_so_many_tokens_however_long_the_text(
+    mixed: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    codec = compress.Codec.open(common.read_run(mixed), "no_adaptation")
+    document = compress.Document(0, 400, runs.documents([401], 3)[1:])
+    sizes = {}
+    for tokens in (8, 1 << 30):
+        monkeypatch.setattr(compress, "CHECKED_TOKENS", tokens)
+        sizes[tokens] = 32 * len(codec.encode([document]))
+    assert abs(sizes[8] - sizes[1 << 30] - 400 / 8) <= 64  # the coder's words have 32 bits
 
 
 def test_a_machine_that_computes_otherwise_writes_nothing(

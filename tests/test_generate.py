@@ -48,6 +48,21 @@ def test_draws_repeat_by_their_seed_and_adapting_changes_them(folder: Path) -> N
     assert text("--top-k", 1, "--seed", 5) == text("--temperature", 0)
 
 
+def test_adapting_to_a_prompt_is_replay_whatever_the_protocol_of_the_run(folder: Path) -> None:
+    """The adapters after the epochs of an evaluation of the prompt as a document."""
+    model, run = sequential.open_run(common.read_run(folder), "cpu")
+    prompt = [train_gpt.BOS, *range(40, 90)]
+    tokens = np.array(prompt)
+    stream = train_gpt.Stream(tokens, tokens[1:] * 0, run.device, (np.array([0]), np.array([len(prompt) - 1])))
+    batch = train_gpt.DocumentBatch(model, stream, 1, run.using(ttt_protocol="replay"))
+    batch.load(np.array([0]))
+    batch.adapt(run.s.ttt_n_epochs)
+    assert batch.adapters.flat[:1].any()
+    for protocol in ("replay", "single_pass"):
+        found = generate.adapted(model, run.using(ttt_protocol=protocol), prompt)
+        assert torch.equal(found[:1], batch.adapters.flat[:1]), protocol
+
+
 def test_draws_follow_temperature_and_top_k() -> None:
     nll = -np.log(np.array([0.1, 0.4, 0.2, 0.3]))
     rng = np.random.default_rng(0)

@@ -1098,6 +1098,12 @@ def test_compare_weighs_documents_by_their_bytes(tmp_path: Path) -> None:
     assert (row["mixture"], row["mixture_share"]) == ("–", "–")
 
 
+def test_compare_draws_a_documents_bits_together_with_its_bytes() -> None:
+    """Documents of all sizes at one rate: whatever is drawn has that rate."""
+    bytes_ = np.arange(1, 60) ** 2
+    assert compare.interval(bytes_ / 4, bytes_, 500, 0) == "+0.2500 to +0.2500"
+
+
 def test_compare_judges_a_mixture_by_the_mixture(tmp_path: Path) -> None:
     bytes_, without = np.array([100, 1000]), np.array([100.0, 900.0])
     mixed = a_scored_run(tmp_path / "mixed", without, without + 50, bytes_, mixed=without - 20)
