@@ -1618,7 +1618,6 @@ class Trainer:
             setattr(self, name, type(getattr(self, name))(state[name]))  # or it raises
         for name, tensor in self.tensors.items():
             tensor.copy_(state[name].view_as(tensor))
-        self.optimizer.grads.zero_()
 
     def save(self, run: Run):
         """Keep a checkpoint, or in `unsaved` why not."""
@@ -2321,9 +2320,8 @@ class DocumentBatch:
         if (np.diff(chunks) > 0).any():
             raise ValueError("documents must come longest first")
         self.active = [int((chunks > chunk).sum()) for chunk in range(chunks[0] + 1)]
-        for rows, values in ((self.start, self.stream.starts[documents]), (self.end, self.lengths)):
-            rows.zero_()
-            rows[: len(documents)] = torch.from_numpy(values)
+        self.start[: len(documents)] = torch.from_numpy(self.stream.starts[documents])
+        self.end[: len(documents)] = torch.from_numpy(self.lengths)
 
     def score(self):
         """Read without adaptation, whatever the time. Adapters of zeros: compiled code is shared."""
