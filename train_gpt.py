@@ -219,6 +219,8 @@ class Settings(TrainSettings):
             ("train_seq_len", "at least", "eval_stride"),
             ("ttt_eval_seq_len", "at least", "ttt_chunk_size"),
         ):
+            if self.eval_only and one in ("train_batch_tokens", "micro_batch_tokens"):
+                continue  # nothing is trained
             a, b = getattr(self, one), getattr(self, other)
             if 0 < a < b or ("multiple" in rule and a % (2 * b if "even" in rule else b)):
                 raise UserError(f"{one.upper()}={a} is not {rule} {other.upper()}={b} — change one of the two")
@@ -3106,7 +3108,6 @@ def settings_beside(weights: str) -> dict:
         "data_path",
         "tokenizer_path",
         "train_seq_len",
-        "train_batch",
         "eval_s",
         "eval_b",
         "eval_m",

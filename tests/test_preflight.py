@@ -306,6 +306,8 @@ def test_what_fits_on_one_rank_but_not_on_another_does_not_fit(monkeypatch):
     """All compute the same number at once, that of the rank with the least room."""
     for name in ("set_per_process_memory_fraction", "empty_cache"):
         monkeypatch.setattr(torch.cuda, name, lambda *_: None)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (80, 80))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda: 0)
     together, found = Together(), {}
 
     def find(number, room):
