@@ -2612,6 +2612,8 @@ def score_documents(model, stream, scores: Scores, deadline: float, run: Run) ->
         missing["replay"] = (scores.epochs == UNSCORED).any(0)
     seconds = {}
     for label, lacking in missing.items():
+        if label == "replay":
+            run.log("every document that is to have a score has it; replay's other epochs, which are none, follow")
         began = time.perf_counter()
         todo = [documents for documents in batches if lacking[documents].any()]
         done = np.cumsum([batch_cost(stream.lengths[documents], run.s, 0) for documents in todo])
@@ -3101,19 +3103,10 @@ def describe(trainer: Trainer | None, stream, run: Run):
 def settings_beside(weights: str) -> dict:
     """Data, tokenizer and evaluation settings, as variables, of the run whose weights EVAL_ONLY names, for where the
     environment is silent; nothing where its result.json is not beside them."""
-    path = Path(weights).with_name("result.json") if weights else None
-    if not path or not path.exists():
+    path = Path(weights).with_name("result.json")
+    if not weights or not path.exists():
         return {}
-    kinds = (
-        "data_path",
-        "tokenizer_path",
-        "train_seq_len",
-        "eval_s",
-        "eval_b",
-        "eval_m",
-        "val_",
-        "ttt_",
-    )
+    kinds = ("device", "data_path", "tokenizer_path", "train_seq_len", "eval_s", "eval_b", "eval_m", "val_", "ttt_")
     try:
         result = json.loads(path.read_bytes())
         kept = {name: value for name, value in result["settings"].items() if name.startswith(kinds)}
@@ -3137,7 +3130,8 @@ def summarise(result: dict, run: Run):
             run.log(f"epoch {last['epoch']}: {last['val_bpb']:.4f}, no score: it has trained on what it predicts")
     if result.get("artifact"):
         run.log("artifact and code: {total_bytes:,} of {max_bytes:,} bytes".format(**result["artifact"]))
-        run.log(f"training took {result['training']['seconds']:.0f}s of MAX_WALLCLOCK_SECONDS")
+        limit = result["settings"]["max_wallclock_seconds"]
+        run.log(f"training took {result['training']['seconds']:.0f}s of MAX_WALLCLOCK_SECONDS={limit:g}")
     run.log(f"evaluation took {figures['seconds']:.0f}s; all figures are in {run.folder}")
     folder = shlex.quote(str(run.folder))
     run.log(f"next: python data/audit.py {folder}; python data/plot.py {folder}")
@@ -3166,7 +3160,10 @@ def main(ranks: Ranks) -> int:
     if ranks.rank == 0:
         for line in misspelt(os.environ):
             say(line)  # first of all: what fails may fail for them
-    kept = ranks.gather(settings_beside(os.environ.get("EVAL_ONLY", "")))[0]
+    weights = os.environ.get("EVAL_ONLY", "")
+    kept = ranks.gather(settings_beside(weights))[0]
+    if weights and not kept and ranks.rank == 0:
+        say(f"note: no result.json beside {weights}: data and settings are the environment's, or the defaults")
     run = Run(Settings.from_env(kept.get("settings", {}) | os.environ), ranks)
     agree_on_start(run)
     ranks.connect(run.device)
