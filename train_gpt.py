@@ -3103,8 +3103,8 @@ def describe(trainer: Trainer | None, stream, run: Run):
 def settings_beside(weights: str) -> dict:
     """Data, tokenizer and evaluation settings, as variables, of the run whose weights EVAL_ONLY names, for where the
     environment is silent; nothing where its result.json is not beside them."""
-    path = Path(weights).with_name("result.json")
-    if not weights or not path.exists():
+    path = Path(weights).with_name("result.json") if weights else None
+    if not path or not path.exists():
         return {}
     kinds = ("device", "data_path", "tokenizer_path", "train_seq_len", "eval_s", "eval_b", "eval_m", "val_", "ttt_")
     try:
