@@ -3148,6 +3148,13 @@ def agree_on_start(run: Run):
     run.devices = run.ranks.gather(environment(run)["device"])
 
 
+def check_tokenizer(trained: str, stream, run: Run):
+    """Raises UserError unless the text was made by the tokenizer of the training, given by its SHA-256."""
+    if trained != stream.tokenizer:
+        what = f"TOKENIZER_PATH={run.s.tokenizer_path} is not the tokenizer of the training of {run.s.eval_only}"
+        raise UserError(f"{what} — unset TOKENIZER_PATH and DATA_PATH to take that run's")
+
+
 def npz(arrays: dict[str, np.ndarray]) -> bytes:
     """The content of a .npz file."""
     content = io.BytesIO()
@@ -3179,9 +3186,7 @@ def main(ranks: Ranks) -> int:
     if shards:
         data["train"] = fingerprint(shards)
     ranks.agree({f"data of {name}": value for name, value in data.items()})
-    if kept.get("tokenizer", stream.tokenizer) != stream.tokenizer:
-        what = f"TOKENIZER_PATH={run.s.tokenizer_path} is not the tokenizer of the training of {run.s.eval_only}"
-        raise UserError(f"{what} — unset TOKENIZER_PATH and DATA_PATH to take that run's")
+    check_tokenizer(kept.get("tokenizer", stream.tokenizer), stream, run)
     run = open_folder(run)
     trainer = Trainer(shards, data["train"], run) if shards else None
     model = scoring_model(run)
