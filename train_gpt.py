@@ -774,7 +774,8 @@ def claim_folder(run: Run):
     if "result.json" in names and (note := compare_result(folder / "result.json", run)):
         run.log(note)
     for left in folder.glob("preflight_*"):  # by a process that was killed
-        if all(file.name in FILES or file.name.startswith("scores_") for file in left.iterdir()):
+        names_there = [file.name.removesuffix(".tmp") for file in left.iterdir()]
+        if all(name in FILES or name.startswith("scores_") for name in names_there):  # else it is not a run's
             shutil.rmtree(left, ignore_errors=True)
     if s.resume and ("checkpoint.pt" not in names and not s.eval_only):
         run.log(f"note: RESUME=1, but {folder} has no checkpoint to go on from: this run starts afresh")

@@ -69,8 +69,12 @@ def test_what_a_run_has_not_made_is_not_removed(tmp_path):
     mine = tmp_path / "preflight_notes" / "thesis.txt"
     mine.parent.mkdir()
     mine.write_text("years of work")
+    killed = tmp_path / "preflight_k1ll3d__"  # by kill -9, in the middle of a write
+    killed.mkdir()
+    for name in ("scores_abc_0.bin", "checkpoint.pt.tmp"):
+        (killed / name).write_bytes(b"")
     runs.run(tmp_path, **FOUR)
-    assert mine.read_text() == "years of work"
+    assert mine.read_text() == "years of work" and not killed.exists()
 
 
 def test_a_resume_without_a_checkpoint_says_that_it_starts_afresh(again):
