@@ -773,7 +773,7 @@ def claim_folder(run: Run):
     names = taken()  # another run may have come and gone
     if "result.json" in names and (note := compare_result(folder / "result.json", run)):
         run.log(note)
-    for left in folder.glob("preflight_*"):  # by a process that was killed
+    for left in folder.glob("preflight_*/"):  # by a process that was killed
         names_there = [file.name.removesuffix(".tmp") for file in left.iterdir()]
         if all(name in FILES or name.startswith("scores_") for name in names_there):  # else it is not a run's
             shutil.rmtree(left, ignore_errors=True)
