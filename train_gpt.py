@@ -3057,7 +3057,7 @@ def rehearse_adaptation(model: GPT, run: Run) -> bool:
     s, device = run.s, run.device.type
     for p in model.parameters():  # a fresh model's zeros would leave LoRA without gradient
         p.normal_(std=0.05)
-    size = run.most("documents")
+    size = run.most("documents") if run.cuda or run.compile else 1  # only to be timed
     longest = s.ttt_eval_seq_len + s.ttt_chunk_size
     stream = synthetic_stream([longest // (1 + 3 * i // size) for i in range(size)], run)
     batch = DocumentBatch(model, stream, size, run)
