@@ -15,6 +15,7 @@ default partition saves (Inductor saves fewer). It does not see wrong code, nor 
 
 import contextlib
 import functools
+import inspect
 from collections.abc import Callable, Iterator, Sequence
 from unittest import mock
 
@@ -25,6 +26,10 @@ from torch import Tensor, nn
 from torch._C._dynamo.guards import assert_size_stride
 from torch._dynamo.backends.common import aot_autograd
 from torch._guards import TracingContext
+from torch._inductor.utils import set_tracing_context_output_strides
+
+# Until torch 2.14 Inductor reported the strides of a forward's outputs as the numbers of the call that is compiled.
+NUMBERS = "evaluate_symexpr" in inspect.getsource(set_tracing_context_output_strides)
 
 
 def expression(size: int | torch.SymInt) -> sympy.Expr:
@@ -71,12 +76,13 @@ def checked(graph: torch.fx.GraphModule, inputs: Sequence) -> Callable:
 
 
 def forward(graph: torch.fx.GraphModule, inputs: Sequence) -> Callable:
-    """Compile a forward graph: report the strides of its outputs, as numbers, and check its inputs."""
+    """Compile a forward graph: report the strides of its outputs, and check its inputs."""
     context = TracingContext.try_get()
     if context is not None and context.output_strides is not None:
         (outputs,) = graph.graph.output_node().args
         values = [getattr(node, "meta", {}).get("val") for node in outputs]
-        strides = [tuple(map(today, value.stride())) if isinstance(value, Tensor) else None for value in values]
+        reported = today if NUMBERS else lambda stride: stride
+        strides = [tuple(map(reported, value.stride())) if isinstance(value, Tensor) else None for value in values]
         context.output_strides.extend(strides)
     return checked(graph, inputs)
 
