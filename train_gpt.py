@@ -60,7 +60,6 @@ from typing import NamedTuple
 import numpy as np
 import sentencepiece
 import torch
-import torch._dynamo  # else imported within the evaluation's seconds
 import torch.distributed as dist
 import torch.nn.functional as F
 import zstandard
@@ -192,6 +191,7 @@ class Settings(TrainSettings):
     ttt_lora_lr = setting(0.001, "their peak lr")
     ttt_weight_decay = setting(0.0, "decoupled, of the adapters")
     ttt_mixture = setting(False, "mix the predictions without and with adaptation")
+    ttt_mixture_lr = setting(0.0, "peak lr of a second adaptation, a third part of the mixture; 0: none")
     ttt_mixture_share = setting(0.1, "share of its weights dealt anew at each target", 1e-6, 1)
     ttt_n_epochs = setting(50, "epochs (replay) or steps per chunk (single_pass)", 1, 100000)
     ttt_chunk_size = setting(256, "targets per adaptation step", 1, 1 << 20)
@@ -235,6 +235,12 @@ class Settings(TrainSettings):
         """Scores that adaptation gives a document."""
         return self.ttt_n_epochs if self.ttt_protocol == "replay" else 1
 
+    @property
+    def ttt_rates(self):
+        """Peak lr of every adaptation whose predictions are a score, or a part of it."""
+        second = self.ttt_mixture and self.ttt_mixture_lr > 0
+        return (self.ttt_lora_lr, self.ttt_mixture_lr) if second else (self.ttt_lora_lr,)
+
 
 def scoring_settings(s: Settings) -> dict:
     """What a document's figures depend on, to the last digit, but for model and machine."""
@@ -263,8 +269,12 @@ def parse_setting(f: Field, raw):
 
 def help_text() -> str:
     """A line for each setting."""
-    text = ""
+    text = "usage: [NAME=value ...] python train_gpt.py [--name=value ...]\n"
+    text += "       [NAME=value ...] torchrun [...] train_gpt.py [--name=value ...]\n"
+    titles = dict(vocab_size="The model", seed="Its training", preset="This session")  # by the first of each
     for f in fields(Settings):
+        if f.name in titles:
+            text += f"\n{titles[f.name]}:\n"
         tiny = "" if f.metadata["tiny"] is None else f" (tiny: {f.metadata['tiny']})"
         text += f"{f.name.upper()}={f.default}{tiny}: {f.metadata['doc']}; {f.metadata['allowed']}\n"
     return text.replace("=True", "=1").replace("=False", "=0")
@@ -609,6 +619,7 @@ class Run:
         self.pace = {}  # seconds of a unit of batch_cost(), with and without them
         self.folder = Path(s.output_dir)
         self.log_file = self.lock_file = None  # only the first rank's; without the former a run is silent
+        self.spoke = 0.0  # when
         self.devices = [environment(self)["device"]]  # of all ranks, once they are asked
         self.sessions = []  # of this run in its folder, by this and earlier processes
         self.session_kept = 0.0  # when they were last written
@@ -662,6 +673,7 @@ class Run:
         """Print to console and train.log. Either may fail: the run goes on, and the other one says so."""
         if not self.log_file:
             return
+        self.spoke = time.perf_counter()
         gone = say(str(line)) if console else ""
         note = f"\nnote: the console is gone ({gone}); the run goes on" if gone else ""
         try:
@@ -669,6 +681,11 @@ class Run:
         except OSError as e:
             say(f"note: {system_says(e, self.folder / 'train.log')}; the run goes on without it", "stderr")
             self.log_file = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 - open to the end
+
+    def log_after_silence(self, line: str):
+        """Of half a minute: nobody shall wonder whether the run still goes on."""
+        if time.perf_counter() - self.spoke > 30:
+            self.log(line)
 
     def write(self, name: str, content: bytes | memoryview):
         """Write a file that is whole at any time, or leave what there was. Raises UserError."""
@@ -836,7 +853,7 @@ def open_folder(run: Run) -> Run:
 
 
 # ======== Data ========
-# Training reads the endless concatenation of its memory-mapped shards. Validation is one stream of N tokens and N - 1
+# Training reads the endless concatenation of its shards. Validation is one stream of N tokens and N - 1
 # targets, each with the bytes that it adds to the text, cut into documents at BOS.
 
 BOS = 1
@@ -846,15 +863,34 @@ COMPARED_DOCUMENTS = 1000  # of validation, whose counted bytes are compared wit
 COMPARED_TOKENS = 1 << 21  # of them at most: a second's work
 
 
-def open_shard(path: Path):
-    """Tokens (n,) uint16, memory-mapped. Raises UserError, OSError."""
+@dataclass(frozen=True)
+class Shard:
+    """Tokens of a file, uint16. Slices are read when they are asked for: of a memory-mapped file that is cut off, or
+    whose disk fails, the process would die by SIGBUS."""
+
+    path: Path
+    tokens: int
+
+    def __len__(self):
+        return self.tokens
+
+    def __getitem__(self, span: slice) -> np.ndarray:
+        start, stop, _ = span.indices(self.tokens)
+        found = np.fromfile(self.path, "<u2", max(stop - start, 0), offset=SHARD_HEADER + 2 * start)
+        if len(found) < stop - start:
+            raise UserError(f"shard {self.path} became shorter while it was read — fetch or make it again")
+        return found
+
+
+def open_shard(path: Path) -> Shard:
+    """Raises UserError, OSError."""
     header = np.fromfile(path, "<i4", 3).tolist()
     magic, version, count = (header + [0, 0, 0])[:3]  # the file may be shorter
     room = (path.stat().st_size - SHARD_HEADER) / 2
     if (magic, version) != SHARD or count < 1 or count != room:
         found = f"magic {magic}, version {version}, announces {count} tokens and has {room:g}"
         raise UserError(f"shard {path} has {found} — fetch or make it again")
-    return np.memmap(path, "<u2", "r", SHARD_HEADER, (count,))
+    return Shard(path, count)
 
 
 def open_shards(split: str, run):
@@ -871,13 +907,13 @@ def open_shards(split: str, run):
     for shard in shards[run.ranks.rank :: run.ranks.world]:
         top = max(int(shard[i : i + (1 << 24)].max()) for i in range(0, len(shard), 1 << 24))
         if top >= s.vocab_size:
-            what = f"{shard.filename} has token {top} but VOCAB_SIZE={s.vocab_size}"
+            what = f"{shard.path} has token {top} but VOCAB_SIZE={s.vocab_size}"
             raise UserError(f"{what} — use shards of the vocabulary")
     run.ranks.max([0])  # each has checked a part, and uses all
     return shards
 
 
-def fingerprint(shards: list[np.ndarray]):
+def fingerprint(shards: list[Shard]):
     """SHA-256 over each shard's size and 64 blocks of it."""
     digest = hashlib.sha256()
     for shard in shards:
@@ -890,7 +926,7 @@ def fingerprint(shards: list[np.ndarray]):
 class BatchLoader:
     """Batch k starts at token k * TRAIN_BATCH_TOKENS of the endless stream. Raises UserError if rows do not divide."""
 
-    def __init__(self, shards: list[np.ndarray], run):
+    def __init__(self, shards: list[Shard], run):
         self.run, self.shards = run, shards
         self.tokens = sum(map(len, shards))
         s = run.s
@@ -911,7 +947,7 @@ class BatchLoader:
         missing = rows * self.run.s.train_seq_len + 1  # the last target belongs to the next row
         pieces = []
         for shard in itertools.cycle(self.shards):
-            pieces.append(shard[offset:][:missing])  # empty for a shard that ends before
+            pieces.append(shard[offset : offset + missing])  # empty for a shard that ends before
             missing -= len(pieces[-1])
             offset = max(offset - len(shard), 0)
             if not missing:
@@ -1027,7 +1063,7 @@ def load_validation(run):
     """The first VAL_DOCS documents. Raises UserError, OSError."""
     s = run.s
     sp = load_tokenizer(s.tokenizer_path, s.vocab_size)
-    tokens = np.concatenate(open_shards("val", run))
+    tokens = np.concatenate([shard[:] for shard in open_shards("val", run)])
     starts, lengths = find_documents(tokens, sp.bos_id())
     if len(starts) == 1 and tokens[0] != sp.bos_id() and run.ranks.rank == 0:
         say(f"warning: no document in {s.data_path} begins with BOS, so that all its text is one")
@@ -1378,6 +1414,8 @@ class GPT(nn.Module):
     def compile_regions(self):
         """Compile what repeats once: test-time training has many shapes."""
         # Attention writes to its input, and so stays outside.
+        import torch._dynamo  # takes seconds, which an error before would cost
+
         torch._dynamo.config.recompile_limit = 64  # beyond it: eager
         torch.fx.experimental._config.use_duck_shape = False  # equal sizes need not stay equal
         for module, names in ((self, ("embed", "head")), *((block, ("before", "after")) for block in self.blocks)):
@@ -1589,7 +1627,7 @@ def load_pt(content: bytes):
 class Trainer:
     """A model in training, new or, with RESUME=1, from its checkpoint."""
 
-    def __init__(self, shards: list[np.ndarray], data: str, run: Run):
+    def __init__(self, shards: list[Shard], data: str, run: Run):
         self.run = run
         torch.manual_seed(run.s.seed)
         self.model = GPT(run.s, run.dtype, run.attention).to(run.device)
@@ -2194,7 +2232,7 @@ def time_spent(began: float, run: Run) -> dict:
 STEP_FLOOR = {"cpu": 0, "cuda": 2048}  # tokens; smaller steps cost no less
 LORA_EPS = 1e-10  # Adam's, for the adapters
 UNSCORED = -math.inf  # so that a maximum merges what two ranks or two sessions know
-PLAIN, ADAPTED = 0, 1  # rows of target NLL: without adaptation, and the adapted score
+PLAIN, ADAPTED = 0, 1  # rows of target NLL: without adaptation, and the adapted score; behind it a mixture's third part
 
 
 def lora_shapes(s) -> dict[str, tuple[int, int]]:
@@ -2318,6 +2356,7 @@ class DocumentBatch:
     def load(self, documents: np.ndarray):
         """Take up at most `capacity` documents. Raises ValueError if they do not come longest first."""
         self.documents = documents
+        self.epochs = []
         self.lengths = self.stream.lengths[documents]
         chunks = ceil_div(self.lengths, self.run.s.ttt_chunk_size)
         if (np.diff(chunks) > 0).any():
@@ -2332,24 +2371,24 @@ class DocumentBatch:
         self.adapters.begin(None)
         self._read_through(cached=True, train=False)
 
-    def adapt(self, epochs: int, deadline: float = math.inf, a: np.ndarray | None = None):
-        """Adapt to every document until the deadline, from its drawn A or those given. replay: each of the first
-        `epochs` epochs scores every chunk, then trains on it (PR #467). single_pass: each chunk is scored once, then
-        trained on TTT_N_EPOCHS times."""
+    def adapt(self, epochs: int, deadline: float = math.inf, a: np.ndarray | None = None, part: int = 0):
+        """Adapt to every document until the deadline, from its drawn A or those given, as that part of a mixture.
+        replay: each of the first `epochs` epochs scores every chunk, then trains on it (PR #467). single_pass: each
+        chunk is scored once, then trained on TTT_N_EPOCHS times."""
         s = self.run.s
         self.deadline = deadline
+        self.peak_lr = s.ttt_rates[part]
         if a is None:
             a = np.stack([draw_lora_a(s, int(document)) for document in self.documents])
         self.adapters.begin(a)
         waves = [math.cos(math.pi * epoch / s.ttt_n_epochs) for epoch in range(s.ttt_n_epochs)]
-        rates = [s.ttt_lora_lr * 0.5 * (1 + wave) for wave in waves]
         cached = s.ttt_context == "cached"
         self.epochs = []
         if s.ttt_protocol == "single_pass":
-            self._single_pass(rates, cached)
+            self._single_pass(waves, cached)
             return
-        for rate in rates[:epochs]:
-            self.lr.fill_(rate)
+        for wave in waves[:epochs]:
+            self._set_lr(wave)
             self._read_through(cached, train=True)
             self.epochs.append(self._document_sums())
 
@@ -2368,17 +2407,21 @@ class DocumentBatch:
         nll = nll.masked_fill(beyond, 0.0)
         return torch.where((nll == UNSCORED).any(1), UNSCORED, nll.sum(1, dtype=torch.float64))  # whatever else it has
 
-    def _single_pass(self, rates: list[float], cached: bool):
+    def _set_lr(self, wave: float):
+        """From its peak at 1 to zero at -1."""
+        self.lr.fill_(self.peak_lr * 0.5 * (1 + wave))
+
+    def _single_pass(self, waves: list[float], cached: bool):
         self.nll.fill_(UNSCORED)
         for chunk, n in enumerate(self.active[:-1]):
             longer = self.active[chunk + 1]  # documents that go on after this chunk
             if self._expired():
                 return
             self._run_step(chunk, n, cached, score=True)
-            for rate in rates if longer else ():
+            for wave in waves if longer else ():
                 if self._expired():
                     return
-                self.lr.fill_(rate)
+                self._set_lr(wave)
                 self._run_step(chunk, longer, cached, train=True)
             if longer and cached:  # under the final adapters
                 self._run_step(chunk, longer, cached, keep=True)
@@ -2408,6 +2451,7 @@ class DocumentBatch:
         self._launch(ChunkStep(n, width, context, **asked))
         self.run.wait_one_behind()
         self.run.tick()
+        self.run.log_after_silence(f"reading {len(self.epochs) + 1}: chunk {chunk + 1} of {len(self.active) - 1}")
 
     def _launch(self, step: ChunkStep):
         """_step(), by a CUDA graph from the second of a shape on: one launch instead of hundreds."""
@@ -2516,25 +2560,28 @@ def training_steps(s) -> float:
 
 def predict(stream, run: Run) -> dict[str, float]:
     """Seconds of the evaluation by the preflight's paces, were all ranks equally busy."""
-    # Besides, there is the reading without adaptation, and replay's first epoch is run twice.
-    steps = training_steps(run.s) + 1 / 3 + (run.s.ttt_protocol == "replay")
+    # Besides, there is the reading without adaptation; every part of a score is a pass, and replay's epochs follow.
+    s = run.s
+    parts, epochs = (1, s.ttt_n_epochs) if s.ttt_protocol == "replay" else (training_steps(s), 0)
+    steps = 1 / 3 + len(s.ttt_rates) * parts + epochs
     lengths, floor = stream.lengths, STEP_FLOOR[run.device.type]
-    cost = sum(batch_cost(lengths[documents], run.s, floor) for documents in batch_documents(lengths, run))
+    cost = sum(batch_cost(lengths[documents], s, floor) for documents in batch_documents(lengths, run))
     return {name: pace * steps * cost / run.ranks.world for name, pace in run.pace.items()}
 
 
 class Scores:
-    """NLL in nats, UNSCORED where none is known: of every target, `targets` (2, N-1) float32, rows PLAIN and ADAPTED;
-    of every document for replay's epochs, `epochs` (E, documents) float64 (E = 0 where one epoch is all)."""
+    """NLL in nats, UNSCORED where none is known: of every target, `targets` (rows, N-1) float32, PLAIN, ADAPTED and
+    perhaps a mixture's third part; of every document for replay's epochs, `epochs` (E, documents) float64 (E = 0 where
+    one epoch is all)."""
 
     # Each rank appends what it has scored to a file of its own: pairs of arrays, rows of (figure, document, count) and
-    # their numbers; figure 1 + e is epoch e. Of two numbers for one thing the worse counts, so what ranks and sessions
-    # know merges in any order, and a file may be cut off anywhere.
+    # their numbers; figures are the rows of `targets`, then those of `epochs`. Of two numbers for one thing the worse
+    # counts, so what ranks and sessions know merges in any order, and a file may be cut off anywhere.
 
     def __init__(self, tag: str, stream, run: Run):
         self.run, self.stream = run, stream
         epochs = run.s.ttt_figures if run.s.ttt_figures > 1 else 0
-        self.targets = np.full((2, stream.target_count), UNSCORED, np.float32)
+        self.targets = np.full((1 + len(run.s.ttt_rates), stream.target_count), UNSCORED, np.float32)
         self.epochs = np.full((epochs, len(stream.lengths)), UNSCORED)
         self.pattern = f"scores_{tag}_*.bin"
         whole = {path: self._read(path) for path in run.folder.glob(self.pattern) if run.s.resume}
@@ -2560,10 +2607,10 @@ class Scores:
 
     def _note(self, figure: int, document: int, nll: np.ndarray):
         start = self.stream.starts[document]
-        if figure in (PLAIN, ADAPTED):
+        if figure < len(self.targets):
             known = self.targets[figure, start : start + len(nll)]
         else:
-            known = self.epochs[figure - 2, document : document + 1]
+            known = self.epochs[figure - len(self.targets), document : document + 1]
         np.maximum(known, nll, out=known)
 
     def add(self, figure: int, documents: np.ndarray, nll: list[np.ndarray]):
@@ -2587,6 +2634,11 @@ class Scores:
         with np.errstate(invalid="ignore"):  # infinite ones of both signs
             return np.where(missing, UNSCORED, np.add.reduceat(nll, self.stream.starts, dtype=np.float64))
 
+    def bits_per_byte(self, row: int) -> float:
+        """Of a row of `targets`, with that without adaptation where one is missing."""
+        nll = np.where(self.targets[row] == UNSCORED, self.targets[PLAIN], self.targets[row])
+        return float(nll.sum(dtype=np.float64)) / math.log(2) / self.stream.byte_count
+
     def merge(self):
         """Give every rank what any rank has."""
         self.targets = self.run.ranks.max(self.targets)
@@ -2607,14 +2659,18 @@ def score_documents(model, stream, scores: Scores, deadline: float, run: Run) ->
     again. Returns this rank's seconds of each pass."""
     batches = batch_documents(stream.lengths, run)
     batch = DocumentBatch(model, stream, max(map(len, batches)), run)
-    known = [scores.of_documents(row) for row in scores.targets]
-    missing = dict(no_adaptation=known[PLAIN] == UNSCORED, score=known[ADAPTED] == UNSCORED)
+    unscored = np.stack([scores.of_documents(row) for row in scores.targets]) == UNSCORED
+    missing = dict(no_adaptation=unscored[PLAIN], score=unscored[ADAPTED:].any(0))
     if len(scores.epochs):
         missing["replay"] = (scores.epochs == UNSCORED).any(0)
     seconds = {}
     for label, lacking in missing.items():
         if label == "replay":
-            run.log("every document that is to have a score has it; replay's other epochs, which are none, follow")
+            known = "; what other ranks have is told at the end"  # none waits for them
+            if run.ranks.world == 1:
+                score, plain = map(scores.bits_per_byte, (ADAPTED, PLAIN))
+                known = f" ({score:.4f} bits per byte, {plain:.4f} without adaptation)"
+            run.log(f"every document that is to have a score has it{known}; replay's other epochs, none, follow")
         began = time.perf_counter()
         todo = [documents for documents in batches if lacking[documents].any()]
         done = np.cumsum([batch_cost(stream.lengths[documents], run.s, 0) for documents in todo])
@@ -2639,37 +2695,39 @@ def score_batch(label: str, batch: DocumentBatch, scores: Scores, deadline: floa
         batch.score()
         scores.add(PLAIN, batch.documents, batch.target_nll())
     elif label == "score":
-        batch.adapt(1, deadline)
-        scores.add(ADAPTED, batch.documents, batch.target_nll())
+        for part in range(len(batch.run.s.ttt_rates)):
+            batch.adapt(1, deadline, part=part)
+            scores.add(ADAPTED + part, batch.documents, batch.target_nll())
     else:
         batch.adapt(batch.run.s.ttt_n_epochs, deadline)
-        for epoch, nll in enumerate(batch.epoch_nll(), 1):
-            scores.add(1 + epoch, batch.documents, list(nll[:, None]))
+        for figure, nll in enumerate(batch.epoch_nll(), len(scores.targets)):
+            scores.add(figure, batch.documents, list(nll[:, None]))
 
 
-def mix(weight: np.ndarray, p0: np.ndarray, p1: np.ndarray, share: float) -> tuple[np.ndarray, np.ndarray]:
-    """Probability by a mixture of two that give p0 and p1, `weight` that of the first, and its next weight."""
-    first = weight * p0
-    p = first + (1 - weight) * p1
-    return p, (1 - share) * first / p + share / 2
+def mix(weights: np.ndarray, parts: np.ndarray, share: float) -> tuple[np.ndarray, np.ndarray]:
+    """Probabilities (n,) by mixtures of K that give `parts` (K, n), under weights (K, n) or (K, 1), and the weights
+    (K, n) that follow once what they are of has come."""
+    weighted = weights * parts
+    p = weighted.sum(0)
+    return p, (1 - share) * weighted / p + share / len(parts)
 
 
-def mixture(plain: np.ndarray, adapted: np.ndarray, starts, lengths, share: float) -> np.ndarray:
-    """NLL (N,) float64 of a fixed-share mixture of two predictions, from the NLL (N,) that each gives to the targets of
+def mixture(nll: np.ndarray, starts, lengths, share: float) -> np.ndarray:
+    """NLL (N,) float64 of a fixed-share mixture of K predictions, from the NLL (K, N) that each gives to the targets of
     documents that start at `starts` and have `lengths` targets (Herbster & Warmuth, Machine Learning 1998)."""
-    # Weights begin at one half each; each target multiplies them by the probability that either gave it, and `share` of
-    # the sum is dealt out evenly again. So they know earlier targets alone, and the mixture is a probability.
+    # Weights begin equal; each target multiplies them by the probability that each gave it, and `share` of the sum is
+    # dealt out evenly again. So they know earlier targets alone, and the mixture is a probability.
     order = np.argsort(-lengths, kind="stable")
     starts, lengths = starts[order], lengths[order]
     longer = np.searchsorted(-lengths, -np.arange(lengths[0]))  # documents with more than t targets: the first ones
-    weight = np.full(len(lengths), 0.5)  # of `plain`
-    with np.errstate(invalid="ignore"):  # NaN where both are infinite
-        least = np.minimum(plain, adapted).astype(np.float64)  # taken out, for what float64 cannot hold
-        p0, p1 = np.exp(least - plain), np.exp(least - adapted)
+    weights = np.full((len(nll), len(lengths)), 1 / len(nll))
+    with np.errstate(invalid="ignore"):  # NaN where all are infinite
+        least = nll.min(0).astype(np.float64)  # taken out, for what float64 cannot hold
+        parts = np.exp(least - nll)
         for t, n in enumerate(longer):
             at = starts[:n] + t
-            p0[at], weight[:n] = mix(weight[:n], p0[at], p1[at], share)
-        return least - np.log(p0)
+            parts[0, at], weights[:, :n] = mix(weights[:, :n], parts[:, at], share)
+        return least - np.log(parts[0])
 
 
 def by_position(nll: dict[str, np.ndarray], stream) -> dict[str, np.ndarray]:
@@ -2692,8 +2750,9 @@ def by_position(nll: dict[str, np.ndarray], stream) -> dict[str, np.ndarray]:
 def report_documents(scores: Scores, seconds: dict[str, float], began: float, run: Run) -> tuple[dict, Score]:
     """Figures and the Score from the merged table; keeps NLL by document and by position. On the first rank."""
     s, stream = run.s, scores.stream
-    plain, adapted = scores.targets
-    nll = np.stack([scores.of_documents(plain), scores.of_documents(adapted), *scores.epochs[1:]])
+    plain, adapted, *_ = scores.targets
+    sums = np.stack([scores.of_documents(row) for row in scores.targets])
+    nll = np.stack([*sums[: ADAPTED + 1], *scores.epochs[1:]])
     lacking = nll == UNSCORED
     if lacking[0].any():
         raise RuntimeError(f"{lacking[0].sum()} documents were not scored")
@@ -2703,9 +2762,14 @@ def report_documents(scores: Scores, seconds: dict[str, float], began: float, ru
     arrays = dict(index=np.arange(nll.shape[1]), targets=stream.lengths, bytes=stream.document_bytes)
     arrays |= dict(nll_no_adaptation=nll[0], nll_per_epoch=nll[1:], figures_finished=(~lacking[1:]).sum(0))
     if s.ttt_mixture:
-        known = np.where(adapted == UNSCORED, plain, adapted)  # where the deadline cut off, p0 mixes with itself
-        targets["mixture"] = mixture(plain, known, stream.starts, stream.lengths, s.ttt_mixture_share)
+        # Where the deadline cut a part off, the prediction without adaptation is in its place.
+        known = np.where(scores.targets == UNSCORED, plain, scores.targets)
+        targets["mixture"] = mixture(known, stream.starts, stream.lengths, s.ttt_mixture_share)
         arrays["nll_mixture"] = scores.of_documents(targets["mixture"])
+        parts = np.where(sums == UNSCORED, sums[PLAIN], sums)
+        mixed = arrays["nll_mixture"], int((sums == UNSCORED).any(0).sum()), parts
+    else:
+        mixed = None
     account = dict(documents=len(stream.lengths)) | time_spent(began, run) | dict(passes=seconds)
     if len(scores.epochs):
         again = scores.epochs[0] != UNSCORED
@@ -2713,12 +2777,13 @@ def report_documents(scores: Scores, seconds: dict[str, float], began: float, ru
             account["epoch_1_again"] = finite(float(np.abs(scores.epochs[0] - nll[1])[again].max(initial=0.0)))
     run.write("ttt_documents.npz", npz(arrays))
     run.write("ttt_positions.npz", npz(by_position(targets, stream)))
-    return label_figures(nll, lacking.sum(1).tolist(), arrays.get("nll_mixture"), account, stream, run)
+    return label_figures(nll, lacking.sum(1).tolist(), mixed, account, stream, run)
 
 
 def label_figures(nll, lacking: list[int], mixed, account: dict, stream, run: Run) -> tuple[dict, Score]:
-    """Log every figure for what it is; result.json's account, and the Score. `nll` (1 + figures, documents), `mixed`
-    (documents,) or None; `lacking` counts the documents that a figure lacks."""
+    """Log every figure for what it is; result.json's account, and the Score. `nll` (1 + figures, documents); `lacking`
+    counts the documents that a figure lacks; `mixed` is None or both of a mixture, and the NLL (K, documents) of its
+    parts."""
     s = run.s
     seconds = account["passes"]
     plain, *scores = (Score(float(row.sum()), stream.target_count, stream.byte_count) for row in nll)
@@ -2738,15 +2803,20 @@ def label_figures(nll, lacking: list[int], mixed, account: dict, stream, run: Ru
     if epoch > 1:
         run.log(f"note: only epoch 1 is backward-looking, a valid score; {epoch} has seen its text {epoch - 1} times")
     score = first
-    if mixed is not None:
-        score = Score(float(mixed.sum()), stream.target_count, stream.byte_count)
-        reading = dict(lacking=lacking[1], share=s.ttt_mixture_share)
+    if mixed:
+        score, *parts = (
+            Score(float(row.sum()), stream.target_count, stream.byte_count) for row in (mixed[0], *mixed[2])
+        )
+        names = "no_adaptation", s.ttt_protocol, f"{s.ttt_protocol}_at_{s.ttt_mixture_lr:g}"
+        parts = {name: part.bpb for name, part in zip(names, parts, strict=False)}
+        reading = dict(lacking=mixed[1], share=s.ttt_mixture_share, parts={k: finite(v) for k, v in parts.items()})
         figures["mixture"] = score.figure("mixture", s.ttt_context, seconds["score"], **reading)
         figures["score"] = "mixture"
-        run.log(f"mixture {score} no_adaptation:{plain.bpb:.8f} {s.ttt_protocol}:{first.bpb:.8f}")
-    run.log(f"ttt {pairs(account)} first_lacks:{lacking[1]} last_lacks:{lacking[-1]}")
-    if lacking[-1]:
-        what = f"{lacking[1]} documents lack the score, {lacking[-1]} the last epoch"
+        run.log(f"mixture {score} {' '.join(f'{name}:{bpb:.8f}' for name, bpb in parts.items())}")
+    lacks = figures[figures["score"]]["lacking"]
+    run.log(f"ttt {pairs(account)} first_lacks:{lacks} last_lacks:{lacking[-1]}")
+    if lacks or lacking[-1]:
+        what = f"{lacks} documents lack the score, {lacking[-1]} the last epoch"
         what += ", and count without adaptation there"
         run.log(f"note: EVAL_MAX_SECONDS={s.eval_max_seconds:g} ran out: {what}; raise it, or 0 for no limit")
     bpb = f"backward_looking_val_bpb:{first.bpb:.8f} last_epoch_val_bpb:{last.bpb:.8f}"
@@ -3219,8 +3289,7 @@ def take_arguments(arguments: list[str]):
 def entry(arguments: list[str] = ()) -> int:
     """Run main() and turn its exceptions into one line and an exit code, the same on all ranks."""
     if "--help" in arguments:
-        say(help_text())
-        return 0
+        return 2 if say(help_text()) else 0
     ranks = Ranks()
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # while a handler would not be called
     try:

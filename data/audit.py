@@ -75,13 +75,16 @@ def trace(model, run, sample: Sample, tokens: np.ndarray) -> dict[str, list[np.n
     drawn = np.stack([train_gpt.draw_lora_a(s, int(number)) for number in sample.numbers])
     batch.score()
     plain = batch.target_nll()
-    batch.adapt(1, a=drawn)
-    adapted = batch.target_nll()
-    found = {"no_adaptation": plain, "epoch_1" if s.ttt_protocol == "replay" else "single_pass": adapted}
+    parts = [plain]
+    for part in range(len(s.ttt_rates)):
+        batch.adapt(1, a=drawn, part=part)
+        parts.append(batch.target_nll())
+    found = {"no_adaptation": plain, "epoch_1" if s.ttt_protocol == "replay" else "single_pass": parts[1]}
     if s.ttt_mixture:
         ends = np.cumsum(sample.lengths)
-        flat = (*map(np.concatenate, (plain, adapted)), ends - sample.lengths, sample.lengths)
-        found["mixture"] = np.split(train_gpt.mixture(*flat, s.ttt_mixture_share), ends[:-1])
+        flat = np.stack([np.concatenate(part) for part in parts])
+        mixed = train_gpt.mixture(flat, ends - sample.lengths, sample.lengths, s.ttt_mixture_share)
+        found["mixture"] = np.split(mixed, ends[:-1])
     if s.ttt_figures > 1:
         batch.adapt(s.ttt_n_epochs, a=drawn)
         found[f"last_epoch_{s.ttt_figures}"] = batch.target_nll()

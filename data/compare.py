@@ -16,7 +16,7 @@ import numpy as np
 from common import Run, UserError, deliver, number, read_documents, read_run, read_scores, run_tool
 
 SETTINGS = ["protocol", "context", "eval_seq_len", "n_epochs", "lora_lr", "chunk_size", "lora_rank", "weight_decay"]
-SETTINGS += ["lora_targets", "lora_alpha", "mixture_share"]
+SETTINGS += ["lora_targets", "lora_alpha", "mixture_share", "mixture_lr"]
 FEW = 30  # documents; see warnings()
 FIGURES = ["no adaptation", "adapted", "mixture", "gain", "95% interval", "behind the best, 95% interval"]
 
@@ -94,7 +94,7 @@ def main(parser: argparse.ArgumentParser) -> None:
         if shown["protocol"] == "replay":
             shown["n_epochs"] = f"1 of {shown['n_epochs']}"
         if runs[i].score_name != "mixture":
-            shown["mixture_share"] = "–"
+            shown["mixture_share"] = shown["mixture_lr"] = "–"
         totals = [figures[i].get(name) for name in ("no_adaptation", "backward_looking", "mixture")]
         rates = ["–" if bits is None else rate(bits, bytes_) for bits in totals]
         behind = "–" if i == best else interval(gains[best] - gains[i], *draws)

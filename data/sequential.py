@@ -89,11 +89,14 @@ class Sequential(train_gpt.DocumentBatch):
         super().__init__(model, train_gpt.Stream(tokens, tokens[1:], run.device, place), 1, run)
         self.load(np.array([0]))
         self.choose, self.kind = choose, figure
-        self.weight = np.full(1, 0.5)  # of the prediction without adaptation, in a mixture
-        self.unadapted = None
+        self.parts = [self]  # of a mixture, in the order of its weights; each reads the same text
         if figure == MIXTURE:
-            self.unadapted = Sequential(model, run, length, choose, NO_ADAPTATION)
-            self.unadapted.stream = self.stream  # one text, read by both
+            others = [Sequential(model, run, length, choose, NO_ADAPTATION)]
+            others += [Sequential(model, run, length, choose, ADAPTED) for _ in run.s.ttt_rates[1:]]
+            self.parts = [others[0], self, *others[1:]]
+            for other in others:
+                other.stream = self.stream
+        self.weights = np.full((len(self.parts), 1), 1 / len(self.parts))
 
     def read(self, document: int) -> np.ndarray:
         """Chooses all tokens, under the adapters of the document of that number, and returns them, `lead` included. It
@@ -102,7 +105,11 @@ class Sequential(train_gpt.DocumentBatch):
             if self.kind == NO_ADAPTATION:
                 self.score()
             else:
-                self.adapt(1, a=train_gpt.draw_lora_a(self.run.s, document)[None])
+                drawn = train_gpt.draw_lora_a(self.run.s, document)[None]
+                for number, other in enumerate(self.parts[2:], 1):
+                    other.adapters.begin(drawn)
+                    other.peak_lr = self.run.s.ttt_rates[number]
+                self.adapt(1, a=drawn)
         return self.stream.tokens.cpu().numpy()
 
     def read_on(self) -> None:
@@ -111,30 +118,34 @@ class Sequential(train_gpt.DocumentBatch):
         with contextlib.suppress(Enough):
             self._read_through(cached=True, train=False)
 
+    def _set_lr(self, wave: float) -> None:
+        super()._set_lr(wave)
+        for other in self.parts[2:]:
+            other._set_lr(wave)
+
     def _run_step(self, chunk: int, n: int, cached: bool, **asked) -> None:
         if asked.get("score"):  # what is to be scored is yet to be chosen
             self._choose_chunk(chunk * self.run.s.ttt_chunk_size, cached)
-            if self.unadapted:
-                self.unadapted._run_step(chunk, n, cached=True, keep=True)
+            if len(self.parts) > 1:
+                self.parts[0]._run_step(chunk, n, cached=True, keep=True)
         super()._run_step(chunk, n, cached, **asked)
+        for other in self.parts[2:]:  # what they would score is known
+            other._run_step(chunk, n, cached, **(asked | {"score": False}))
 
     @torch.no_grad()
     def _choose_chunk(self, first: int, cached: bool) -> None:
         end = min(first + self.run.s.ttt_chunk_size, int(self.lengths[0]))
-        self._begin(first, end, cached)
-        if self.unadapted:
-            self.unadapted._begin(first, end, cached=True)
+        mixed = len(self.parts) > 1
+        for number, part in enumerate(self.parts):
+            part._begin(first, end, cached or (mixed and number == 0))
         for position in range(first, end):
-            nll = self._predict(position)
-            after = None
-            if self.unadapted:
-                share = self.run.s.ttt_mixture_share
-                both = (np.exp(-x.astype(np.float64)) for x in (self.unadapted._predict(position), nll))
-                p, after = train_gpt.mix(self.weight, *both, share)
-                nll = -np.log(p)
-            token = self.choose(position, nll)
-            if after is not None:
-                self.weight = after[token : token + 1]
+            if mixed:
+                predicted = np.exp(-np.stack([part._predict(position) for part in self.parts]).astype(np.float64))
+                p, after = train_gpt.mix(self.weights, predicted, self.run.s.ttt_mixture_share)
+                token = self.choose(position, -np.log(p))
+                self.weights = after[:, token : token + 1]
+            else:
+                token = self.choose(position, self._predict(position))
             self.stream.tokens[position + 1] = token
 
     def _begin(self, first: int, end: int, cached: bool) -> None:

@@ -451,7 +451,7 @@ def golden_figures(m: Machine, folder: Path, dtype: torch.dtype):
     """Yields name, what was found, what was expected."""
     inputs = golden_module(folder)
     expected = json.loads((folder / "golden" / "expected.json").read_text())
-    tokens = np.asarray(t.open_shard(folder / "fineweb" / "fineweb_val_000000.bin"))
+    tokens = t.open_shard(folder / "fineweb" / "fineweb_val_000000.bin")[:]
     run = golden_run(m, inputs, dtype)
     model = t.scoring_model(run)
     t.load_weights(model, {name: torch.from_numpy(w) for name, w in inputs.weights().items()}, "golden", run)

@@ -23,6 +23,7 @@ TOOLS = "sequential", "audit", "compress", "generate"
 LENGTHS = [21, 1, 12, 5]  # tokens of the validation documents, BOS included
 SETTINGS = dict(TTT_N_EPOCHS=2, TTT_LORA_LR=0.05, TTT_CHUNK_SIZE=8, TTT_EVAL_SEQ_LEN=24, EVAL_MAX_SECONDS=0)
 MIXTURE = dict(TTT_PROTOCOL="single_pass", TTT_MIXTURE=1, TTT_LORA_TARGETS=",".join(train_gpt.LORA_TARGETS))
+THREE = MIXTURE | dict(TTT_LORA_LR=0.02, TTT_MIXTURE_LR=0.1)  # parts
 
 
 def write_data(folder: Path) -> Path:
@@ -86,9 +87,11 @@ def target_nll(run, model, stream, document: int, figure: str) -> np.ndarray:
     batch.load(np.array([document]))
     batch.score()
     (plain,) = batch.target_nll()
-    batch.adapt(1)
-    (adapted,) = batch.target_nll()
+    parts = [plain]
+    for part in range(len(run.s.ttt_rates)):
+        batch.adapt(1, part=part)
+        parts += batch.target_nll()
     if figure == "mixture":
         place = np.array([0]), np.array([len(plain)])
-        return train_gpt.mixture(plain, adapted, *place, run.s.ttt_mixture_share)
-    return plain if figure == "no_adaptation" else adapted
+        return train_gpt.mixture(np.stack(parts), *place, run.s.ttt_mixture_share)
+    return plain if figure == "no_adaptation" else parts[1]

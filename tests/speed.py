@@ -105,14 +105,14 @@ def randomise(model: t.GPT, seed: int = 0):
 def lengths_of(shard: Path | None) -> np.ndarray:
     """Targets of a shard's documents, or of 625 whose lengths are log-normal, like FineWeb's."""
     if shard:
-        return t.find_documents(np.asarray(t.open_shard(shard)))[1]
+        return t.find_documents(t.open_shard(shard)[:])[1]
     drawn = np.random.default_rng(0).lognormal(np.log(640), 1.058, 625)
     return np.maximum(drawn, 2).astype(np.int64)
 
 
 def tokens_of(shard: Path, run: t.Run) -> np.ndarray:
     """Raises UserError if a token is not in the vocabulary."""
-    tokens = np.asarray(t.open_shard(shard))
+    tokens = t.open_shard(shard)[:]
     if tokens.max() >= run.s.vocab_size:
         what = f"{shard} has token {tokens.max()} but VOCAB_SIZE={run.s.vocab_size}"
         raise t.UserError(f"{what} — use a shard of the vocabulary")
@@ -138,17 +138,19 @@ def draw_documents(sample: np.ndarray, tail: str) -> np.ndarray:
     return drawn
 
 
-def mixture_seconds(targets: int, longest: int, documents: int) -> float:
+def mixture_seconds(targets: int, longest: int, documents: int, parts: int = 2) -> float:
     """Seconds that t.mixture() takes, one call, on so many targets, the longest document's among them."""
     rng = np.random.default_rng(0)
     drawn = rng.lognormal(np.log(640), 1.058, documents)
     lengths = np.maximum(drawn * (targets - longest) / drawn.sum(), 1).astype(np.int64)
     lengths[0] += targets - longest - lengths.sum()
     lengths = np.insert(lengths, documents // 2, longest)
-    plain = rng.exponential(2.0, targets).astype(np.float32)
-    adapted = np.abs(plain + rng.normal(0.0, 0.2, targets)).astype(np.float32)
+    nll = np.empty((parts, targets), np.float32)
+    nll[0] = rng.exponential(2.0, targets)
+    for other in nll[1:]:
+        other[:] = np.abs(nll[0] + rng.normal(0.0, 0.2, targets))
     began = time.perf_counter()
-    t.mixture(plain, adapted, np.cumsum(lengths) - lengths, lengths, 0.1)
+    t.mixture(nll, np.cumsum(lengths) - lengths, lengths, 0.1)
     return time.perf_counter() - began
 
 
@@ -303,11 +305,13 @@ def steps_of_pass(label: str, lengths: np.ndarray, s: t.Settings) -> list[StepCo
     context = np.minimum(chunks * s.ttt_chunk_size, s.ttt_eval_seq_len - s.ttt_chunk_size)
     if label == "no_adaptation":
         return [StepCounts(False, alive, context)]
+    parts = len(s.ttt_rates)  # one after another
     if s.ttt_protocol == "replay":
-        return [StepCounts(True, alive, context, 1 if label == "score" else s.ttt_n_epochs)]
+        return [StepCounts(True, alive, context, parts if label == "score" else s.ttt_n_epochs)]
     longer = alive[1:]  # documents that go on after a chunk
-    kept = StepCounts(False, longer, context[:-1])
-    return [StepCounts(False, alive, context), StepCounts(True, longer, context[:-1], s.ttt_n_epochs), kept]
+    kept = StepCounts(False, longer, context[:-1], parts)
+    trained = StepCounts(True, longer, context[:-1], parts * s.ttt_n_epochs)
+    return [StepCounts(False, alive, context, parts), trained, kept]
 
 
 def shapes_of(label: str, steps: list[StepCounts]) -> set[tuple]:

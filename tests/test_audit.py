@@ -31,7 +31,7 @@ def weights(data: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def mixed(data: Path, weights: Path) -> Path:
-    return scored.evaluate(data.parent / "mixed", weights, data, **scored.MIXTURE)
+    return scored.evaluate(data.parent / "mixed", weights, data, **scored.THREE)
 
 
 @pytest.fixture(scope="module")
@@ -94,9 +94,9 @@ FAULTS = {
         {"causal", "normalised"},
         [
             (
-                "            self._run_step(chunk, n, cached, score=True)\n            for rate",
-                "            self.lr.fill_(rates[0])\n            self._run_step(chunk, n, cached, train=True)\n"
-                "            self._run_step(chunk, n, cached, score=True)\n            for rate",
+                "            self._run_step(chunk, n, cached, score=True)\n            for wave",
+                "            self._set_lr(waves[0])\n            self._run_step(chunk, n, cached, train=True)\n"
+                "            self._run_step(chunk, n, cached, score=True)\n            for wave",
             )
         ],
     ),
@@ -110,8 +110,7 @@ FAULTS = {
     ),
     "a mixture's weight that sees its own target": (
         {"normalised"},
-        [("    p = first + (1 - weight) * p1\n", "    weight = first / (first + (1 - weight) * p1)\n"
-          "    p = weight * p0 + (1 - weight) * p1\n")],
+        [("    p = weighted.sum(0)\n", "    p = (weighted / weighted.sum(0) * parts).sum(0)\n")],
     ),
 }  # fmt: skip
 

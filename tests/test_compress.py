@@ -45,7 +45,7 @@ def weights(data: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def mixed(data: Path, weights: Path) -> Path:
-    return scored.evaluate(data.parent / "mixed", weights, data, **scored.MIXTURE)
+    return scored.evaluate(data.parent / "mixed", weights, data, **scored.THREE)
 
 
 @pytest.fixture(scope="module")
@@ -117,6 +117,9 @@ SHORT = dict(TTT_EVAL_SEQ_LEN=11)  # the document goes on beyond it, and no chun
         ("backward_looking", SHORT),
         ("backward_looking", RECOMPUTED | SHORT),
         ("mixture", scored.MIXTURE | RECOMPUTED | SHORT),
+        ("mixture", scored.THREE),
+        ("mixture", scored.THREE | RECOMPUTED),
+        ("mixture", scored.THREE | dict(TTT_PROTOCOL="replay")),
     ],
 )
 def test_one_token_at_a_time_predicts_what_the_evaluation_does(
@@ -236,7 +239,7 @@ def test_other_runs_and_damaged_files_are_refused(
 
     assert refused(replayed, made, "ttt_protocol")
     other = scored.write_weights(tmp_path / "other.pt", seed=1)
-    assert refused(scored.evaluate(tmp_path / "other", other, data, **scored.MIXTURE), made, "artifact")
+    assert refused(scored.evaluate(tmp_path / "other", other, data, **scored.THREE), made, "artifact")
     blob = made.read_bytes()
     damaged = tmp_path / "damaged"
     for place in (0, 9, 15, 30, len(blob) // 2, len(blob) - 1):

@@ -344,7 +344,7 @@ def test_ten_thousand_mutated_artifacts_end_in_a_user_error_or_a_whole_model(art
 def only_shard(path: Path) -> np.ndarray:
     """The shard at `path` as a run reads it that has no other for training."""
     (shard,) = train_gpt.open_shards("train", runs.alone(DATA_PATH=path.parent))
-    return shard
+    return shard[:]
 
 
 def shard_error(path: Path) -> str:

@@ -42,7 +42,7 @@ class Golden:
         self.run = run_of(run, self.s)
         self.state = {name: torch.from_numpy(w) for name, w in inputs.weights().items()}
         self.model = self.load(self.state)
-        self.tokens = np.asarray(train_gpt.open_shard(shared / "fineweb" / "fineweb_val_000000.bin"))
+        self.tokens = train_gpt.open_shard(shared / "fineweb" / "fineweb_val_000000.bin")[:]
         sp = train_gpt.load_tokenizer(str(shared / "fineweb" / "fineweb_1024_bpe.model"), 1024)
         self.bytes = train_gpt.target_bytes(sp, self.tokens)
 

@@ -49,9 +49,9 @@ def trained(request, tmp_path_factory) -> tuple[list[runs.Run], list[runs.Run], 
     """The whole story with replay and mixture: on two machines, and by as many ranks on one."""
     counts, folder = request.param, tmp_path_factory.mktemp("trained")
     folders, each = machines(folder)
-    apart = runs.launch(folders, list(counts), each, TTT_MIXTURE=1, **WIDE)
+    apart = runs.launch(folders, list(counts), each, TTT_MIXTURE=1, TTT_MIXTURE_LR=0.03, **WIDE)
     assert runs.codes(apart) == [0] * sum(counts)
-    together = runs.ranks(folder / "one", sum(counts), TTT_MIXTURE=1, **WIDE)
+    together = runs.ranks(folder / "one", sum(counts), TTT_MIXTURE=1, TTT_MIXTURE_LR=0.03, **WIDE)
     assert runs.codes(together) == [0] * sum(counts)
     return apart, together, counts
 

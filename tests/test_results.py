@@ -58,7 +58,7 @@ def micro() -> dict[str, Path]:
         "replay": {},
         "mixture": dict(EVAL_ONLY=weights, TTT_PROTOCOL="single_pass", TTT_MIXTURE=1),
         "sliding": dict(EVAL_ONLY=weights, TTT_ENABLED=0),
-        "late": dict(EVAL_ONLY=weights, TTT_MIXTURE=1, EVAL_MAX_SECONDS=1e-3),
+        "late": dict(EVAL_ONLY=weights, TTT_MIXTURE=1, TTT_MIXTURE_LR=0.02, EVAL_MAX_SECONDS=1e-3),
     }
     for name, settings_ in evaluations.items():
         processes.run(folder / name, **settings_)

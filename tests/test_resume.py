@@ -354,7 +354,7 @@ def test_an_evaluation_is_known_by_all_that_its_figures_depend_on_and_by_nothing
     tag = train_gpt.evaluation_tag
     changes = dict(
         ttt_protocol="single_pass", ttt_context="recompute", ttt_lora_rank=3, ttt_lora_lr=0.02, ttt_weight_decay=0.5,
-        ttt_lora_targets="c_q", ttt_lora_alpha=9.0, ttt_mixture=True, ttt_mixture_share=0.2,
+        ttt_lora_targets="c_q", ttt_lora_alpha=9.0, ttt_mixture=True, ttt_mixture_share=0.2, ttt_mixture_lr=0.3,
         ttt_n_epochs=3, ttt_chunk_size=8, ttt_eval_seq_len=32, ttt_batch_size=3, ttt_enabled=False, seed=1,
         beta1=0.8, beta2=0.9, eval_stride=4, num_layers=4, mlp_mult=2.0, rope_base=100.0, logit_softcap=2.0,
     )  # fmt: skip

@@ -171,42 +171,46 @@ def test_nan_is_the_worst_of_numbers_and_never_taken_for_nothing_scored(run):
 # ---- A mixture of two predictions
 
 
-def slowly(plain, adapted, share):
-    """Fixed share of one document, one target after another, as SPEC section 5 writes it, on probabilities: float64,
-    to which numpy's longdouble gives some more exponent."""
-    weights, nll = np.full(2, 0.5, np.longdouble), []
-    for pair in zip(plain, adapted, strict=True):
-        probabilities = np.exp(-np.array(pair, np.longdouble))
+def slowly(parts, share):
+    """Fixed share of one document, one target after another, as SPEC section 5 writes it for two parts, on
+    probabilities: float64, to which numpy's longdouble gives some more exponent."""
+    k = len(parts)
+    weights, nll = np.full(k, 1 / k, np.longdouble), []
+    for row in zip(*parts, strict=True):
+        probabilities = np.exp(-np.array(row, np.longdouble))
         p = weights @ probabilities
         nll.append(float(-np.log(p)))
-        weights = (1 - share) * weights * probabilities / p + share / 2
+        weights = (1 - share) * weights * probabilities / p + share / k
     return nll
 
 
 NLL = st.one_of(st.floats(0, 20, width=32), st.sampled_from((0.0, 1e-6, 50.0, 300.0)))
-PAIRS = st.lists(st.lists(st.tuples(NLL, NLL), min_size=1, max_size=30), min_size=1, max_size=5)
+ROWS = st.sampled_from((2, 3)).flatmap(
+    lambda k: st.lists(st.lists(st.tuples(*[NLL] * k), min_size=1, max_size=30), min_size=1, max_size=5)
+)
 
 
 def mixed(documents, share):
-    """The mixture's NLL of documents, each a list of pairs, one after another."""
-    lengths = np.array([len(pairs) for pairs in documents])
-    both = np.array([pair for pairs in documents for pair in pairs], np.float32).T
-    nll = train_gpt.mixture(*both, np.cumsum(lengths) - lengths, lengths, share)
+    """The mixture's NLL of documents, each a list of one NLL of each part, one after another."""
+    lengths = np.array([len(rows) for rows in documents])
+    parts = np.array([row for rows in documents for row in rows], np.float32).T
+    nll = train_gpt.mixture(parts, np.cumsum(lengths) - lengths, lengths, share)
     assert nll.dtype == np.float64 and nll.shape == (lengths.sum(),)
     return np.split(nll, np.cumsum(lengths)[:-1])
 
 
 @settings(deadline=None, max_examples=150)
-@given(PAIRS, st.sampled_from((1e-6, 0.01, 0.1, 0.5, 1.0)), st.randoms())
+@given(ROWS, st.sampled_from((1e-6, 0.01, 0.1, 0.5, 1.0)), st.randoms())
 def test_a_mixture_is_fixed_share_within_its_bound_whatever_the_order_of_documents(documents, share, random):
     found = mixed(documents, share)
-    for nll, pairs in zip(found, documents, strict=True):
-        plain, adapted = np.array(pairs, np.float32).astype(float).T
-        np.testing.assert_allclose(nll, slowly(plain, adapted, share), rtol=1e-9, atol=1e-9)
-        n, total = len(pairs), nll.sum()
-        for expert in (plain, adapted):  # never more behind either than the theorem allows
-            assert total <= expert.sum() + math.log(2) + n * math.log(1 / (1 - share / 2)) + 1e-9 * (1 + expert.sum())
-        assert (nll >= np.minimum(plain, adapted) - 1e-12).all() and (nll <= np.maximum(plain, adapted) + 1e-12).all()
+    for nll, rows in zip(found, documents, strict=True):
+        parts = np.array(rows, np.float32).astype(float).T
+        np.testing.assert_allclose(nll, slowly(parts, share), rtol=1e-9, atol=1e-9)
+        n, total, k = len(rows), nll.sum(), len(parts)
+        for part in parts:  # never more behind any than the theorem allows
+            bound = math.log(k) + n * math.log(1 / (1 - share * (k - 1) / k))
+            assert total <= part.sum() + bound + 1e-9 * (1 + part.sum())
+        assert (nll >= parts.min(0) - 1e-12).all() and (nll <= parts.max(0) + 1e-12).all()
     order = list(range(len(documents)))
     random.shuffle(order)
     for place, nll in zip(order, mixed([documents[i] for i in order], share), strict=True):
@@ -231,19 +235,41 @@ def test_predictions_that_float64_cannot_tell_from_certainty_or_from_nothing():
 
 def the_mixture_of(kept, figures, stream, share):
     """What the run must say of its mixture, from NLL of every target."""
-    plain, adapted = kept.targets
-    known = np.where(adapted == UNSCORED, plain, adapted).astype(float)
+    known = np.where(kept.targets == UNSCORED, kept.targets[PLAIN], kept.targets).astype(float)
     spans = [slice(a, a + n) for a, n in zip(stream.starts, stream.lengths, strict=True)]
-    nll = [sum(slowly(plain[span].astype(float), known[span], share)) for span in spans]
+    nll = [sum(slowly(known[:, span], share)) for span in spans]
     assert figures["mixture"]["val_loss"] == pytest.approx(sum(nll) / stream.target_count, rel=1e-9)
     assert figures["mixture"]["share"] == share and figures["mixture"]["backward_looking"] is True
     assert figures["score"] == "mixture"
     return np.array(nll)
 
 
+def test_each_adapted_part_is_what_its_learning_rate_alone_gives(run, tmp_path):
+    """The third part under TTT_MIXTURE_LR is the adaptation of TTT_LORA_LR, were it that; the second stays."""
+    shown = {}
+    for name, changes in dict(low=dict(ttt_lora_lr=0.01), high=dict(ttt_lora_lr=0.1), both=BOTH).items():
+        s = small(ttt_mixture=True, ttt_protocol="single_pass", **changes)
+        (tmp_path / name).mkdir()
+        here = run_of(run, s, tmp_path / name)
+        arguments = random_model(s), stream_of(s, LENGTHS), here, "tag", time.perf_counter()
+        figures, _, scores = train_gpt.evaluate_documents(*arguments)
+        shown[name] = figures["mixture"]["parts"], scores.targets
+    parts, targets = shown["both"]
+    assert list(parts) == ["no_adaptation", "single_pass", "single_pass_at_0.1"]
+    assert (
+        parts["single_pass"] == shown["low"][0]["single_pass"] and (targets[ADAPTED] == shown["low"][1][ADAPTED]).all()
+    )
+    assert parts["single_pass_at_0.1"] == shown["high"][0]["single_pass"]
+    assert (targets[2] == shown["high"][1][ADAPTED]).all() and (targets[2] != targets[ADAPTED]).any()
+
+
+BOTH = dict(ttt_lora_lr=0.01, ttt_mixture_lr=0.1)
+
+
+@pytest.mark.parametrize("rates", (dict(ttt_lora_lr=0.05), BOTH), ids=("one rate", "two rates"))
 @pytest.mark.parametrize("protocol", ("replay", "single_pass"))
-def test_the_mixture_is_the_score_and_does_not_depend_on_batches_or_a_resume(run, tmp_path, protocol):
-    s = small(ttt_mixture=True, ttt_protocol=protocol, ttt_lora_lr=0.05)
+def test_the_mixture_is_the_score_and_does_not_depend_on_batches_or_a_resume(run, tmp_path, protocol, rates):
+    s = small(ttt_mixture=True, ttt_protocol=protocol, **rates)
     model, stream = random_model(s), stream_of(s, LENGTHS)
     kept = {}
     for name, size in (("one", 1), ("three", 3), ("all", 9)):
@@ -267,7 +293,7 @@ def test_the_mixture_is_the_score_and_does_not_depend_on_batches_or_a_resume(run
 def test_where_a_deadline_cuts_off_the_prediction_without_adaptation_mixes_with_itself(
     run, tmp_path, monkeypatch, protocol
 ):
-    s = small(ttt_mixture=True, ttt_protocol=protocol, ttt_lora_lr=0.05, eval_max_seconds=5, ttt_batch_size=2)
+    s = small(ttt_mixture=True, ttt_protocol=protocol, **BOTH, eval_max_seconds=5, ttt_batch_size=2)
     model, stream = random_model(s), stream_of(s, [100, 70, 40])
     now, step = [1000.0], train_gpt.Adapters.step
 

@@ -579,7 +579,7 @@ def test_every_document_is_in_one_batch_and_the_costliest_batches_come_first(len
 
 def test_eight_ranks_share_the_real_lengths_evenly(shared):
     tokens = train_gpt.open_shard(shared / "fineweb" / "fineweb_val_000000.bin")
-    _, targets = train_gpt.find_documents(np.asarray(tokens))
+    _, targets = train_gpt.find_documents(tokens[:])
     jitter = np.random.default_rng(0).uniform(0.8, 1.25, (80, len(targets)))  # 50,000 documents, as the split has
     targets = np.maximum(1, targets * jitter).astype(np.int64).ravel()
     targets[777] = 18_743  # the longest document of the whole split
