@@ -1582,9 +1582,11 @@ def lr_multiplier(step: int, elapsed: float, s):
 def forward_backward(forward, micro_batches: list, share: float):
     """Add to the gradients; returns the sum of `share` times each mean NLL, ()."""
     total = 0.0
+    parameters = list(forward.parameters())
     for x, y in micro_batches:
         loss = forward(x, y).mean() * share
-        loss.backward()
+        # Added all at once: backward() would launch a kernel for each parameter.
+        torch._foreach_add_([p.grad for p in parameters], torch.autograd.grad(loss, parameters))
         total = total + loss.detach()
     return total
 
