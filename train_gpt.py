@@ -1122,14 +1122,14 @@ def norm(x):
 
 
 def rotary(position, head_dim, base, dtype):
-    """cos and sin of RoPE's angles (Su et al. 2021), (T, head_dim / 2), computed in float32."""
+    """cos and sin of RoPE's angles (Su et al. 2021), (T, 1, head_dim / 2), computed in float32."""
     inverse = base ** (-torch.arange(0, head_dim, 2, device=position.device, dtype=torch.float32) / head_dim)
-    angle = torch.outer(position.float(), inverse)
+    angle = torch.outer(position.float(), inverse)[:, None]
     return angle.cos().to(dtype), angle.sin().to(dtype)
 
 
 def apply_rotary(x, cos, sin):
-    """Rotate (…, T, head_dim), in halves layout."""
+    """Rotate (B, T, heads, head_dim), in halves layout."""
     x1, x2 = x.chunk(2, dim=-1)
     return torch.cat((x1 * cos + x2 * sin, x2 * cos - x1 * sin), dim=-1)
 
@@ -1273,9 +1273,13 @@ class Attention(nn.Module):
     def forward(self, x, rope, lora: dict[str, Lora]):
         """x (B, T, d) -> q (B, heads, T, head_dim), k and v (B, kv heads, T, head_dim)."""
         q, k, v = self.c_q(x, lora.get("c_q")), self.c_k(x, lora.get("c_k")), self.c_v(x, lora.get("c_v"))
-        q, k, v = (y.unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for y in (q, k, v))
-        q = apply_rotary(norm(q), *rope) * self.q_gain.to(q.dtype)[:, None, None]
-        return q, apply_rotary(norm(k), *rope), v
+        q, k, v = (y.unflatten(-1, (-1, self.head_dim)) for y in (q, k, v))
+        q = apply_rotary(norm(q), *rope) * self.q_gain.to(q.dtype)[:, None]
+        k = apply_rotary(norm(k), *rope)
+        q, k, v = (y.transpose(1, 2) for y in (q, k, v))
+        # Flash lays its output out as its queries are: so, neither the projection nor its own backward copies it. Behind
+        # a context the rows of a head must lie together instead, for grouped().
+        return q.contiguous() if lora else q, k, v
 
 
 class MLP(nn.Module):
