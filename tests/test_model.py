@@ -242,7 +242,7 @@ def test_bf16_compute_stays_near_float32_and_carries_its_stream_in_bf16():
 def test_rope_turns_by_float32_angles_in_bf16_too():
     """bfloat16 counts to 256 in steps of one, and from 1,024 in steps of eight."""
     position = torch.tensor([0, 1, 257, 1027, 2047])
-    angle = position[:, None].double() * 10_000.0 ** (-torch.arange(0, 64, 2).double() / 64)
+    angle = position[:, None, None].double() * 10_000.0 ** (-torch.arange(0, 64, 2).double() / 64)
     for found, expected in zip(
         train_gpt.rotary(position, 64, 10_000.0, torch.bfloat16), (angle.cos(), angle.sin()), strict=True
     ):
