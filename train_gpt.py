@@ -1277,7 +1277,7 @@ class Attention(nn.Module):
         q = apply_rotary(norm(q), *rope) * self.q_gain.to(q.dtype)[:, None]
         k = apply_rotary(norm(k), *rope)
         q, k, v = (y.transpose(1, 2) for y in (q, k, v))
-        # Flash lays its output out as its queries are: so, neither the projection nor its own backward copies it. Behind
+        # Flash lays out its output as its queries are: so, neither the projection nor its own backward copies it. After
         # a context the rows of a head must lie together instead, for grouped().
         return q.contiguous() if lora else q, k, v
 
@@ -2507,7 +2507,8 @@ class DocumentBatch:
     def _step(self, step: ChunkStep):
         documents, width, context, score, train, keep = step
         size = self.run.s.ttt_chunk_size
-        # A batch of one would be compiled apart: a document that has come to its end accompanies it, or an empty one.
+        # A batch of one would be compiled apart: a document that has come to its end accompanies it, or an empty one,
+        # whose adapters nobody needs any more.
         n = max(documents, 2) if self.run.compile else documents
         leaf, loras = self.adapters.layers(n)
         end = self.end[:n].minimum(self.position + size)
@@ -2525,7 +2526,7 @@ class DocumentBatch:
             self.nll[:n].index_copy_(1, self.position + column, chunk)
         if train:
             loss = (nll.sum(1) / sums[:, 1].clamp_min(1).float()).sum()  # each gets its own gradient
-            self.adapters.step(torch.autograd.grad(loss, leaf)[0][:documents], self.lr)
+            self.adapters.step(torch.autograd.grad(loss, leaf)[0], self.lr)
         if keep:
             self._push(n, width)
 
@@ -2713,9 +2714,11 @@ def score_batch(label: str, batch: DocumentBatch, scores: Scores, deadline: floa
 def mix(weights: np.ndarray, parts: np.ndarray, share: float) -> tuple[np.ndarray, np.ndarray]:
     """Probabilities (n,) by mixtures of K that give `parts` (K, n), under weights (K, n) or (K, 1), and the weights
     (K, n) that follow once what they are of has come."""
-    weighted = weights * parts
-    p = weighted.sum(0)
-    return p, (1 - share) * weighted / p + share / len(parts)
+    weights = weights * parts
+    p = weights.sum(0)
+    weights *= (1 - share) / p
+    weights += share / len(parts)
+    return p, weights
 
 
 def mixture(nll: np.ndarray, starts, lengths, share: float) -> np.ndarray:
@@ -2724,15 +2727,15 @@ def mixture(nll: np.ndarray, starts, lengths, share: float) -> np.ndarray:
     # Weights begin equal; each target multiplies them by the probability that each gave it, and `share` of the sum is
     # dealt out evenly again. So they know earlier targets alone, and the mixture is a probability.
     order = np.argsort(-lengths, kind="stable")
-    starts, lengths = starts[order], lengths[order]
-    longer = np.searchsorted(-lengths, -np.arange(lengths[0]))  # documents with more than t targets: the first ones
-    weights = np.full((len(nll), len(lengths)), 1 / len(nll))
     with np.errstate(invalid="ignore"):  # NaN where all are infinite
         least = nll.min(0).astype(np.float64)  # taken out, for what float64 cannot hold
         parts = np.exp(least - nll)
-        for t, n in enumerate(longer):
-            at = starts[:n] + t
-            parts[0, at], weights[:, :n] = mix(weights[:, :n], parts[:, at], share)
+        for some in np.split(order, range(1024, len(order), 1024)):  # at once what the processor's cache holds
+            longer = np.searchsorted(-lengths[some], -np.arange(lengths[some[0]]))  # than t: the first ones
+            weights = np.full((len(nll), len(some)), 1 / len(nll))
+            for t, n in enumerate(longer):
+                at = starts[some[:n]] + t
+                parts[0, at], weights = mix(weights[:, :n], parts[:, at], share)
         return least - np.log(parts[0])
 
 

@@ -376,7 +376,7 @@ def show_memory(run: t.Run):
 
 
 def bench_mixture(args):
-    """Seconds that the mixture of two predictions takes, on the full split's targets, on this machine.
+    """Seconds that the mixture of three predictions takes, on the full split's targets, on this machine.
 
     One call on random NLL: 50,000 documents of log-normal lengths, one of 160,000 targets among them. One thread,
     one run, no warm-up; it takes about 2 GB of memory."""

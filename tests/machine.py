@@ -401,7 +401,7 @@ def describe_protocol(s: t.Settings) -> str:
     """Test-time training in a few words."""
     steps = f"replay {s.ttt_n_epochs} epochs" if s.ttt_protocol == "replay" else f"single_pass {s.ttt_n_epochs} steps"
     targets = s.ttt_lora_targets if s.ttt_lora_targets.count(",") < 3 else f"{len(t.lora_shapes(s))} targets"
-    mixture = " mixture" if s.ttt_mixture else ""
+    mixture = f" mixture of {1 + len(s.ttt_rates)}" if s.ttt_mixture else ""
     return f"{steps} chunk {s.ttt_chunk_size} rank {s.ttt_lora_rank} {targets}{mixture}"
 
 

@@ -30,7 +30,11 @@ RECOMMENDED = dict(
     ttt_chunk_size=64,
     ttt_lora_rank=32,
     ttt_lora_targets=",".join(t.LORA_TARGETS),
+    ttt_lora_lr=0.003,
+    ttt_weight_decay=0.5,
     ttt_mixture=True,
+    ttt_mixture_lr=0.01,
+    ttt_mixture_share=0.03,
 )
 
 
@@ -138,14 +142,15 @@ def draw_documents(sample: np.ndarray, tail: str) -> np.ndarray:
     return drawn
 
 
-def mixture_seconds(targets: int, longest: int, documents: int, parts: int = 2) -> float:
-    """Seconds that t.mixture() takes, one call, on so many targets, the longest document's among them."""
+def mixture_seconds(targets: int, longest: int, documents: int) -> float:
+    """Seconds that t.mixture() takes, one call of the three parts that are recommended, on so many targets, the longest
+    document's among them."""
     rng = np.random.default_rng(0)
     drawn = rng.lognormal(np.log(640), 1.058, documents)
     lengths = np.maximum(drawn * (targets - longest) / drawn.sum(), 1).astype(np.int64)
     lengths[0] += targets - longest - lengths.sum()
     lengths = np.insert(lengths, documents // 2, longest)
-    nll = np.empty((parts, targets), np.float32)
+    nll = np.empty((3, targets), np.float32)
     nll[0] = rng.exponential(2.0, targets)
     for other in nll[1:]:
         other[:] = np.abs(nll[0] + rng.normal(0.0, 0.2, targets))

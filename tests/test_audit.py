@@ -110,7 +110,7 @@ FAULTS = {
     ),
     "a mixture's weight that sees its own target": (
         {"normalised"},
-        [("    p = weighted.sum(0)\n", "    p = (weighted / weighted.sum(0) * parts).sum(0)\n")],
+        [("    p = weights.sum(0)\n", "    p = (weights / weights.sum(0) * parts).sum(0)\n")],
     ),
 }  # fmt: skip
 

@@ -100,7 +100,7 @@ def test_predict_takes_replay_and_the_recommendation_where_nothing_is_set(call, 
     code, out, _ = call("predict")
     assert code == 0
     assert out.count("replay 50 epochs chunk 256 rank 8 c_q,c_v,") == 8
-    assert out.count("single_pass 5 steps chunk 64 rank 32 6 targets mixture,") == 8
+    assert out.count("single_pass 5 steps chunk 64 rank 32 6 targets mixture of 3,") == 8
 
 
 def test_pack_and_mixture(call):
