@@ -163,6 +163,27 @@ def test_a_checkpoint_goes_on_under_settings_that_do_not_change_the_weights(tmp_
     assert done.result["settings"]["prune_fraction"] == 0.1 and done.result["training"]["resumed"] is True
 
 
+def cut_off_the_shards() -> None:
+    """Once they are open and checked, as a full disk or another program may leave them."""
+    train = train_gpt.Trainer.train
+
+    def shortened(trainer, stream):
+        for shard in trainer.loader.shards:
+            os.truncate(shard.path, 1024 + 2 * 300)
+        return train(trainer, stream)
+
+    train_gpt.Trainer.train = shortened
+
+
+def test_a_shard_that_is_cut_off_under_a_run_ends_it_with_a_line(tmp_path):
+    """A memory-mapped one would end the process by SIGBUS, without a word."""
+    data = tmp_path / "data"
+    shutil.copytree(runs.data(), data)
+    done = runs.run(tmp_path / "run", 2, before=cut_off_the_shards, DATA_PATH=data)
+    message = runs.user_error(done.err)
+    assert f"{data}/fineweb_train_00000" in message and "became shorter while it was read" in message
+
+
 class Payload:
     def __reduce__(self):
         return os.mkdir, ("executed",)

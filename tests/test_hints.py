@@ -10,12 +10,13 @@ import torch
 
 import runs
 import train_gpt
+from conftest import batch_of, random_model, stream_of
 
 
 @pytest.mark.parametrize(
     "name, meant",
     [
-        ("TTT_LR", "TTT_LORA_LR"), ("NUM_ITERATIONS", "ITERATIONS"), ("iterations", "ITERATIONS"),
+        ("TTT_LR", "TTT_LORA_LR or TTT_MIXTURE_LR"), ("NUM_ITERATIONS", "ITERATIONS"), ("iterations", "ITERATIONS"),
         ("BATCH_SIZE", "TTT_BATCH_SIZE or VAL_BATCH_SIZE"), ("ttt_lora_rnk", "TTT_LORA_RANK"),
     ],
 )  # fmt: skip
@@ -30,7 +31,12 @@ def test_variables_with_words_of_other_programs_or_one_word_alone_are_left_in_pe
 
 
 def test_help_names_every_setting_with_what_the_environment_would_be_told():
-    lines = train_gpt.help_text().splitlines()
+    usage, model, training, session = train_gpt.help_text().split("\n\n")
+    assert usage.startswith("usage: [NAME=value ...] python train_gpt.py")
+    groups = [group.splitlines() for group in (model, training, session)]
+    assert [heading for heading, *_ in groups] == ["The model:", "Its training:", "This session:"]
+    lines = [line for _, *lines in groups for line in lines]
+    assert groups[1][1].startswith("SEED=") and groups[2][1].startswith("PRESET=")
     usual, tiny = (train_gpt.Settings.from_env({"PRESET": preset}) for preset in ("record", "tiny"))
     assert len(lines) == len(vars(usual))
     for line, (name, value) in zip(lines, vars(usual).items(), strict=True):
@@ -64,3 +70,26 @@ def test_a_warmdown_longer_than_the_run_is_noted_with_the_share_of_the_peak(monk
         assert 0 < int(steps) <= 40
         assert float(share) == pytest.approx(int(steps) / 10, abs=1)
         assert int(better) == pytest.approx(int(steps) * 3500 / (600 / 0.0894), abs=1)
+
+
+@pytest.mark.parametrize("silent, said", [(29, False), (31, True)])
+def test_half_a_minute_of_silence_in_an_evaluation_ends_with_a_line(monkeypatch, tmp_path, capsys, silent, said):
+    run = runs.alone(tmp_path)
+    run.log_file = open(tmp_path / "log", "w")  # noqa: SIM115 - the run's
+    now = [100.0]
+    monkeypatch.setattr(time, "perf_counter", lambda: now[0])
+    run.log("the last line")
+    now[0] += silent
+    batch = batch_of(random_model(run.s), stream_of(run.s, [40]), [0], run)
+    batch.score()
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("reading ")]
+    assert lines == ["reading 1: chunk 1 of 3"] * said
+
+
+def test_the_score_is_said_as_soon_as_it_is_known(tmp_path):
+    done = runs.run(tmp_path / "replay")
+    (line,) = re.findall(r"every document .* has it \((.*) bits per byte, (.*) without adaptation\)", done.log)
+    evaluation = done.result["evaluation"]
+    known = (evaluation[name]["val_bpb"] for name in ("backward_looking", "no_adaptation"))
+    assert line == tuple(f"{value:.4f}" for value in known)
+    assert done.out.index(line[0]) < done.out.index("replay: batch 1")
