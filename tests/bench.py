@@ -245,6 +245,8 @@ def curve(run: t.Run, loader: t.BatchLoader, seed: int, plain: bool = False) -> 
     forward = model if plain else run.compiled(model, dynamic=False)
     optimizer = Loop(model, run.s, run.muon_dtype) if plain else t.Optimizer(model, run)
     losses = []
+    for p in model.parameters() if plain else ():
+        p.grad = torch.zeros_like(p)
     for step in range(run.s.iterations):
         batch = loader.batch(step)
         losses.append(t.forward_backward(forward, batch, 1 / len(batch)))
@@ -252,7 +254,7 @@ def curve(run: t.Run, loader: t.BatchLoader, seed: int, plain: bool = False) -> 
         if plain:
             optimizer.step({name: p.grad for name, p in model.named_parameters()}, step, multiplier)
             model.load_state_dict(optimizer.weights)
-            model.zero_grad()
+            model.zero_grad(set_to_none=False)
         else:
             optimizer.step(step, multiplier)
     return torch.stack(losses).cpu().numpy()

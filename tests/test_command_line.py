@@ -461,13 +461,6 @@ def test_a_documents_score_does_not_depend_on_the_world_size(tmp_path, one_and_t
         assert np.allclose(one[name], other[name], rtol=1e-5)
 
 
-def test_torchrun_with_two_ranks_writes_one_log(tmp_path):
-    done = torchrun(tmp_path, TTT_N_EPOCHS=2)
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stdout.count("final_int8_zlib_roundtrip_exact") == 1
-    assert "world_size:2" in (tmp_path / "train.log").read_text()
-
-
 # ---- Arguments
 
 
@@ -614,6 +607,7 @@ def test_a_missing_shard_folder_ends_with_code_2_and_one_line(tmp_path):
 
 
 def test_under_torchrun_a_bad_shard_is_reported_once_and_before_training(tmp_path):
+    """torchrun itself: what it makes of a user's error, and that its own lines do not hide ours."""
     runs.write_shard(tmp_path / "fineweb_val_000000.bin", [1, 5, 299, 300])
     done = torchrun(tmp_path / "out", DATA_PATH=tmp_path)
     assert done.returncode != 0 and "token 300" in runs.user_error(done.stderr) and "VOCAB_SIZE=300" in done.stderr

@@ -265,14 +265,14 @@ def small_artifact():
 
 
 def test_an_artifact_has_the_same_bytes_on_any_number_of_cores(monkeypatch):
-    """Of several megabytes, so that there is work for several."""
-    s = small(num_layers=6, model_dim=384, mlp_mult=4)
+    """Of more than one job's size."""
+    s = small(num_layers=3, model_dim=384, mlp_mult=4)
     tensors = train_gpt.quantize_model(random_model(s).state_dict(), s)
     artifacts = []
-    for cores in (1, 2, 3, 64, None):
+    for cores in (None, 3, 64):
         monkeypatch.setattr(train_gpt.os, "cpu_count", lambda cores=cores: cores)
         artifacts.append(train_gpt.pack(tensors, s)[0])
-    assert len(artifacts[0]) > 1 << 22 and len(set(artifacts)) == 1
+    assert sum(tensor.values.numel() for tensor in tensors.values()) > 2 << 21 and len(set(artifacts)) == 1
 
 
 def test_reading_an_artifact_never_unpickles(small_artifact, monkeypatch):
