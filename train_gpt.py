@@ -2770,15 +2770,15 @@ def report_documents(scores: Scores, seconds: dict[str, float], began: float, ru
     targets = {"no_adaptation": plain, name: np.where(np.repeat(lacking[1], stream.lengths), plain, adapted)}
     arrays = dict(index=np.arange(nll.shape[1]), targets=stream.lengths, bytes=stream.document_bytes)
     arrays |= dict(nll_no_adaptation=nll[0], nll_per_epoch=nll[1:], figures_finished=(~lacking[1:]).sum(0))
+    mixed = None
     if s.ttt_mixture:
         # Where the deadline cut a part off, the prediction without adaptation is in its place.
         known = np.where(scores.targets == UNSCORED, plain, scores.targets)
         targets["mixture"] = mixture(known, stream.starts, stream.lengths, s.ttt_mixture_share)
         arrays["nll_mixture"] = scores.of_documents(targets["mixture"])
-        parts = np.where(sums == UNSCORED, sums[PLAIN], sums)
+        names = "no_adaptation", s.ttt_protocol, f"{s.ttt_protocol}_at_{s.ttt_mixture_lr:g}"
+        parts = {name: scores.bits_per_byte(row) for row, name in enumerate(names[: len(sums)])}
         mixed = arrays["nll_mixture"], int((sums == UNSCORED).any(0).sum()), parts
-    else:
-        mixed = None
     account = dict(documents=len(stream.lengths)) | time_spent(began, run) | dict(passes=seconds)
     if len(scores.epochs):
         again = scores.epochs[0] != UNSCORED
@@ -2791,8 +2791,7 @@ def report_documents(scores: Scores, seconds: dict[str, float], began: float, ru
 
 def label_figures(nll, lacking: list[int], mixed, account: dict, stream, run: Run) -> tuple[dict, Score]:
     """Log every figure for what it is; result.json's account, and the Score. `nll` (1 + figures, documents); `lacking`
-    counts the documents that a figure lacks; `mixed` is None or both of a mixture, and the NLL (K, documents) of its
-    parts."""
+    counts the documents that a figure lacks; `mixed` is None or both of a mixture, and its parts' bits per byte."""
     s = run.s
     seconds = account["passes"]
     plain, *scores = (Score(float(row.sum()), stream.target_count, stream.byte_count) for row in nll)
@@ -2813,15 +2812,11 @@ def label_figures(nll, lacking: list[int], mixed, account: dict, stream, run: Ru
         run.log(f"note: only epoch 1 is backward-looking, a valid score; {epoch} has seen its text {epoch - 1} times")
     score = first
     if mixed:
-        score, *parts = (
-            Score(float(row.sum()), stream.target_count, stream.byte_count) for row in (mixed[0], *mixed[2])
-        )
-        names = "no_adaptation", s.ttt_protocol, f"{s.ttt_protocol}_at_{s.ttt_mixture_lr:g}"
-        parts = {name: part.bpb for name, part in zip(names, parts, strict=False)}
-        reading = dict(lacking=mixed[1], share=s.ttt_mixture_share, parts={k: finite(v) for k, v in parts.items()})
+        score = Score(float(mixed[0].sum()), stream.target_count, stream.byte_count)
+        reading = dict(lacking=mixed[1], share=s.ttt_mixture_share, parts={k: finite(v) for k, v in mixed[2].items()})
         figures["mixture"] = score.figure("mixture", s.ttt_context, seconds["score"], **reading)
         figures["score"] = "mixture"
-        run.log(f"mixture {score} {' '.join(f'{name}:{bpb:.8f}' for name, bpb in parts.items())}")
+        run.log(f"mixture {score} {' '.join(f'{name}:{bpb:.8f}' for name, bpb in mixed[2].items())}")
     lacks = figures[figures["score"]]["lacking"]
     run.log(f"ttt {pairs(account)} first_lacks:{lacks} last_lacks:{lacking[-1]}")
     if lacks or lacking[-1]:
