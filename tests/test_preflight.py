@@ -166,6 +166,17 @@ def test_it_trains_nothing_and_shows_none_of_its_own_figures(tmp_path, reference
         assert reference.log.count(f"\n{figure}") == 1
 
 
+def test_it_gives_the_weights_and_moments_back_to_the_last_bit(tmp_path):
+    """Two runs with the same preflight would agree on weights that it has rounded for its own artifact."""
+    run = runs.alone(tmp_path)
+    trainer = train_gpt.Trainer(train_gpt.open_shards("train", run), "", run)
+    before = {name: tensor.clone() for name, tensor in trainer.tensors.items()}
+    train_gpt.preflight(trainer, train_gpt.scoring_model(run), run)
+    for name, tensor in trainer.tensors.items():
+        assert tensor.equal(before[name]), name
+    assert (trainer.step, trainer.averaged, trainer.elapsed, trainer.finished) == (0, 0, 0.0, False)
+
+
 def slow_preflight() -> None:
     """Every adaptation of the preflight takes half a second more."""
 
