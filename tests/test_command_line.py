@@ -120,6 +120,7 @@ def test_result_json_names_run_seed_source_settings_and_versions(reference):
     stages = [(row["stage"], row["world_size"], row["ended"]) for row in result["sessions"]]
     assert stages == [("training", 1, "finished"), ("evaluation", 1, "finished")]
     assert all(row["seconds"] > 0 and row["devices"] == [platform.machine()] for row in result["sessions"])
+    assert result["evaluation"]["at_least"] is False
     account = result["artifact"]
     assert account["model_bytes"] == len(reference.artifact) and account["fits"] is True and account["stretch"] == 1
     assert account["total_bytes"] == account["model_bytes"] + len(source) and account["code_bytes"] == len(source)

@@ -327,7 +327,8 @@ def test_a_kill_between_the_last_figure_and_the_result_costs_nothing_that_was_sc
     ),
 )
 def test_seconds_of_earlier_sessions_count_where_none_has_finished_since(tmp_path, earlier, expected):
-    """One that has finished leaves no scores: what comes after it does all anew."""
+    """One that has finished leaves no scores: what comes after it does all anew. A killed one took a little longer than
+    its account says."""
     data, weights = scored.write_data(tmp_path / "data"), scored.write_weights(tmp_path / "weights.pt")
     files = dict(EVAL_ONLY=weights, DATA_PATH=data, TOKENIZER_PATH=data / "tokenizer.model")
     run = runs.alone(tmp_path, **scored.SETTINGS, **files)
@@ -335,6 +336,7 @@ def test_seconds_of_earlier_sessions_count_where_none_has_finished_since(tmp_pat
     train_gpt.score_file(train_gpt.scoring_model(run), train_gpt.load_validation(run), run)
     evaluation = json.loads((tmp_path / "result.json").read_bytes())["evaluation"]
     assert expected <= evaluation["seconds"] < expected + 500
+    assert evaluation["at_least"] is (earlier[-1][1] == "killed")
 
 
 @pytest.mark.parametrize("name, value", [("LOGIT_SOFTCAP", 2), ("ROPE_BASE", 100)])
