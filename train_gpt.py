@@ -809,7 +809,9 @@ def read_sessions(folder: Path) -> list[dict]:
             raise ValueError("another form")
         return list(rows)
     except (ValueError, KeyError, TypeError, RecursionError) as e:
-        raise UserError(f"{folder}/sessions.json is damaged — delete it to go on without its account") from e
+        raise UserError(
+            f"{folder}/sessions.json is damaged or of another version — delete it to go on without its account"
+        ) from e
 
 
 def compare_result(path: Path, run: Run) -> str:
@@ -821,7 +823,7 @@ def compare_result(path: Path, run: Run) -> str:
         theirs, weights, trained = result["settings"], result["weights_sha256"], bool(result["training"])
         others = [f"{k.upper()}={theirs.get(k)}, now {v}" for k, v in scoring_settings(s).items() if theirs.get(k) != v]
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
-        raise UserError(f"{path} is damaged — delete it to score again") from e
+        raise UserError(f"{path} is damaged or of another version — delete it to score again") from e
     if s.eval_only:
         same = weights == hashlib.sha256(Path(s.eval_only).read_bytes()).hexdigest()
     else:
@@ -1692,7 +1694,9 @@ class Trainer:
         except torch.OutOfMemoryError:
             raise
         except Exception as e:  # damage makes torch.load raise many kinds
-            raise UserError(f"checkpoint {path} is damaged ({type(e).__name__}) — delete it to start afresh") from e
+            raise UserError(
+                f"checkpoint {path} is damaged or of another version ({type(e).__name__}) — delete it to start afresh"
+            ) from e
         if others:
             raise UserError(f"checkpoint {path} has another {others[0]} — restore it, or change OUTPUT_DIR")
 
@@ -3188,7 +3192,8 @@ def settings_beside(weights: str) -> dict:
         values = {name.upper(): str(int(v) if isinstance(v, bool) else v) for name, v in kept.items()}
         return dict(settings=values, tokenizer=str(result["data"]["tokenizer"]))
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
-        raise UserError(f"{path}, whose settings EVAL_ONLY takes, is damaged — restore it, or delete it") from e
+        what = f"{path}, whose settings EVAL_ONLY takes, is damaged or of another version"
+        raise UserError(f"{what} — restore it, or move it away") from e
 
 
 def summarise(result: dict, run: Run):
