@@ -2511,8 +2511,7 @@ class DocumentBatch:
     def _step(self, step: ChunkStep):
         documents, width, context, score, train, keep = step
         size = self.run.s.ttt_chunk_size
-        # A batch of one would be compiled apart: a document that has come to its end accompanies it, or an empty one,
-        # whose adapters nobody needs any more.
+        # A batch of one would be compiled apart: a document that has come to its end accompanies it, or an empty one.
         n = max(documents, 2) if self.run.compile else documents
         leaf, loras = self.adapters.layers(n)
         end = self.end[:n].minimum(self.position + size)
@@ -2530,7 +2529,8 @@ class DocumentBatch:
             self.nll[:n].index_copy_(1, self.position + column, chunk)
         if train:
             loss = (nll.sum(1) / sums[:, 1].clamp_min(1).float()).sum()  # each gets its own gradient
-            self.adapters.step(torch.autograd.grad(loss, leaf)[0], self.lr)
+            # Who only accompanies stays as it is: replay's next epoch begins from there.
+            self.adapters.step(torch.autograd.grad(loss, leaf)[0][:documents], self.lr)
         if keep:
             self._push(n, width)
 
