@@ -9,6 +9,9 @@ Each finding is a line with its figure, pass or fail, and goes into the run's re
   decodes     (--decode) files that expand to the documents have the size that the score says
 """
 
+import common
+
+# isort: split
 import argparse
 import hashlib
 import json
@@ -20,7 +23,6 @@ from typing import Any, NamedTuple
 import numpy as np
 from tqdm import tqdm
 
-import common
 import sequential
 from sequential import train_gpt
 

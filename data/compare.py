@@ -7,13 +7,14 @@ the prediction before adaptation. Intervals are by bootstrap over documents
 (Efron 1979), with the same draws for every run, so that the gain over the best is compared document by document.
 """
 
+from common import Run, UserError, deliver, number, read_documents, read_run, read_scores, run_tool
+
+# isort: split
 import argparse
 import math
 from pathlib import Path
 
 import numpy as np
-
-from common import Run, UserError, deliver, number, read_documents, read_run, read_scores, run_tool
 
 SETTINGS = ["protocol", "context", "eval_seq_len", "n_epochs", "lora_lr", "chunk_size", "lora_rank", "weight_decay"]
 SETTINGS += ["lora_targets", "lora_alpha", "mixture_share", "mixture_lr"]

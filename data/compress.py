@@ -8,6 +8,9 @@ INPUT may hold any bytes; what the tokenizer cannot give back is kept beside its
 run's score, or of another of its figures. A machine that computes other numbers than the one that compressed says so.
 """
 
+from common import UserError
+
+# isort: split
 import argparse
 import dataclasses
 import functools
@@ -33,7 +36,6 @@ from tqdm import tqdm
 
 import common
 import sequential
-from common import UserError
 from sequential import ADAPTED, LAST_EPOCH, MIXTURE, NO_ADAPTATION, train_gpt
 
 MAGIC = b"GPTpress"

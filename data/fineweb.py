@@ -5,6 +5,9 @@
 Run it again to go on after an interruption. The environment variables of huggingface_hub apply.
 """
 
+from common import UserError, check_shard, naming, number, run_tool
+
+# isort: split
 import argparse
 import json
 import os
@@ -20,7 +23,6 @@ try:
 except ImportError:  # Windows: there nothing keeps two downloads into one folder apart
     fcntl = None
 
-from common import UserError, check_shard, naming, number, run_tool
 from text import load_tokenizer
 
 REPO = "willdepueoai/parameter-golf"

@@ -4,6 +4,9 @@ Each token is drawn from the model's prediction; at --temperature 0 it is the li
 first, as replay does to a document; --prompt - reads it from standard input.
 """
 
+import common
+
+# isort: split
 import argparse
 import sys
 from pathlib import Path
@@ -11,7 +14,6 @@ from pathlib import Path
 import numpy as np
 import torch
 
-import common
 import sequential
 from sequential import train_gpt
 

@@ -4,6 +4,9 @@ python data/plot.py runs/a runs/b --out pictures/runs
 python data/plot.py runs/a runs/a_single_pass --what ttt position documents --out pictures/evaluation
 """
 
+from common import UserError, naming, run_tool, write_atomic
+
+# isort: split
 import argparse
 import io
 import math
@@ -17,7 +20,6 @@ from typing import Any
 import numpy as np
 
 import common
-from common import UserError, naming, run_tool, write_atomic
 
 TENSORS = ["int5", "int6", "int8", "fp16", "fp32", "scale"]  # and what else has bytes, in the order of their bars
 KINDS = [*TENSORS, "header", "model", "code", "total"]

@@ -7,6 +7,9 @@ Replay's last epoch has trained on what it scores: it stands in a field of its o
 --out, the JSON is printed. --folder makes what a pull request needs: README, submission.json, source and logs.
 """
 
+from common import Run, UserError, new_directory, number, read_log, read_run, value_of, write_atomic
+
+# isort: split
 import argparse
 import json
 import math
@@ -20,7 +23,6 @@ from pathlib import Path
 from typing import Any
 
 import common
-from common import Run, UserError, new_directory, number, read_log, read_run, value_of, write_atomic
 
 BACKWARD_LOOKING = "backward-looking: every token is scored once, before any update has seen it"
 LABELS = {

@@ -3,6 +3,9 @@
 python data/sample.py
 """
 
+from common import UserError, check_shard, new_directory, run_tool, walk, write_atomic
+
+# isort: split
 import argparse
 import ast
 import inspect
@@ -15,7 +18,6 @@ from pathlib import Path
 import numpy as np
 
 import text
-from common import UserError, check_shard, new_directory, run_tool, walk, write_atomic
 
 FILES = "fineweb_train_000000.bin", "fineweb_val_000000.bin", "sample_1024_bpe.model"
 VOCAB_SIZE = 1024

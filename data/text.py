@@ -3,6 +3,9 @@
 python data/text.py notes/ book.txt dump.jsonl.zst --out data/mine --vocab-size 1024
 """
 
+from common import HEADER_BYTES, MAGIC, VERSION, UserError, naming, new_directory, number, run_tool, value_of
+
+# isort: split
 import argparse
 import hashlib
 import heapq
@@ -24,7 +27,6 @@ import numpy as np
 import sentencepiece as spm
 
 import common
-from common import HEADER_BYTES, MAGIC, VERSION, UserError, naming, new_directory, number, run_tool, value_of
 
 PAD, BOS, EOS, UNK = range(4)
 RESERVED = 4 + 256  # the four ids above and one piece for every byte

@@ -13,6 +13,8 @@ import pty
 import random
 import re
 import resource
+import shutil
+import signal
 import subprocess
 import sys
 import threading
@@ -27,7 +29,7 @@ import zstandard
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from tools import DATA, call, common, is_one_line_error, sample, text
+from tools import DATA, Result, call, common, is_one_line_error, sample, text
 
 FAST = settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
 OPTIONS = "--vocab-size", 300, "--threads", 1
@@ -158,6 +160,89 @@ def test_no_more_threads_is_one_line_and_leaves_nothing(
     result = call(text, corpus, "--out", tmp_path / "set", "--vocab-size", 300, "--threads", 4)
     assert is_one_line_error(result, "thread", "--threads")
     assert [path.name for path in tmp_path.iterdir()] == ["in.jsonl"]
+
+
+# ---------------------------------------------------------------------------------------------- signals
+
+TOOLS = ["text", "fineweb", "sample", "compare", "plot", "audit", "compress", "generate"]  # record.py imports none
+
+
+def with_numpy(folder: Path, source: str, tool: str) -> subprocess.CompletedProcess:
+    """Runs a tool that imports this for numpy, the first package that each of them imports."""
+    (folder / "numpy.py").write_text(source)
+    env = os.environ | {"PYTHONPATH": str(folder)}
+    return subprocess.run([sys.executable, DATA / f"{tool}.py"], env=env, capture_output=True, text=True, check=False)
+
+
+@pytest.mark.parametrize("tool", TOOLS)
+def test_ctrl_c_while_a_tool_imports_is_quiet(tmp_path: Path, tool: str) -> None:
+    run = with_numpy(tmp_path, "import os, signal, time\nos.kill(os.getpid(), signal.SIGINT)\ntime.sleep(9)", tool)
+    assert (run.returncode, run.stdout, run.stderr) == (-signal.SIGINT, "", "")  # of which a shell makes 130
+
+
+@pytest.mark.parametrize("tool", ["sample", "compress"])
+def test_a_package_that_is_missing_is_one_line(tmp_path: Path, tool: str) -> None:
+    run = with_numpy(tmp_path, "raise ModuleNotFoundError(\"No module named 'numpy'\", name='numpy')", tool)
+    assert is_one_line_error(Result(run.returncode, run.stdout, run.stderr), "pip install numpy")
+
+
+def test_a_tool_that_is_imported_leaves_signals_alone() -> None:
+    code = "import signal, text; assert signal.getsignal(signal.SIGINT) == signal.default_int_handler"
+    subprocess.run([sys.executable, "-c", code], cwd=DATA, check=True)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_further_signals_do_not_disturb_the_cleaning(
+    tmp_path: Path, corpus: Path, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    rmtree = shutil.rmtree
+
+    def stop(*_: object) -> None:
+        os.kill(os.getpid(), number)
+
+    def disturbed(*arguments: object, **options: object) -> None:
+        stop()
+        rmtree(*arguments, **options)
+
+    def train(*_: object) -> None:
+        try:
+            stop()
+        finally:
+            stop()  # as by who presses it twice
+
+    monkeypatch.setattr(text, "train_tokenizer", train)
+    monkeypatch.setattr(shutil, "rmtree", disturbed)
+    result = call(text, corpus, "--out", tmp_path / "set", *OPTIONS)
+    assert result.code == 128 + number
+    assert result.err == ("error: interrupted — run it again\n" if number == signal.SIGINT else "")
+    assert [path.name for path in tmp_path.iterdir()] == ["in.jsonl"]
+
+
+def test_a_signal_while_an_error_is_cleaned_up_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rmtree = shutil.rmtree
+
+    def disturbed(*arguments: object, **options: object) -> None:
+        os.kill(os.getpid(), signal.SIGINT)
+        rmtree(*arguments, **options)
+
+    monkeypatch.setattr(shutil, "rmtree", disturbed)
+    result = call(text, tmp_path, "--out", tmp_path / "set", *OPTIONS)
+    assert is_one_line_error(result, "0 distinct documents") and not list(tmp_path.iterdir())
+
+
+def test_a_signal_that_comes_later_ends_what_is_stuck(tmp_path: Path) -> None:
+    code = f"""
+import common, os, signal
+def main(parser):
+    common.PATIENCE = 0
+    try:
+        os.kill(os.getpid(), {int(signal.SIGTERM)})
+    finally:
+        os.kill(os.getpid(), {int(signal.SIGTERM)})
+        print("still there")
+common.run_tool(main)"""
+    run = subprocess.run([sys.executable, "-c", code], cwd=DATA, capture_output=True, text=True, check=False)
+    assert (run.returncode, run.stdout, run.stderr) == (143, "", "")
 
 
 # ---------------------------------------------------------------------------------------------- files
