@@ -45,6 +45,16 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message} — see --help")
 
+    def print_help(self, file: TextIO | None = None) -> None:
+        deliver(self.format_help().rstrip())
+
+
+def place(text: str) -> Path:
+    """An argparse type: a path. An empty one, as of a variable that is not set, would mean the folder at hand."""
+    if not text.strip() or "\0" in text:
+        raise argparse.ArgumentTypeError(f"{text!r} is no path")
+    return Path(text)
+
 
 def number(kind: type, low: float, high: float = math.inf) -> Callable[[str], Any]:
     """Returns an argparse type: an int from `low` to `high`, or a float strictly between them."""
@@ -64,7 +74,7 @@ class Console:
 
     def __init__(self, stream: TextIO | None) -> None:
         self.stream = stream or io.StringIO()  # None: the process was started without it
-        self.lost: Exception | None = None
+        self.lost: Exception | None = None if stream else OSError(errno.EBADF, "closed")
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.stream, name)
@@ -112,6 +122,7 @@ ADVICE = {
     errno.ENOTDIR: "check the path",
     errno.EISDIR: "give a file",
     errno.ENAMETOOLONG: "choose a shorter name",
+    errno.ELOOP: "these links lead in a circle: give another path",
 }
 
 
@@ -205,6 +216,13 @@ def run_tool(main: Callable[[argparse.ArgumentParser], None]) -> NoReturn:
     sys.exit(code)
 
 
+def followed(path: Path) -> Path:
+    """Where a path leads, absolute; OSError for links in a circle, of which Path.resolve() makes another error."""
+    with suppress(FileNotFoundError):
+        path.stat()
+    return Path(os.path.realpath(path))
+
+
 @contextmanager
 def naming(path: Path) -> Iterator[None]:
     """An OSError from within that names no file gets this one: those of reading, writing and closing name none."""
@@ -222,7 +240,7 @@ def write_atomic(path: Path, content: bytes) -> None:
         with naming(path), path.open("wb") as file:
             file.write(content)
         return
-    path = path.resolve()  # a link stays one
+    path = followed(path)  # a link stays one
     partial = path.with_name(f"{path.name}.tmp-{os.getpid()}")
     try:
         with naming(path):
@@ -244,7 +262,7 @@ def new_directory(out: Path) -> Iterator[Path]:
     there = out.is_dir()
     if out.is_file() or (there and set(os.listdir(out)) - {"lost+found"}):
         raise UserError(f"{out} is a file or a folder that is not empty — choose another folder, or delete it")
-    out = out.resolve()
+    out = followed(out)
     partial = out / f".partial-{os.getpid()}" if there else out.with_name(f"{out.name}.partial-{os.getpid()}")
     partial.mkdir(parents=True)
     moved: list[Path] = []

@@ -7,7 +7,7 @@ the prediction before adaptation. Intervals are by bootstrap over documents
 (Efron 1979), with the same draws for every run, so that the gain over the best is compared document by document.
 """
 
-from common import Run, UserError, deliver, number, read_documents, read_run, read_scores, run_tool
+from common import Run, UserError, deliver, number, place, read_documents, read_run, read_scores, run_tool
 
 # isort: split
 import argparse
@@ -80,7 +80,7 @@ def warnings(bytes_: np.ndarray) -> list[str]:
 
 def main(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("runs", nargs="+", type=Path, metavar="RUN", help="a run's folder")
+    add("runs", nargs="+", type=place, metavar="RUN", help="a run's folder")
     add("--samples", type=number(int, 1), default=10_000, help="of the bootstrap (default: %(default)s)")
     add("--seed", type=number(int, 0), default=0, help="of the bootstrap (default: %(default)s)")
     options = parser.parse_args()

@@ -5,7 +5,7 @@
 Run it again to go on after an interruption. The environment variables of huggingface_hub apply.
 """
 
-from common import UserError, check_shard, naming, number, run_tool
+from common import UserError, check_shard, naming, number, place, run_tool
 
 # isort: split
 import argparse
@@ -129,7 +129,7 @@ def main(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--variant", default="sp1024", help="the tokenization (default sp1024)")
     add("--train-shards", type=number(int, 1), default=80, help="of 100 million tokens each (default 80)")
-    add("--out", type=Path, default=Path(__file__).parent, help="gets datasets/ and tokenizers/ (default: this folder)")
+    add("--out", type=place, default=Path(__file__).parent, help="gets datasets/, tokenizers/ (default: this folder)")
     options = parser.parse_args()
     out = options.out
     with staging(out) as partial:

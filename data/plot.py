@@ -4,7 +4,7 @@ python data/plot.py runs/a runs/b --out pictures/runs
 python data/plot.py runs/a runs/a_single_pass --what ttt position documents --out pictures/evaluation
 """
 
-from common import UserError, naming, run_tool, write_atomic
+from common import UserError, naming, place, run_tool, write_atomic
 
 # isort: split
 import argparse
@@ -381,14 +381,16 @@ def draw(runs: list[Run], wanted: list[str]) -> Any:
 
 
 def main(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="a run's folder, or a log")
-    parser.add_argument("--out", type=Path, required=True, metavar="PREFIX", help="writes PREFIX.png and PREFIX.svg")
+    parser.add_argument("runs", nargs="+", type=place, metavar="RUN", help="a run's folder, or a log")
+    parser.add_argument("--out", type=place, required=True, metavar="PREFIX", help="writes PREFIX.png and PREFIX.svg")
     parser.add_argument("--what", nargs="+", choices=PANELS, default=list(PANELS), help="panels; default: all")
     options = parser.parse_args()
     import matplotlib
 
     runs = read_runs(options.runs)
     prefix = options.out.with_suffix("") if options.out.suffix in (".png", ".svg") else options.out
+    if prefix.name in ("", ".."):
+        raise UserError(f"{options.out} names no file — give what the names of the pictures shall begin with")
     prefix.parent.mkdir(parents=True, exist_ok=True)
     with matplotlib.rc_context(STYLE):
         figure = draw(runs, options.what)

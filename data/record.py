@@ -7,7 +7,7 @@ Replay's last epoch has trained on what it scores: it stands in a field of its o
 --out, the JSON is printed. --folder makes what a pull request needs: README, submission.json, source and logs.
 """
 
-from common import Run, UserError, new_directory, number, read_log, read_run, value_of, write_atomic
+from common import Run, UserError, new_directory, number, place, read_log, read_run, value_of, write_atomic
 
 # isort: split
 import argparse
@@ -356,10 +356,10 @@ def write_folder(folder: Path, runs: list[Run], content: dict[str, Any], encoded
 
 def main(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("results", nargs="+", type=Path, metavar="RUN", help="a run's folder")
+    add("results", nargs="+", type=place, metavar="RUN", help="a run's folder")
     add("--baseline-loss", type=number(float, 0), metavar="NATS", help="per token: val_loss of the record to beat")
-    add("--out", type=Path, metavar="FILE", help="write the JSON there (default: print it)")
-    add("--folder", type=Path, help="make the folder of a pull request instead")
+    add("--out", type=place, metavar="FILE", help="write the JSON there (default: print it)")
+    add("--folder", type=place, help="make the folder of a pull request instead")
     placeholder = json.loads(PLACEHOLDER.read_bytes())
     for name in ABOUT:
         default = "the author in submission.json" if name in ("author", "github_id") else "by the first run's settings"

@@ -3,7 +3,7 @@
 python data/sample.py
 """
 
-from common import UserError, check_shard, new_directory, run_tool, walk, write_atomic
+from common import UserError, check_shard, new_directory, place, run_tool, walk, write_atomic
 
 # isort: split
 import argparse
@@ -111,7 +111,7 @@ def is_whole(out: Path) -> bool:
 
 def main(parser: argparse.ArgumentParser) -> None:
     here = Path(__file__).resolve().parent
-    parser.add_argument("--out", type=Path, default=here / "sample", help="default: %(default)s")
+    parser.add_argument("--out", type=place, default=here / "sample", help="default: %(default)s")
     out = parser.parse_args().out
     if is_whole(out):
         print(f"{out} is complete already (delete it to build it again)")

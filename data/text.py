@@ -3,7 +3,7 @@
 python data/text.py notes/ book.txt dump.jsonl.zst --out data/mine --vocab-size 1024
 """
 
-from common import HEADER_BYTES, MAGIC, VERSION, UserError, naming, new_directory, number, run_tool, value_of
+from common import HEADER_BYTES, MAGIC, VERSION, UserError, naming, new_directory, number, place, run_tool, value_of
 
 # isort: split
 import argparse
@@ -92,14 +92,25 @@ def write_splits(folder: Path, documents: Iterable[tuple[bool, np.ndarray]], sha
 
 def find_files(paths: Iterable[Path]) -> tuple[list[Path], int]:
     """Returns the text files among `paths`, folders searched through in sorted order, and the number of others, links
-    that lead nowhere among them. OSError for a folder that cannot be read."""
+    that lead nowhere among them; says which have a text's name and are no file. OSError for a folder that cannot be
+    read."""
     found = []
     for path in paths:
         if not path.is_dir() and not (path.exists() and kind_of(path)):
             raise UserError(f"{path} does not exist or is no .txt, .md, .jsonl (also .gz, .zst) or .parquet — give one")
+        if is_special(path):
+            raise UserError(f"{path} is a pipe, a socket or a device, and text is read twice — give a file")
         found += common.walk(path) if path.is_dir() else [path]
-    files = [path for path in found if kind_of(path) and (path in paths or path.is_file())]
+    texts = [path for path in found if kind_of(path)]
+    if special := [ascii(str(path)) for path in texts if is_special(path)]:
+        print(f"not read, for these are pipes, sockets or devices: {', '.join(special)}")
+    files = [path for path in texts if path.is_file()]
     return files, len(found) - len(files)
+
+
+def is_special(path: Path) -> bool:
+    """Whether this is what may keep a reader waiting forever: a pipe, a socket, a device."""
+    return path.exists() and not path.is_file() and not path.is_dir()
 
 
 def kind_of(path: Path) -> str | None:
@@ -400,10 +411,10 @@ def notes(counts: Counter, lost: Counter) -> list[str]:
 
 def main(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("inputs", nargs="+", type=Path, metavar="INPUT", help="files or folders: .txt .md .jsonl (.gz .zst) .parquet")
-    add("--out", type=Path, required=True, help="the dataset's folder")
+    add("inputs", nargs="+", type=place, metavar="INPUT", help="files or folders: .txt .md .jsonl (.gz .zst) .parquet")
+    add("--out", type=place, required=True, help="the dataset's folder")
     add("--vocab-size", type=number(int, RESERVED + 1, 1 << 16), default=1024, help="pieces to train (default 1024)")
-    add("--tokenizer", type=Path, help="use this SentencePiece model and train none")
+    add("--tokenizer", type=place, help="use this SentencePiece model and train none")
     add("--delimiter", default="", help="parts documents in text files; \\n, \\r, \\t understood (default: none)")
     add("--val-fraction", type=number(float, 0, 1), default=0.01, help="share for validation (default 0.01)")
     add("--seed", type=int, default=0, help="of the split and of the tokenizer's sample (default 0)")

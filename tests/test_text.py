@@ -15,12 +15,14 @@ import re
 import resource
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import pytest
@@ -29,7 +31,7 @@ import zstandard
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from tools import DATA, Result, call, common, is_one_line_error, sample, text
+from tools import DATA, Result, call, common, compare, fineweb, is_one_line_error, plot, record, sample, text
 
 FAST = settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
 OPTIONS = "--vocab-size", 300, "--threads", 1
@@ -160,6 +162,60 @@ def test_no_more_threads_is_one_line_and_leaves_nothing(
     result = call(text, corpus, "--out", tmp_path / "set", "--vocab-size", 300, "--threads", 4)
     assert is_one_line_error(result, "thread", "--threads")
     assert [path.name for path in tmp_path.iterdir()] == ["in.jsonl"]
+
+
+PLACES = [
+    (text, ["", "--out", "x"]),
+    (text, ["in.jsonl", "--out", ""]),
+    (text, ["in.jsonl", "--tokenizer", "", "--out", "x"]),
+    (fineweb, ["--out", " "]),
+    (sample, ["--out", ""]),
+    (record, ["run", "--out", ""]),
+    (record, ["run", "--folder", ""]),
+    (record, [""]),
+    (compare, ["run", ""]),
+    (plot, ["run", "--out", ""]),
+    (plot, ["", "--out", "x"]),
+    (plot, ["run", "--out", "a\0b"]),
+]
+
+
+@pytest.mark.parametrize(("tool", "arguments"), PLACES)
+def test_an_empty_path_is_not_the_folder_at_hand(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tool: ModuleType, arguments: list[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert is_one_line_error(call(tool, *arguments), "is no path")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("out", ["/", ".", "..", "a/.."])
+def test_a_picture_needs_a_name(tmp_path: Path, out: str) -> None:
+    (tmp_path / "log.txt").write_text("Code size: 1 bytes\n")
+    assert is_one_line_error(call(plot, tmp_path / "log.txt", "--out", out), out, "names no file")
+
+
+def test_links_in_a_circle_are_one_line(tmp_path: Path, corpus: Path) -> None:
+    loop = tmp_path / "loop"
+    loop.symlink_to(loop)
+    assert is_one_line_error(call(text, corpus, "--out", loop, *OPTIONS), "loop", "circle")
+    with pytest.raises(OSError, match="loop"):
+        common.write_atomic(loop, b"")
+
+
+@pytest.mark.parametrize("tool", [text, fineweb, sample, record, compare, plot])
+def test_help_that_is_lost_is_an_error(tool: ModuleType) -> None:
+    assert call(tool, "--help").out.startswith("usage: ")
+    with full() as stream:
+        assert is_one_line_error(call(tool, "--help", stdout=stream), "standard output", "No space left")
+    with unread() as stream:
+        assert call(tool, "--help", stdout=stream).code == 0
+
+
+def test_help_without_a_console_is_an_error() -> None:
+    command = f"exec {sys.executable} {DATA / 'record.py'} --help >&-"
+    run = subprocess.run(["sh", "-c", command], capture_output=True, text=True, check=False)
+    assert is_one_line_error(Result(run.returncode, run.stdout, run.stderr), "standard output", "closed")
 
 
 # ---------------------------------------------------------------------------------------------- signals
@@ -379,6 +435,34 @@ def test_names_that_are_not_utf8_are_read(tmp_path: Path, suffix: bytes) -> None
     with open(os.fsencode(tmp_path) + b"/caf\xe9.txt.gz", "wb") as file:
         file.write(b"no gzip")
     assert is_one_line_error(call(text, tmp_path, "--out", tmp_path / "set"), "caf", "damaged")
+
+
+def special_files(folder: Path) -> list[Path]:
+    """A pipe that nobody writes to, a socket, and a link to a device without end, all with names of texts."""
+    pipe, socket_, device = (folder / f"{name}.txt" for name in ("pipe", "socket", "device"))
+    os.mkfifo(pipe)
+    with contextlib.chdir(folder), socket.socket(socket.AF_UNIX) as listening:  # a socket's path must be short
+        listening.bind(socket_.name)
+    device.symlink_to("/dev/zero")
+    return [pipe, socket_, device]
+
+
+def test_pipes_sockets_and_devices_in_a_folder_are_passed_over_and_named(tmp_path: Path, corpus: Path) -> None:
+    folder = tmp_path / "in"
+    folder.mkdir()
+    special = special_files(folder)
+    corpus.rename(folder / "in.jsonl")
+    result = call(text, folder, "--out", tmp_path / "set", *OPTIONS)
+    assert result.code == 0 and len(documents(tmp_path / "set")) == 40
+    first, *_ = result.out.splitlines()
+    assert first.startswith("not read") and all(str(path) in first for path in special)
+
+
+def test_a_pipe_a_socket_or_a_device_is_no_input(tmp_path: Path, corpus: Path) -> None:
+    for path in special_files(tmp_path):
+        result = call(text, corpus, path, "--out", tmp_path / "set", *OPTIONS)
+        assert is_one_line_error(result, path.name, "pipe", "give a file")
+    assert not (tmp_path / "set").exists()
 
 
 # ---------------------------------------------------------------------------------------------- delimiters
