@@ -286,6 +286,11 @@ def new_directory(out: Path) -> Iterator[Path]:
             shutil.rmtree(partial, ignore_errors=True)
 
 
+def is_special(path: Path) -> bool:
+    """Whether this is what may keep a reader waiting forever: a pipe, a socket, a device."""
+    return path.exists() and not path.is_file() and not path.is_dir()
+
+
 def walk(folder: Path) -> list[Path]:
     """All that a folder holds at any depth, but folders, sorted. Links are followed, and no folder is read twice;
     OSError for one that cannot be read."""

@@ -98,19 +98,14 @@ def find_files(paths: Iterable[Path]) -> tuple[list[Path], int]:
     for path in paths:
         if not path.is_dir() and not (path.exists() and kind_of(path)):
             raise UserError(f"{path} does not exist or is no .txt, .md, .jsonl (also .gz, .zst) or .parquet — give one")
-        if is_special(path):
+        if common.is_special(path):
             raise UserError(f"{path} is a pipe, a socket or a device, and text is read twice — give a file")
         found += common.walk(path) if path.is_dir() else [path]
     texts = [path for path in found if kind_of(path)]
-    if special := [ascii(str(path)) for path in texts if is_special(path)]:
+    if special := [ascii(str(path)) for path in texts if common.is_special(path)]:
         print(f"not read, for these are pipes, sockets or devices: {', '.join(special)}")
     files = [path for path in texts if path.is_file()]
     return files, len(found) - len(files)
-
-
-def is_special(path: Path) -> bool:
-    """Whether this is what may keep a reader waiting forever: a pipe, a socket, a device."""
-    return path.exists() and not path.is_file() and not path.is_dir()
 
 
 def kind_of(path: Path) -> str | None:
