@@ -267,11 +267,12 @@ def new_directory(out: Path) -> Iterator[Path]:
     partial.mkdir(parents=True)
     moved: list[Path] = []
     try:
-        if there and set(os.listdir(out)) - {"lost+found", partial.name}:
-            raise UserError(f"another run began to fill {out} at the same moment — run it again")
+        if there and (others := set(os.listdir(out)) - {"lost+found", partial.name}):
+            who = "another run" if any(name.startswith(".partial-") for name in others) else "something else"
+            raise UserError(f"{who} began to fill {out} at the same moment — run it again")
         yield partial
         if out.exists() and not there:
-            raise UserError(f"another run has made {out} meanwhile — use that, or choose another folder")
+            raise UserError(f"{out} has been made meanwhile, as another run would — use that, or choose another folder")
         if not there:
             partial.rename(out)
         for path in sorted(partial.iterdir()) if there else ():
@@ -391,9 +392,15 @@ def deadline_cut(score: int, last: int) -> str:
 
 def read_run(path: Path) -> Run:
     """Reads a run by its folder, or by the result.json in it; UserError if it is anything else."""
+    if not path.exists():
+        raise UserError(f"{path} does not exist — give a run's folder")
     path = path / "result.json" if path.is_dir() else path
     if path.name != "result.json":
         raise UserError(f"{path} is no run — give a run's folder")
+    if not path.exists():
+        raise UserError(
+            f"{path.parent} has no result.json, which a run writes at its end — give a finished run's folder"
+        )
     try:
         result = json.loads(path.read_bytes(), parse_int=bounded, parse_float=bounded, parse_constant=bounded)
         json.dumps(result, ensure_ascii=False).encode()  # no half of a character
@@ -481,7 +488,10 @@ def read_log(run: Run) -> tuple[bytes, bytes]:
     """Returns a run's log and the source that stands in it; UserError if the log is another run's or not there."""
     path = run.path.with_name("train.log")
     log = path.read_bytes()
-    if not re.search(rb"^[* ]*RUN_ID=%b\s*$" % re.escape(run.result["run_id"].encode()), log, re.MULTILINE):
+    ids = re.findall(rb"^[* ]*RUN_ID=(.*?)\s*$", log, re.MULTILINE)
+    if not ids:
+        raise UserError(f"{path} names no RUN_ID — {UNTOUCHED}")
+    if run.result["run_id"].encode().rstrip() not in ids:
         raise UserError(f"{path} belongs to another run than {run.result['run_id']} — {UNTOUCHED}")
     for found in re.finditer(rb'^"""', log, re.MULTILINE):  # the source begins with its docstring
         source = log[found.start() : found.start() + run.result["source_bytes"]]

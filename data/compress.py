@@ -168,7 +168,9 @@ def quantised(nll: np.ndarray) -> np.ndarray:
     probabilities = np.exp(-nll.astype(np.float64))
     total = COUNTS - len(nll)
     if not 0 < probabilities.sum() < math.inf:
-        raise UserError("the model predicts no numbers but NaN — use a run whose score is finite")
+        raise UserError(
+            "the model predicts no probabilities: their sum is 0, infinite or NaN — use a run whose score is finite"
+        )
     counts = np.floor(probabilities * (total / probabilities.sum()))
     counts[counts.argmax()] += total - counts.sum()
     return counts

@@ -224,7 +224,8 @@ def read_lines(log: Path, run: Run) -> None:
             try:
                 run.read_line(line.rstrip("\n"))
             except (ValueError, KeyError) as error:
-                raise UserError(f"{log} line {number} is damaged ({error}) — give an untouched log") from error
+                what = f"no {error.args[0]}" if isinstance(error, KeyError) else error
+                raise UserError(f"{log} line {number} is damaged ({what}) — give an untouched log") from error
             while line and not line.endswith("\n"):
                 line = lines.readline(LINE)
 

@@ -96,6 +96,8 @@ def is_whole(out: Path) -> bool:
     """Whether `out` is the sample. UserError if it is something else, or only a part of it."""
     if not out.is_dir() or not any(out.iterdir()):
         return False
+    if not any((out / name).exists() for name in FILES):
+        raise UserError(f"{out} is not empty, and has no file of the sample — choose another --out")
     for name in FILES:
         try:
             content = (out / name).read_bytes() if name == FILES[2] else check_shard(out / name)

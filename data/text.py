@@ -96,8 +96,10 @@ def find_files(paths: Iterable[Path]) -> tuple[list[Path], int]:
     read."""
     found = []
     for path in paths:
-        if not path.is_dir() and not (path.exists() and kind_of(path)):
-            raise UserError(f"{path} does not exist or is no .txt, .md, .jsonl (also .gz, .zst) or .parquet — give one")
+        if not path.exists():
+            raise UserError(f"{path} does not exist — check the path")
+        if not path.is_dir() and not kind_of(path):
+            raise UserError(f"{path} is no .txt, .md, .jsonl (also .gz, .zst) or .parquet — give one")
         if common.is_special(path):
             raise UserError(f"{path} is a pipe, a socket or a device, and text is read twice — give a file")
         found += common.walk(path) if path.is_dir() else [path]
@@ -158,7 +160,7 @@ def read_texts(path: Path, delimiter: str, counts: Counter) -> Iterator[str]:
             raise UserError(
                 f"{path} is compressed with a window over 128 MiB — unpack it first: zstd -d --long=31"
             ) from error
-        raise UserError(f"{path} is damaged ({error}) — get it again") from error
+        raise UserError(f"{path} is damaged or not what its name says ({error}) — get it again") from error
     if delimiter and kind in (".txt", ".md"):
         counts["cut" if line > 1 else "uncut"] += 1
 
@@ -277,7 +279,8 @@ def encode(texts: list[str], tokenizer: spm.SentencePieceProcessor) -> list[Enco
     for text in texts:
         tokens = tokenizer.encode(text, return_type="numpy")
         if tokens[0] != BOS or np.count_nonzero(tokens == BOS) > 1:
-            raise UserError(f"the tokenizer has BOS within the text {text[:40]!r} — choose another --tokenizer")
+            what = f"the tokenizer has no BOS before, or BOS within the text {text[:40]!r}"
+            raise UserError(f"{what} — choose another --tokenizer")
         back = tokenizer.decode(tokens)
         encoded.append(Encoded(tokens, None if back == text else len(back.encode(errors="replace"))))
     return encoded
@@ -406,7 +409,13 @@ def notes(counts: Counter, lost: Counter) -> list[str]:
 
 def main(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("inputs", nargs="+", type=place, metavar="INPUT", help="files or folders: .txt .md .jsonl (.gz .zst) .parquet")
+    add(
+        "inputs",
+        nargs="+",
+        type=place,
+        metavar="INPUT",
+        help="files or folders: .txt .md .jsonl (.gz .zst) .parquet",
+    )
     add("--out", type=place, required=True, help="the dataset's folder")
     add("--vocab-size", type=number(int, RESERVED + 1, 1 << 16), default=1024, help="pieces to train (default 1024)")
     add("--tokenizer", type=place, help="use this SentencePiece model and train none")

@@ -342,8 +342,8 @@ def test_a_dataset_that_is_there_is_never_touched(tmp_path: Path, corpus: Path) 
 
 
 MISTAKES = {
-    "missing file": (["nothing.txt"], ["nothing.txt", "does not exist"]),
-    "unknown kind": (["a.pdf"], ["a.pdf", ".parquet"]),
+    "missing file": (["nothing.txt"], ["nothing.txt does not exist —"]),
+    "unknown kind": (["a.pdf"], ["a.pdf is no", ".parquet"]),
     "one document": (["one.txt"], ["1 distinct documents", "--delimiter"]),
     "no document": (["empty"], ["0 distinct documents"]),
     "too little text": (["two.jsonl"], ["few", "--vocab-size"]),

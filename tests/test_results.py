@@ -811,6 +811,45 @@ def test_files_of_another_kind_are_refused(runs: Callable[..., list[Path]], tmp_
     assert not (tmp_path / "s.json").exists()
 
 
+def test_what_is_to_be_changed_is_named_as_it_is_set(runs: Callable[..., list[Path]], tmp_path: Path) -> None:
+    report = call(record, *runs(lambda _: None, put("settings.ttt_lora_lr", 0.002)), "--baseline-loss", 1.936).err
+    assert "settings.ttt_lora_lr: 0.001 and 0.002 (set TTT_LORA_LR alike)" in report
+    assert "better than the baseline: p = " in report and "not below 0.01" in report
+    assert "no certificate: python data/audit.py RUN" in report
+    assert report.endswith("status: non-record (a rule of the challenge fails)\n")
+    report = call(record, *runs()).err
+    assert (
+        "takes --baseline-loss and at least 2 runs" in report and "(no rule fails, and one cannot be judged)" in report
+    )
+
+
+def test_a_run_that_is_not_there_or_not_finished_is_said_to_be_so(tmp_path: Path) -> None:
+    (tmp_path / "begun").mkdir()
+    for tool in (record, compare):
+        assert is_one_line_error(call(tool, tmp_path / "none"), "none does not exist")
+        assert is_one_line_error(call(tool, tmp_path / "begun"), "begun has no result.json", "finished run")
+
+
+def test_one_cause_is_given_for_a_folder_that_cannot_be_made(runs: Callable[..., list[Path]], tmp_path: Path) -> None:
+    out = "--folder", tmp_path / "folder"
+    paths = runs()
+    assert is_one_line_error(call(record, *paths, paths[0], *out), "same seed")
+    other = SOURCE.replace("scores", "counts")
+
+    def change(result: dict[str, Any]) -> None:
+        result.update(source_sha256=hashlib.sha256(other.encode()).hexdigest())
+
+    paths = runs(change)
+    paths[0].with_name("train.log").write_text(a_log("run42", other))
+    assert is_one_line_error(call(record, *paths, *out), "several train_gpt.py")
+
+
+def test_a_log_without_a_name_is_not_called_anothers(runs: Callable[..., list[Path]]) -> None:
+    (path,) = runs(losses=LOSSES[:1])
+    path.with_name("train.log").write_text(SOURCE)
+    assert is_one_line_error(call(record, path), "names no RUN_ID")
+
+
 # ---------------------------------------------------------------------------------------------- plot.py
 
 OURS = SOURCE + "\n".join(
@@ -1197,7 +1236,10 @@ def test_compare_weighs_documents_by_their_bytes(tmp_path: Path) -> None:
     run = a_scored_run(
         tmp_path / "a", without, without - np.array([0.0, 10.0]), bytes_, ttt_protocol="replay", ttt_n_epochs=50
     )
-    (row,) = cells(call(compare, run).out)
+    out = call(compare, run).out
+    assert "protocol to mixture_lr are settings" in out and "gain is how far" in out
+    (row,) = cells(out)
+    assert row["run"] == str(run)
     assert float(row["gain"]) == pytest.approx(10 / math.log(2) / 1010, abs=5e-5)
     assert (row["protocol"], row["n_epochs"], row["lora_lr"]) == ("replay", "1 of 50", "0.001")
     assert (row["mixture"], row["mixture_share"]) == ("–", "–")
@@ -1240,7 +1282,8 @@ def test_compare_refuses_what_cannot_be_compared(tmp_path: Path) -> None:
         call(compare, good, a_scored_run(tmp_path / "other", a, a, b + 1)), "other", "same documents"
     )
     same_scores = a_scored_run(tmp_path / "model", a, a, b, weights="bb")  # equal scores do not make one model
-    assert is_one_line_error(call(compare, good, same_scores), "different models")
+    result = call(compare, good, same_scores)
+    assert is_one_line_error(result, "different models", f"EVAL_ONLY={good / 'final_model.ptz'}", "record.py")
     assert is_one_line_error(
         call(compare, a_scored_run(tmp_path / "late", a, a, b, lacking=1)), "late", "EVAL_MAX_SECONDS"
     )

@@ -632,3 +632,9 @@ def test_an_incomplete_sample_is_to_be_deleted(tmp_path: Path, corpus: Path, mon
         (out / name).write_bytes(whole[: len(whole) // 2])
         assert is_one_line_error(call(sample, "--out", out), name, "damaged", "delete it")
         (out / name).write_bytes(whole)
+
+
+def test_a_folder_of_something_else_is_not_to_be_deleted(tmp_path: Path) -> None:
+    (tmp_path / "thesis.txt").touch()
+    result = call(sample, "--out", tmp_path)
+    assert is_one_line_error(result, "no file of the sample", "another --out") and "delete" not in result.err
