@@ -9,18 +9,19 @@ Each finding is a line with its figure, pass or fail, and goes into the run's re
   decodes     (--decode) files that expand to the documents have the size that the score says
 """
 
+import common
+
+# isort: split
 import argparse
 import hashlib
 import json
 import sys
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 from tqdm import tqdm
 
-import common
 import sequential
 from sequential import train_gpt
 
@@ -269,7 +270,7 @@ def certify(left: common.Run, documents: int, decode: bool) -> tuple[dict[str, A
 
 
 def main(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="a run's folder")
+    parser.add_argument("runs", nargs="+", type=common.place, metavar="RUN", help="a run's folder")
     parser.add_argument("--documents", type=common.number(int, 1), default=2, metavar="K", help="default: 2")
     parser.add_argument("--decode", action="store_true", help="compress and expand K documents, too: it takes long")
     options = parser.parse_args()

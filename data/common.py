@@ -1,23 +1,36 @@
 """What the tools of this folder share: consoles, errors, command lines, whole files and folders, shards, and runs."""
 
+import os
+import signal
+import sys
+
+if os.path.dirname(os.path.realpath(getattr(sys.modules["__main__"], "__file__", os.devnull))) == os.path.dirname(
+    os.path.realpath(__file__)
+):  # a tool has been started: until run_tool() takes over, it imports, which may take seconds
+    sys.excepthook = lambda _, error, trace: fail_to_import(error, trace)
+    if signal.getsignal(signal.SIGINT) == signal.default_int_handler:  # else it is to be ignored
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+# Python's own modules alone: each tool imports this one first, and is soon in a state to be interrupted.
 import argparse
 import errno
 import hashlib
 import io
 import json
 import math
-import os
 import re
 import shutil
-import signal
-import sys
+import struct
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn, TextIO
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, NoReturn, TextIO
 
-import numpy as np
+if TYPE_CHECKING:
+    import numpy as np
 
 MAGIC, VERSION, HEADER_BYTES = 20240520, 1, 1024
 
@@ -31,6 +44,16 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message} — see --help")
+
+    def print_help(self, file: TextIO | None = None) -> None:
+        deliver(self.format_help().rstrip())
+
+
+def place(text: str) -> Path:
+    """An argparse type: a path. An empty one, as of a variable that is not set, would mean the folder at hand."""
+    if not text.strip() or "\0" in text:
+        raise argparse.ArgumentTypeError(f"{text!r} is no path")
+    return Path(text)
 
 
 def number(kind: type, low: float, high: float = math.inf) -> Callable[[str], Any]:
@@ -51,7 +74,7 @@ class Console:
 
     def __init__(self, stream: TextIO | None) -> None:
         self.stream = stream or io.StringIO()  # None: the process was started without it
-        self.lost: Exception | None = None
+        self.lost: Exception | None = None if stream else OSError(errno.EBADF, "closed")
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.stream, name)
@@ -99,6 +122,7 @@ ADVICE = {
     errno.ENOTDIR: "check the path",
     errno.EISDIR: "give a file",
     errno.ENAMETOOLONG: "choose a shorter name",
+    errno.ELOOP: "these links lead in a circle: give another path",
 }
 
 
@@ -119,19 +143,64 @@ def explain(error: Exception) -> str | None:
     return None
 
 
+def fail_to_import(error: BaseException, trace: TracebackType | None) -> None:
+    """What Python does with an error outside of run_tool(): one line for a package that is not installed."""
+    if not isinstance(error, ModuleNotFoundError):
+        sys.__excepthook__(type(error), error, trace)
+        return
+    print(f"error: {explain(error)}", file=sys.stderr)
+    sys.exit(2)
+
+
+STOPS = [signal.SIGINT, signal.SIGTERM, *([signal.SIGHUP] if hasattr(signal, "SIGHUP") else [])]  # Windows has none
+PATIENCE = 2.0  # seconds
+
+
+def handle_stops() -> None:
+    """From now on the first signal to stop raises KeyboardInterrupt or SystemExit, so that what was begun is removed.
+    Another one does nothing, but over PATIENCE later, when something must be stuck, it ends the process at once."""
+    first = None
+
+    def stop(number: int, _: object) -> None:
+        nonlocal first
+        if first is None:
+            first = time.monotonic()
+            raise KeyboardInterrupt if number == signal.SIGINT else SystemExit(128 + number)
+        if time.monotonic() > first + PATIENCE:
+            os._exit(128 + number)
+
+    set_stops(stop)
+
+
+def set_stops(handler: Any) -> None:
+    """Handles the signals to stop so, but for those that are to be ignored, as nohup says."""
+    for number in STOPS:
+        if signal.getsignal(number) != signal.SIG_IGN:
+            signal.signal(number, handler)
+
+
+@contextmanager
+def unstopped() -> Iterator[None]:
+    """No signal to stop disturbs the block: it is soon over, and so is the tool."""
+    kept = {number: signal.signal(number, signal.SIG_IGN) for number in STOPS}
+    try:
+        yield
+    finally:
+        for number, handler in kept.items():
+            signal.signal(number, handler)
+
+
 def run_tool(main: Callable[[argparse.ArgumentParser], None]) -> NoReturn:
     """Runs a tool's main function; what goes wrong ends in one line on stderr and exit code 2 (130 for Ctrl-C)."""
-    parser = Parser(description=main.__globals__["__doc__"], formatter_class=argparse.RawDescriptionHelpFormatter)
-    for number in (signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)):  # Windows has no SIGHUP
-        if signal.getsignal(number) == signal.SIG_DFL:  # else it is to be ignored, as nohup says
-            signal.signal(number, lambda number, _: sys.exit(128 + number))  # what was begun is removed
-    while (descriptor := os.open(os.devnull, os.O_RDWR)) < 3:  # a closed console's number would be the next file's
-        pass
-    os.close(descriptor)
     streams = sys.stdout, sys.stderr
-    sys.stdout, sys.stderr = map(Console, streams)
     code, message = 0, None
     try:
+        handle_stops()
+        parser = Parser(description=main.__globals__["__doc__"], formatter_class=argparse.RawDescriptionHelpFormatter)
+        while (descriptor := os.open(os.devnull, os.O_RDWR)) < 3:  # a closed console's number would be the next file's
+            pass
+        os.close(descriptor)
+        sys.stdout, sys.stderr = map(Console, streams)
         main(parser)
     except KeyboardInterrupt:
         code, message = 130, "interrupted — run it again"
@@ -140,10 +209,18 @@ def run_tool(main: Callable[[argparse.ArgumentParser], None]) -> NoReturn:
         if not message:
             raise
     finally:
+        set_stops(signal.SIG_DFL)  # a handler would raise into the end of Python
         if message:
             print("error: " + " ".join(message.split()), file=sys.stderr)
         sys.stdout, sys.stderr = streams
     sys.exit(code)
+
+
+def followed(path: Path) -> Path:
+    """Where a path leads, absolute; OSError for links in a circle, of which Path.resolve() makes another error."""
+    with suppress(FileNotFoundError):
+        path.stat()
+    return Path(os.path.realpath(path))
 
 
 @contextmanager
@@ -163,7 +240,7 @@ def write_atomic(path: Path, content: bytes) -> None:
         with naming(path), path.open("wb") as file:
             file.write(content)
         return
-    path = path.resolve()  # a link stays one
+    path = followed(path)  # a link stays one
     partial = path.with_name(f"{path.name}.tmp-{os.getpid()}")
     try:
         with naming(path):
@@ -185,16 +262,17 @@ def new_directory(out: Path) -> Iterator[Path]:
     there = out.is_dir()
     if out.is_file() or (there and set(os.listdir(out)) - {"lost+found"}):
         raise UserError(f"{out} is a file or a folder that is not empty — choose another folder, or delete it")
-    out = out.resolve()
+    out = followed(out)
     partial = out / f".partial-{os.getpid()}" if there else out.with_name(f"{out.name}.partial-{os.getpid()}")
     partial.mkdir(parents=True)
     moved: list[Path] = []
     try:
-        if there and set(os.listdir(out)) - {"lost+found", partial.name}:
-            raise UserError(f"another run began to fill {out} at the same moment — run it again")
+        if there and (others := set(os.listdir(out)) - {"lost+found", partial.name}):
+            who = "another run" if any(name.startswith(".partial-") for name in others) else "something else"
+            raise UserError(f"{who} began to fill {out} at the same moment — run it again")
         yield partial
         if out.exists() and not there:
-            raise UserError(f"another run has made {out} meanwhile — use that, or choose another folder")
+            raise UserError(f"{out} has been made meanwhile, as another run would — use that, or choose another folder")
         if not there:
             partial.rename(out)
         for path in sorted(partial.iterdir()) if there else ():
@@ -205,7 +283,13 @@ def new_directory(out: Path) -> Iterator[Path]:
             path.unlink(missing_ok=True)
         raise
     finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        with unstopped():
+            shutil.rmtree(partial, ignore_errors=True)
+
+
+def is_special(path: Path) -> bool:
+    """Whether this is what may keep a reader waiting forever: a pipe, a socket, a device."""
+    return path.exists() and not path.is_file() and not path.is_dir()
 
 
 def walk(folder: Path) -> list[Path]:
@@ -229,11 +313,12 @@ def walk(folder: Path) -> list[Path]:
 
 def check_shard(path: Path) -> int:
     """Returns the number of tokens in a shard; UserError unless magic, version, count and size agree."""
-    with naming(path):
-        header = np.fromfile(path, "<i4", 3).tolist()
-    if len(header) < 3 or header[:2] != [MAGIC, VERSION] or path.stat().st_size != HEADER_BYTES + 2 * header[2]:
+    with naming(path), path.open("rb") as file:
+        header = file.read(12)
+    magic, version, count = struct.unpack("<3i", header) if len(header) == 12 else (0, 0, 0)
+    if (magic, version) != (MAGIC, VERSION) or path.stat().st_size != HEADER_BYTES + 2 * count:
         raise UserError(f"{path} is not a whole token shard — delete it and get or build it again")
-    return header[2]
+    return count
 
 
 # What result.json and its parts hold: dotted paths, by the type that they must be of.
@@ -307,9 +392,15 @@ def deadline_cut(score: int, last: int) -> str:
 
 def read_run(path: Path) -> Run:
     """Reads a run by its folder, or by the result.json in it; UserError if it is anything else."""
+    if not path.exists():
+        raise UserError(f"{path} does not exist — give a run's folder")
     path = path / "result.json" if path.is_dir() else path
     if path.name != "result.json":
         raise UserError(f"{path} is no run — give a run's folder")
+    if not path.exists():
+        raise UserError(
+            f"{path.parent} has no result.json, which a run writes at its end — give a finished run's folder"
+        )
     try:
         result = json.loads(path.read_bytes(), parse_int=bounded, parse_float=bounded, parse_constant=bounded)
         json.dumps(result, ensure_ascii=False).encode()  # no half of a character
@@ -397,7 +488,10 @@ def read_log(run: Run) -> tuple[bytes, bytes]:
     """Returns a run's log and the source that stands in it; UserError if the log is another run's or not there."""
     path = run.path.with_name("train.log")
     log = path.read_bytes()
-    if not re.search(rb"^[* ]*RUN_ID=%b\s*$" % re.escape(run.result["run_id"].encode()), log, re.MULTILINE):
+    ids = re.findall(rb"^[* ]*RUN_ID=(.*?)\s*$", log, re.MULTILINE)
+    if not ids:
+        raise UserError(f"{path} names no RUN_ID — {UNTOUCHED}")
+    if run.result["run_id"].encode().rstrip() not in ids:
         raise UserError(f"{path} belongs to another run than {run.result['run_id']} — {UNTOUCHED}")
     for found in re.finditer(rb'^"""', log, re.MULTILINE):  # the source begins with its docstring
         source = log[found.start() : found.start() + run.result["source_bytes"]]
@@ -406,8 +500,10 @@ def read_log(run: Run) -> tuple[bytes, bytes]:
     raise UserError(f"{path} does not hold the source of {run.path} — {UNTOUCHED}")
 
 
-def read_arrays(path: Path, axes: dict[str, int]) -> dict[str, np.ndarray]:
+def read_arrays(path: Path, axes: dict[str, int]) -> "dict[str, np.ndarray]":
     """Reads an .npz of numbers with so many axes each, the last as long in all; UserError if it is anything else."""
+    import numpy as np
+
     try:
         with np.load(path) as file:
             arrays = dict(file)
@@ -421,7 +517,7 @@ def read_arrays(path: Path, axes: dict[str, int]) -> dict[str, np.ndarray]:
     return arrays
 
 
-def beside(run: Run, name: str, axes: dict[str, int]) -> tuple[Path, dict[str, np.ndarray]]:
+def beside(run: Run, name: str, axes: dict[str, int]) -> "tuple[Path, dict[str, np.ndarray]]":
     """Path and arrays of the file of test-time training called `name` in a run's folder."""
     if "sliding" in run.figures:
         raise UserError(f"{run.path} is of a sliding window — give runs with test-time training")
@@ -439,7 +535,7 @@ def check_sums(path: Path, run: Run, sums: dict[str, float]) -> None:
             raise UserError(f"{path} has other figures than {run.path} — {UNTOUCHED}")
 
 
-def read_documents(run: Run) -> dict[str, np.ndarray]:
+def read_documents(run: Run) -> "dict[str, np.ndarray]":
     """Reads a run's ttt_documents.npz: bytes and nll_no_adaptation (D,), nll_per_epoch (E, D), in nats; nll_mixture
     (D,) where the run has one."""
     mixture = {"nll_mixture": 1} if "mixture" in run.figures else {}
@@ -452,8 +548,10 @@ def read_documents(run: Run) -> dict[str, np.ndarray]:
     return arrays
 
 
-def read_scores(run: Run) -> dict[str, np.ndarray]:
+def read_scores(run: Run) -> "dict[str, np.ndarray]":
     """NLL (D,) in nats of each document by the names of an evaluation's figures; NaN where a deadline cut one off."""
+    import numpy as np
+
     arrays = read_documents(run)
     finished = arrays["figures_finished"] > 0
     scores = {"backward_looking": arrays["nll_per_epoch"][0], "mixture": arrays.get("nll_mixture")}
@@ -461,13 +559,13 @@ def read_scores(run: Run) -> dict[str, np.ndarray]:
     return found | {"no_adaptation": arrays["nll_no_adaptation"]}
 
 
-def read_positions(run: Run) -> dict[str, np.ndarray]:
+def read_positions(run: Run) -> "dict[str, np.ndarray]":
     """Reads a run's ttt_positions.npz: by span of the document `ends`, `bytes`, `targets` (S,), and `nll` (F, S) in
     nats of the figures that `figures` (F,) names: no_adaptation, epoch_1 or single_pass, mixture."""
     path, arrays = beside(run, "ttt_positions.npz", {"nll": 2, "ends": 1, "bytes": 1, "targets": 1})
     adapted = "epoch_1" if value_of(run.result, "settings.ttt_protocol") == "replay" else "single_pass"
     known = {"no_adaptation": "no_adaptation", adapted: "backward_looking", "mixture": "mixture"}
-    names = arrays.get("figures", np.array(())).tolist()
+    names = arrays["figures"].tolist() if "figures" in arrays else []
     counted = all(math.isclose(arrays[name].sum(), run.score[name]) for name in ("targets", "bytes"))
     expected = [name for name, figure in known.items() if figure in run.figures]
     if not counted or names != expected or len(arrays["nll"]) != len(names):

@@ -7,16 +7,21 @@ the prediction before adaptation. Intervals are by bootstrap over documents
 (Efron 1979), with the same draws for every run, so that the gain over the best is compared document by document.
 """
 
+from common import Run, UserError, deliver, number, place, read_documents, read_run, read_scores, run_tool
+
+# isort: split
 import argparse
 import math
 from pathlib import Path
 
 import numpy as np
 
-from common import Run, UserError, deliver, number, read_documents, read_run, read_scores, run_tool
-
 SETTINGS = ["protocol", "context", "eval_seq_len", "n_epochs", "lora_lr", "chunk_size", "lora_rank", "weight_decay"]
 SETTINGS += ["lora_targets", "lora_alpha", "mixture_share", "mixture_lr"]
+TERMS = (
+    f"{SETTINGS[0]} to {SETTINGS[-1]} are settings, with TTT_ before the name, in capitals. Figures are bits per byte, "
+)
+TERMS += "fewer are better; gain is how far the score (the mixture, or else adapted) is below no adaptation."
 FEW = 30  # documents; see warnings()
 FIGURES = ["no adaptation", "adapted", "mixture", "gain", "95% interval", "behind the best, 95% interval"]
 
@@ -30,12 +35,15 @@ def read_alike(paths: list[Path]) -> tuple[list[Run], np.ndarray, list[dict[str,
     for run, own in zip(runs, counted, strict=True):
         pair = f"{run.path} and {runs[0].path}"
         if run.score["lacking"]:
-            raise UserError(f"{run.path}: {run.cut} — raise EVAL_MAX_SECONDS")
+            raise UserError(f"{run.path}: {run.cut} — score again with more EVAL_MAX_SECONDS")
         if run.result["weights_sha256"] != first["weights_sha256"]:
-            raise UserError(f"{pair} scored different models — compare like with like")
+            cure = f"give evaluations of one artifact, by EVAL_ONLY={runs[0].path.with_name('final_model.ptz')}"
+            raise UserError(f"{pair} scored different models — {cure}; record.py takes runs of several seeds")
         same_text = run.result["data"]["validation"] == first["data"]["validation"]
         if not same_text or not np.array_equal(own, bytes_):
-            raise UserError(f"{pair} did not score the same documents — compare like with like")
+            raise UserError(
+                f"{pair} did not score the same documents — give evaluations with one DATA_PATH and VAL_DOCS"
+            )
     if np.count_nonzero(bytes_) < 2:
         raise UserError(f"{runs[0].path} has fewer than two documents with bytes — compare evaluations of several")
     figures = [{name: nll / math.log(2) for name, nll in read_scores(run).items()} for run in runs]
@@ -79,7 +87,7 @@ def warnings(bytes_: np.ndarray) -> list[str]:
 
 def main(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("runs", nargs="+", type=Path, metavar="RUN", help="a run's folder")
+    add("runs", nargs="+", type=place, metavar="RUN", help="a run's folder")
     add("--samples", type=number(int, 1), default=10_000, help="of the bootstrap (default: %(default)s)")
     add("--seed", type=number(int, 0), default=0, help="of the bootstrap (default: %(default)s)")
     options = parser.parse_args()
@@ -88,7 +96,8 @@ def main(parser: argparse.ArgumentParser) -> None:
     scores = np.stack([bits["score"] for bits in figures])
     gains = np.stack([bits["no_adaptation"] for bits in figures]) - scores
     best, *_ = order = np.argsort(scores.sum(1), kind="stable")
-    rows = [SETTINGS + FIGURES, ["---"] * len(SETTINGS + FIGURES)]
+    heads = ["run", *SETTINGS, *FIGURES]
+    rows = [heads, ["---"] * len(heads)]
     for i in order:
         shown = {name: str(runs[i].result["settings"].get(f"ttt_{name}", "?")) for name in SETTINGS}
         if shown["protocol"] == "replay":
@@ -98,10 +107,11 @@ def main(parser: argparse.ArgumentParser) -> None:
         totals = [figures[i].get(name) for name in ("no_adaptation", "backward_looking", "mixture")]
         rates = ["–" if bits is None else rate(bits, bytes_) for bits in totals]
         behind = "–" if i == best else interval(gains[best] - gains[i], *draws)
-        rows.append([*shown.values(), *rates, rate(gains[i], bytes_, "+"), interval(gains[i], *draws), behind])
+        name = ascii(str(runs[i].path.parent))[1:-1].replace("|", "\\x7c")  # which would part two cells
+        rows.append([name, *shown.values(), *rates, rate(gains[i], bytes_, "+"), interval(gains[i], *draws), behind])
     lines = ["| " + " | ".join(row) + " |" for row in rows]
     count = f"{len(bytes_):,} documents, {int(bytes_.sum()):,} bytes, {options.samples:,} bootstrap samples"
-    deliver("\n".join([*lines, "", count, *warnings(bytes_)]))
+    deliver("\n".join([*lines, "", TERMS, count, *warnings(bytes_)]))
 
 
 if __name__ == "__main__":

@@ -8,6 +8,9 @@ INPUT may hold any bytes; what the tokenizer cannot give back is kept beside its
 run's score, or of another of its figures. A machine that computes other numbers than the one that compressed says so.
 """
 
+from common import UserError, place
+
+# isort: split
 import argparse
 import dataclasses
 import functools
@@ -33,7 +36,6 @@ from tqdm import tqdm
 
 import common
 import sequential
-from common import UserError
 from sequential import ADAPTED, LAST_EPOCH, MIXTURE, NO_ADAPTATION, train_gpt
 
 MAGIC = b"GPTpress"
@@ -166,7 +168,9 @@ def quantised(nll: np.ndarray) -> np.ndarray:
     probabilities = np.exp(-nll.astype(np.float64))
     total = COUNTS - len(nll)
     if not 0 < probabilities.sum() < math.inf:
-        raise UserError("the model predicts no numbers but NaN — use a run whose score is finite")
+        raise UserError(
+            "the model predicts no probabilities: their sum is 0, infinite or NaN — use a run whose score is finite"
+        )
     counts = np.floor(probabilities * (total / probabilities.sum()))
     counts[counts.argmax()] += total - counts.sum()
     return counts
@@ -356,12 +360,16 @@ def check_documents(left: common.Run, figure: str | None, count: int) -> list[di
 def check(left: common.Run, options: argparse.Namespace) -> None:
     began = time.monotonic()
     rows = check_documents(left, options.figure, options.documents)
+    lines = []
     for row in rows:
         outcome = "pass" if row["as_scored"] and row["same"] else "fail"
-        print("check " + " ".join(f"{k}:{v:.1f}" if k == "score" else f"{k}:{v}" for k, v in row.items()), outcome)
+        values = (f"{name}:{value:.1f}" if name == "score" else f"{name}:{value}" for name, value in row.items())
+        lines.append(f"check {' '.join(values)} {outcome}")
     score, size, targets = (sum(row[name] for row in rows) for name in ("score", "size", "targets"))
-    print(f"{len(rows)} documents: the score says {score:.1f} bytes, their files have {size} ({size / score - 1:+.3%})")
-    print(f"{2 * targets / (time.monotonic() - began):.0f} tokens/s, compressed and expanded")
+    share = f"{size / score - 1:+.3%}"
+    lines.append(f"{len(rows)} documents: the score says {score:.1f} bytes, their files have {size} ({share})")
+    lines.append(f"{2 * targets / (time.monotonic() - began):.0f} tokens/s, compressed and expanded")
+    common.deliver("\n".join(lines))
     if not all(row["as_scored"] and row["same"] for row in rows):
         sys.exit(1)
 
@@ -371,12 +379,12 @@ def main(parser: argparse.ArgumentParser) -> None:
     for command, what in ((compress, "a file smaller"), (expand, "it again"), (check, "the score's documents")):
         sub = commands.add_parser(command.__name__, help=what, description=what)
         sub.set_defaults(command=command)
-        sub.add_argument("run", type=Path, metavar="RUN", help="a run's folder: its artifact, settings and tokenizer")
+        sub.add_argument("run", type=place, metavar="RUN", help="a run's folder: its artifact, settings and tokenizer")
         if command is check:
             sub.add_argument("--documents", type=common.number(int, 1), default=2, metavar="K", help="default: 2")
         else:
-            sub.add_argument("input", type=Path, metavar="INPUT")
-            sub.add_argument("output", type=Path, metavar="OUTPUT", help="a new file")
+            sub.add_argument("input", type=place, metavar="INPUT")
+            sub.add_argument("output", type=place, metavar="OUTPUT", help="a new file")
         if command is compress:
             sub.add_argument("--delimiter", default="", help="separates documents, \\n, \\t understood (default: none)")
         if command is not expand:
@@ -385,6 +393,8 @@ def main(parser: argparse.ArgumentParser) -> None:
     options = parser.parse_args()
     if getattr(options, "output", None) and not options.output.parent.is_dir():
         raise UserError(f"{options.output}: there is no folder {options.output.parent} — make it, or choose another")
+    if getattr(options, "output", None) and options.output.is_dir():
+        raise UserError(f"{options.output} is a folder — give the name of a new file")
     if getattr(options, "output", None) and options.output.is_file():
         raise UserError(f"{options.output} is there already — delete it, or choose another name")
     options.command(common.read_run(options.run), options)

@@ -5,6 +5,9 @@
 Run it again to go on after an interruption. The environment variables of huggingface_hub apply.
 """
 
+from common import UserError, check_shard, naming, number, place, run_tool
+
+# isort: split
 import argparse
 import json
 import os
@@ -20,12 +23,11 @@ try:
 except ImportError:  # Windows: there nothing keeps two downloads into one folder apart
     fcntl = None
 
-from common import UserError, check_shard, naming, number, run_tool
 from text import load_tokenizer
 
 REPO = "willdepueoai/parameter-golf"
 REMOTE = "datasets"  # the folder of the repository that holds the manifest and all it names
-AGAIN = "run it again; if it stays so, HF_ENDPOINT serves something else"
+AGAIN = "run it again; if it stays so, look at what HF_ENDPOINT serves"
 
 
 def find_variant(content: bytes, variant: str, train_shards: int = 1) -> list[str]:
@@ -97,12 +99,12 @@ def fetch(paths: list[str], staging: Path, commit: str | None = None) -> str:
             raise
         status = getattr(getattr(error, "response", None), "status_code", None)
         if isinstance(error, errors.RepositoryNotFoundError) or status in (401, 403):
-            raise UserError(f"no access to {REPO} — set HF_TOKEN to a token that may read it") from error
+            raise UserError(f"the hub does not show {REPO} — set HF_TOKEN to a token that may read it") from error
         found = f"cannot download from {constants.ENDPOINT} ({type(error).__name__}: {str(error)[:300]})"
         raise UserError(f"{found} — check the connection and HF_HUB_OFFLINE, run it again; it goes on") from error
     for name in wanted:
         if not (staging / name).is_file():
-            raise UserError(f"{name} is not in {REPO} — {AGAIN}")
+            raise UserError(f"{name} did not come from {REPO} — {AGAIN}")
     return commit
 
 
@@ -127,7 +129,7 @@ def main(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--variant", default="sp1024", help="the tokenization (default sp1024)")
     add("--train-shards", type=number(int, 1), default=80, help="of 100 million tokens each (default 80)")
-    add("--out", type=Path, default=Path(__file__).parent, help="gets datasets/ and tokenizers/ (default: this folder)")
+    add("--out", type=place, default=Path(__file__).parent, help="gets datasets/, tokenizers/ (default: this folder)")
     options = parser.parse_args()
     out = options.out
     with staging(out) as partial:

@@ -4,14 +4,15 @@ Each token is drawn from the model's prediction; at --temperature 0 it is the li
 first, as replay does to a document; --prompt - reads it from standard input.
 """
 
+import common
+
+# isort: split
 import argparse
 import sys
-from pathlib import Path
 
 import numpy as np
 import torch
 
-import common
 import sequential
 from sequential import train_gpt
 
@@ -61,7 +62,7 @@ def generate(model, run, prompt: list[int], options: argparse.Namespace) -> list
 
 def main(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("run", type=Path, metavar="RUN", help="a run's folder: its artifact, settings and tokenizer")
+    add("run", type=common.place, metavar="RUN", help="a run's folder: its artifact, settings and tokenizer")
     add("--prompt", default="", metavar="TEXT", help="how the text begins; -: standard input (default: nothing)")
     add("--tokens", type=common.number(int, 1), default=200, metavar="N", help="tokens to draw at most (default: 200)")
     add("--temperature", type=temperature, default=0.8, metavar="T", help="0: the likeliest token (default: 0.8)")
@@ -77,7 +78,7 @@ def main(parser: argparse.ArgumentParser) -> None:
     prompt = tokenizer.encode(text.encode("utf-8", "replace").decode())
     drawn = generate(model, run, [train_gpt.BOS, *prompt], options)
     begun = tokenizer.decode(prompt)
-    print(text + tokenizer.decode(prompt + drawn).removeprefix(begun))
+    common.deliver(text + tokenizer.decode(prompt + drawn).removeprefix(begun))
 
 
 def temperature(text: str) -> float:

@@ -4,6 +4,9 @@ python data/plot.py runs/a runs/b --out pictures/runs
 python data/plot.py runs/a runs/a_single_pass --what ttt position documents --out pictures/evaluation
 """
 
+from common import UserError, naming, place, run_tool, write_atomic
+
+# isort: split
 import argparse
 import io
 import math
@@ -17,7 +20,6 @@ from typing import Any
 import numpy as np
 
 import common
-from common import UserError, naming, run_tool, write_atomic
 
 TENSORS = ["int5", "int6", "int8", "fp16", "fp32", "scale"]  # and what else has bytes, in the order of their bars
 KINDS = [*TENSORS, "header", "model", "code", "total"]
@@ -48,6 +50,9 @@ BATCH, VALIDATION = {"lw": 0.9, "alpha": 0.55}, {"lw": 1.5, "marker": "o", "ms":
 STAR = {"lw": 0, "marker": "*", "ms": 13, "mec": "white", "zorder": 4}
 LOOKS = {"no_adaptation": PLAIN | {"zorder": 3}, "epoch_1": VALID, "single_pass": VALID, "mixture": MIXED}
 SCORED = ", a valid score"
+LINE = 1 << 14  # characters of a log's line that are looked at: its own have far fewer
+LABEL = 48  # characters of a run's name
+MARKED = 200  # validations of which each has its mark
 OWN_LEGEND = {"ttt", "position", "documents"}  # panels of test-time training, whose legends are below
 BELOW = {"loc": "upper center", "bbox_to_anchor": (0.5, 0), "borderaxespad": 5}  # a legend under its panel
 
@@ -77,27 +82,28 @@ class Run:
 
     def read_line(self, line: str) -> None:
         """Takes in one line of a log; most tell nothing. ValueError or KeyError for a known form with a wrong value."""
-        values = dict(re.findall(r"(\w+):(\S+)", line))
-        if found := re.match(r"(Code size|Serialized model \S+): (\d+) bytes", line):  # the reference scripts
-            self.kinds["code" if found[1] == "Code size" else "model"] = int(found[2])
-        elif found := re.match(r"step:(\d+)/\d+ (train|val)_loss:", line):
-            step, seconds = int(found[1]), float(values["train_time"].removesuffix("ms")) / 1000
-            figures = {name: float(values[f"{found[2]}_{name}"]) for name in LOGGED[found[2]]}
+        values = dict(re.findall(r"\b(\w+):(\S+)", line))
+        if found := re.match(r"(Code size|Serialized model \S+): (\S+) bytes", line):  # the reference scripts
+            self.kinds["code" if found[1] == "Code size" else "model"] = count(found[2])
+        elif found := re.match(r"step:([^\s/]+)/\S+ (train|val)_loss:", line):
+            step, seconds = count(found[1]), count(values["train_time"].removesuffix("ms"), float) / 1000
+            figures = {name: measured(values[f"{found[2]}_{name}"]) for name in LOGGED[found[2]]}
             getattr(self, found[2])[step] = {"step": step, "seconds": seconds, **figures}
         elif found := re.match(r"[* ] EVAL_ONLY=(.*)", line):
             self.other = bool(found[1])
         elif self.other and self.final is not None:
             pass
         elif line.startswith("ttt ") and "first_lacks" in values:
-            self.lacks = int(values["first_lacks"]), int(values["last_lacks"])
+            self.lacks = count(values["first_lacks"]), count(values["last_lacks"])
         elif line.startswith("final_int8_zlib_roundtrip_exact val_loss:"):
-            self.final, self.of_artifact = float(values["val_bpb"]), not self.other
+            self.final, self.of_artifact = measured(values["val_bpb"]), not self.other
         elif line.startswith("export kind:"):
-            self.kinds[values["kind"]] = int(values["bytes"])
+            self.kinds[values["kind"]] = count(values["bytes"])
         elif line.startswith("export model_bytes:"):
-            self.kinds["header"] = int(values["model_bytes"]) - sum(self.kinds.get(kind, 0) for kind in TENSORS)
-            self.kinds["code"] = int(values["code_bytes"])
-            self.cap = int(values["max_bytes"])
+            parts = sum(self.kinds.get(kind, 0) for kind in TENSORS)
+            self.kinds["header"] = count(values["model_bytes"], low=parts) - parts
+            self.kinds["code"] = count(values["code_bytes"])
+            self.cap = count(values["max_bytes"], low=1)
 
     def read_result(self, path: Path) -> None:
         """Takes in an evaluation; UserError if it or what is beside it is damaged."""
@@ -114,10 +120,15 @@ class Run:
         else:
             curve = found.result["evaluation"].get("curve") or []
             self.epochs = {row["epoch"]: finite(row["val_bpb"]) for row in curve}
+            if [*self.epochs] != sorted({*self.epochs} - {*range(min(self.epochs, default=1), 1)}):
+                raise UserError(f"{found.path} has a curve whose epochs do not go up from 1 — {common.UNTOUCHED}")
         self.read_gains(found)
         if found.path.with_name("ttt_positions.npz").is_file():
             arrays = common.read_positions(found)
             self.ends = tuple(arrays["ends"].tolist())
+            if not (np.diff(self.ends, prepend=0) > 0).all():
+                where = found.path.with_name("ttt_positions.npz")
+                raise UserError(f"{where} has spans whose ends do not go up from 0 — {common.UNTOUCHED}")
             enough = arrays["bytes"] > 0.01 * arrays["bytes"].sum()  # the rest of one document says nothing
             bytes_ = np.where(enough, arrays["bytes"], np.nan)
             rates = arrays["nll"] / math.log(2) / bytes_
@@ -144,6 +155,20 @@ class Run:
         return len(self.epochs) > 1 and math.isfinite(self.epochs.get(1, math.nan))
 
 
+def count(digits: str, kind: type = int, low: int = 0) -> Any:
+    """A number of a log that is no less than `low`; ValueError for any other."""
+    value = common.bounded(digits)
+    if type(value) is not kind and kind is int or not value >= low:
+        raise ValueError(f"{digits:.20} where a number from {low} on should be")
+    return value
+
+
+def measured(digits: str) -> float:
+    """A figure of a log, NaN where it is not finite: a run may diverge."""
+    value = float(digits)
+    return common.bounded(digits) if math.isfinite(value) else math.nan
+
+
 def finite(bpb: float | None) -> float:
     """A figure of a result, which is null where it is not finite."""
     return math.nan if bpb is None else bpb
@@ -156,7 +181,12 @@ def shown(bpb: float) -> str:
 def label_of(path: Path) -> str:
     """A run's name in a picture, the end of its path. What cannot be printed is escaped; a label that begins with `_`
     would be left out of a legend, behind a space it is not."""
-    name = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in "/".join(path.parts[-2:]))
+    from matplotlib import font_manager
+
+    known = font_manager.get_font(font_manager.findfont(STYLE["font.family"])).get_charmap()
+    name = "".join(c if c.isprintable() and ord(c) in known else ascii(c)[1:-1] for c in "/".join(path.parts[-2:]))
+    if len(name) > LABEL:  # a legend would leave no room for the panels
+        name = f"{name[: LABEL // 3]}…{name[1 - LABEL + LABEL // 3 :]}"
     return f" {name}" if name.startswith("_") else name
 
 
@@ -168,13 +198,10 @@ def read_runs(paths: list[Path]) -> list[Run]:
     for path, colour in zip(paths, COLOURS, strict=False):
         run = Run(label_of(path), colour)
         log = path / "train.log" if path.is_dir() else path
-        with naming(log):
-            lines = log.read_text(encoding="utf-8", errors="replace").splitlines() if path.suffix != ".json" else ()
-        for number, line in enumerate(lines, start=1):
-            try:
-                run.read_line(line)
-            except (ValueError, KeyError) as error:
-                raise UserError(f"{log} line {number} is damaged ({error}) — give an untouched log") from error
+        if any(run.label == other.label for other in runs):
+            run.label += f" ({len(runs) + 1})"
+        if path.suffix != ".json":
+            read_lines(log, run)
         if path.suffix == ".json" or (path / "result.json").is_file():
             run.read_result(path)  # a folder's, or named by itself
         if not (run.train or run.val or run.kinds or run.final):
@@ -186,11 +213,29 @@ def read_runs(paths: list[Path]) -> list[Run]:
     return runs
 
 
+def read_lines(log: Path, run: Run) -> None:
+    """Takes in a log; UserError for one that is damaged."""
+    if common.is_special(log):
+        raise UserError(f"{log} is a pipe, a socket or a device — give a file")
+    with naming(log), log.open(encoding="utf-8", errors="replace") as lines:
+        number = 0
+        while line := lines.readline(LINE):
+            number += 1
+            try:
+                run.read_line(line.rstrip("\n"))
+            except (ValueError, KeyError) as error:
+                what = f"no {error.args[0]}" if isinstance(error, KeyError) else error
+                raise UserError(f"{log} line {number} is damaged ({what}) — give an untouched log") from error
+            while line and not line.endswith("\n"):
+                line = lines.readline(LINE)
+
+
 def draw_training(ax: Any, runs: list[Run], x: str, y: str) -> None:
     """Loss or bits per byte against step or seconds: training batches, validations, and the artifact's score."""
     for run in runs:
         for series, style in ((run.train, BATCH), (run.val, VALIDATION)):
-            points = [point for point in series.values() if y in point]
+            points = [series[step] for step in sorted(series) if y in series[step]]
+            style = style | ({} if len(points) <= MARKED else {"marker": None})
             ax.plot([point[x] for point in points], [point[y] for point in points], color=run.colour, **style)
         if y == "bpb" and run.val and run.of_artifact:
             ax.plot(max(run.val), run.final, color=run.colour, **STAR)
@@ -240,7 +285,8 @@ def draw_ttt(ax: Any, runs: list[Run]) -> None:
             hollow = SEEN | {"marker": "o", "ms": 6, "markevery": [-1], "zorder": 3}
             ax.plot(list(run.epochs), list(run.epochs.values()), color=run.colour, label=label, **hollow)
     ax.set(xlabel="epoch", ylabel="bits per byte (lower is better)", xlim=(0.2, right))
-    ax.set_xticks(sorted({1, last, *range(10, last - 4, 10)}))
+    apart = 10 * -(-last // 200)
+    ax.set_xticks(sorted({1, last, *range(apart, last - apart // 2 + 1, apart)}))
     ax.margins(y=0.12)
     if last > 1:
         annotate_epochs(ax, last, min((run.epochs[1] for run in runs if run.replayed), default=None))
@@ -309,7 +355,7 @@ def draw_bytes(ax: Any, runs: list[Run]) -> None:
     if near:
         ax.axvline(cap, color="black", lw=1.4)
     ax.set_title(f"Bytes: {'' if len(runs) == 1 else 'at most '}{most:,}, {most / cap:.1%} of the cap")
-    ax.set_xlim(0, max(1.2 * most, 1.05 * cap * near))
+    ax.set_xlim(0, max(1.2 * most, 1.05 * cap * near, 1))
     ax.xaxis.set_major_formatter(EngFormatter("B"))
     ax.set_yticks(range(len(kinds)), kinds)
     ax.invert_yaxis()
@@ -349,6 +395,9 @@ def notes(runs: list[Run], wanted: list[str]) -> list[str]:
             )
             lines.append(f"{what}it takes {NEEDED[name]}")
     for run in runs:
+        points = [*run.train.values(), *run.val.values()]
+        if lost := sum(not all(map(math.isfinite, point.values())) for point in points):
+            lines.append(f"{run.label.strip()}: {lost:,} of {len(points):,} losses are not finite, and are not drawn")
         if cut := common.deadline_cut(*run.lacks):
             lines.append(f"{run.label.strip()}: {cut}")
     return lines
@@ -379,14 +428,16 @@ def draw(runs: list[Run], wanted: list[str]) -> Any:
 
 
 def main(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="a run's folder, or a log")
-    parser.add_argument("--out", type=Path, required=True, metavar="PREFIX", help="writes PREFIX.png and PREFIX.svg")
+    parser.add_argument("runs", nargs="+", type=place, metavar="RUN", help="a run's folder, or a log")
+    parser.add_argument("--out", type=place, required=True, metavar="PREFIX", help="writes PREFIX.png and PREFIX.svg")
     parser.add_argument("--what", nargs="+", choices=PANELS, default=list(PANELS), help="panels; default: all")
     options = parser.parse_args()
     import matplotlib
 
     runs = read_runs(options.runs)
     prefix = options.out.with_suffix("") if options.out.suffix in (".png", ".svg") else options.out
+    if prefix.name in ("", ".."):
+        raise UserError(f"{options.out} names no file — give what the names of the pictures shall begin with")
     prefix.parent.mkdir(parents=True, exist_ok=True)
     with matplotlib.rc_context(STYLE):
         figure = draw(runs, options.what)

@@ -7,6 +7,9 @@ Replay's last epoch has trained on what it scores: it stands in a field of its o
 --out, the JSON is printed. --folder makes what a pull request needs: README, submission.json, source and logs.
 """
 
+from common import Run, UserError, new_directory, number, place, read_log, read_run, value_of, write_atomic
+
+# isort: split
 import argparse
 import json
 import math
@@ -20,7 +23,6 @@ from pathlib import Path
 from typing import Any
 
 import common
-from common import Run, UserError, new_directory, number, read_log, read_run, value_of, write_atomic
 
 BACKWARD_LOOKING = "backward-looking: every token is scored once, before any update has seen it"
 LABELS = {
@@ -41,6 +43,12 @@ LAG = 10.0  # seconds that a killed session may have worked beyond its account, 
 DOCUMENTS, MILLION_TOKENS, VOCABULARY = 50_000, 62.0, 1024  # of the full FineWeb validation split
 MARGIN = 0.005  # nats per token by which a record must beat the one before
 SIGNIFICANCE = 0.01
+ENOUGH = "at least 2 runs that trained, with different losses"
+STATUSES = {
+    "record": "every rule is kept",
+    "non-record": "a rule of the challenge fails",
+    "incomplete": "no rule fails, and one cannot be judged",
+}
 SOURCE_RULE = "no_network_no_training_data_at_evaluation"
 KEPT = {
     "size_cap": "train_gpt.py and artifact together have at most 16,000,000 bytes",
@@ -155,7 +163,7 @@ def judge_limits(run: Run) -> Iterator[Finding]:
         bound = spent.get(f"{name}_at_least")
         least = "at least " if bound else ""
         if spent[name] is None:
-            yield rule, None, f"{seed} has no {name}"
+            yield rule, None, f"{seed} trained nothing: it has no {name}"
         elif spent[name] > limit:
             yield rule, False, f"{seed}: {least}{spent[name]:,} of {limit:,}"
         elif bound:
@@ -171,7 +179,7 @@ def judge_hardware(run: Run) -> Iterator[Finding]:
     result, seed, rule = run.result, f"seed {run.result['seed']}", "hardware_8xH100"
     sessions, training = result["sessions"], value_of(result, "training")
     places = [(f"{row['stage']} ({row['seconds']:,.0f} s)", row["world_size"], row["devices"]) for row in sessions]
-    places.append(("result.json", result["world_size"], {result["environment"]["device"]: result["world_size"]}))
+    places.append(("the run as a whole", result["world_size"], {result["environment"]["device"]: result["world_size"]}))
     for what, world, devices in places:
         counts = Counter(devices)
         ranks = sum(counts.values())
@@ -194,7 +202,7 @@ def judge_score(run: Run) -> Iterator[Finding]:
     if documents is None and full:
         yield "full_validation_split", None, f"{seed}: the sliding window does not count documents"
     elif not full or documents != DOCUMENTS:
-        yield "full_validation_split", False, f"{seed}: {tokens:,} tokens of {vocabulary}, {documents} documents"
+        yield "full_validation_split", False, f"{seed}: {tokens:,} tokens, {documents} documents, {vocabulary} pieces"
     for figure in run.figures.values():
         whole = figure["targets"] == score["targets"] > 0 and figure["bytes"] == score["bytes"] > 0
         loss, bpb = figure["val_loss"], figure["val_bpb"]
@@ -211,7 +219,8 @@ def judge_certificate(run: Run) -> Iterator[Finding]:
     """What data/audit.py found by experiment."""
     evaluation, seed = run.result["evaluation"], f"seed {run.result['seed']}"
     foreign = evaluation.get("certificate") and not run.findings
-    why = f"{seed}: {'a certificate of another train_gpt.py' if foreign else 'no certificate, see data/audit.py'}"
+    own = "no certificate: python data/audit.py RUN makes one"
+    why = f"{seed}: {'a certificate of another train_gpt.py' if foreign else own}"
     for name in CERTIFICATE:
         finding = run.findings.get(name)
         outcome = {"pass": True, "fail": False}.get(finding["outcome"]) if finding else None
@@ -232,7 +241,8 @@ def judge_repetition(runs: list[Run]) -> Iterator[Finding]:
     for path in sorted(settings | SHARED):
         values = dict.fromkeys(str(value_of(run.result, path)) for run in runs)
         if len(values) > 1:
-            yield "same_experiment", False, f"{path}: {' and '.join(values)}"
+            cure = f" (set {path.removeprefix('settings.').upper()} alike)" if path in settings else ""
+            yield "same_experiment", False, f"{path}: {' and '.join(values)}{cure}"
             if path == "data.validation":
                 yield "full_validation_split", False, "the runs scored several texts"
     for path in UNIQUE:
@@ -261,9 +271,10 @@ def submission(runs: list[Run], baseline: float | None, about: dict[str, Any], s
     test = t_test(list(trained.values()), baseline)
     found = [*chain.from_iterable(map(judge_run, runs)), *judge_repetition(runs)]
     if test["p"] is None:
-        found.append(("significant_improvement", None, "takes a baseline and at least 2 runs with different losses"))
+        found.append(("significant_improvement", None, f"takes --baseline-loss and {ENOUGH}"))
     elif test["p"] >= SIGNIFICANCE:
-        found.append(("significant_improvement", False, f"{test['improvement_nats']:.5f} nats, p = {test['p']:.3g}"))
+        what = f"{test['improvement_nats']:.5f} nats better than the baseline: p = {test['p']:.3g}"
+        found.append(("significant_improvement", False, f"{what}, not below {SIGNIFICANCE}"))
     rules = {rule: judge(rule, kept, found) for rule, kept in KEPT.items()}
     if cuts := [f"seed {run.result['seed']}: {run.cut}" for run in runs if run.cut]:
         rules["eval_seconds"]["detail"] += f"; {'; '.join(cuts)}"  # else it were kept at no cost
@@ -335,14 +346,16 @@ def report(content: dict[str, Any]) -> str:
     if replay["val_bpb"] is not None:
         lines.append(f"replay epoch {replay['epoch']}: {replay['val_bpb']:.6f}, {replay['label']}")
     lines += [f"{rule['outcome']:<14} {name}: {rule['detail']}" for name, rule in content["rules"].items()]
-    return "\n".join([*lines, f"status: {content['status']}"])
+    return "\n".join([*lines, f"status: {content['status']} ({STATUSES[content['status']]})"])
 
 
 def write_folder(folder: Path, runs: list[Run], content: dict[str, Any], encoded: bytes) -> None:
     """Makes the folder of a pull request to the challenge; UserError unless it is new and the runs have one source."""
     logs = {f"train_seed{run.result['seed']}.log": read_log(run) for run in runs}
-    if len({source for _, source in logs.values()}) > 1 or len(logs) < len(runs):
-        raise UserError("the runs have several sources, or a seed twice — give one train_gpt.py, each seed once")
+    if len(logs) < len(runs):
+        raise UserError("two runs have the same seed — give each seed once")
+    if len({source for _, source in logs.values()}) > 1:
+        raise UserError("the runs are of several train_gpt.py — give runs of one")
     readme = "# {name}\n\n{blurb}\n\nBy {author}.\n".format(**content) + f"\n```\n{report(content)}\n```\n"
     files = {"README.md": readme.encode(errors="backslashreplace"), "submission.json": encoded}
     for name, (log, source) in logs.items():
@@ -354,10 +367,10 @@ def write_folder(folder: Path, runs: list[Run], content: dict[str, Any], encoded
 
 def main(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("results", nargs="+", type=Path, metavar="RUN", help="a run's folder")
+    add("results", nargs="+", type=place, metavar="RUN", help="a run's folder")
     add("--baseline-loss", type=number(float, 0), metavar="NATS", help="per token: val_loss of the record to beat")
-    add("--out", type=Path, metavar="FILE", help="write the JSON there (default: print it)")
-    add("--folder", type=Path, help="make the folder of a pull request instead")
+    add("--out", type=place, metavar="FILE", help="write the JSON there (default: print it)")
+    add("--folder", type=place, help="make the folder of a pull request instead")
     placeholder = json.loads(PLACEHOLDER.read_bytes())
     for name in ABOUT:
         default = "the author in submission.json" if name in ("author", "github_id") else "by the first run's settings"

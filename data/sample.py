@@ -3,6 +3,9 @@
 python data/sample.py
 """
 
+from common import UserError, check_shard, new_directory, place, run_tool, walk, write_atomic
+
+# isort: split
 import argparse
 import ast
 import inspect
@@ -15,7 +18,6 @@ from pathlib import Path
 import numpy as np
 
 import text
-from common import UserError, check_shard, new_directory, run_tool, walk, write_atomic
 
 FILES = "fineweb_train_000000.bin", "fineweb_val_000000.bin", "sample_1024_bpe.model"
 VOCAB_SIZE = 1024
@@ -94,6 +96,8 @@ def is_whole(out: Path) -> bool:
     """Whether `out` is the sample. UserError if it is something else, or only a part of it."""
     if not out.is_dir() or not any(out.iterdir()):
         return False
+    if not any((out / name).exists() for name in FILES):
+        raise UserError(f"{out} is not empty, and has no file of the sample — choose another --out")
     for name in FILES:
         try:
             content = (out / name).read_bytes() if name == FILES[2] else check_shard(out / name)
@@ -109,7 +113,7 @@ def is_whole(out: Path) -> bool:
 
 def main(parser: argparse.ArgumentParser) -> None:
     here = Path(__file__).resolve().parent
-    parser.add_argument("--out", type=Path, default=here / "sample", help="default: %(default)s")
+    parser.add_argument("--out", type=place, default=here / "sample", help="default: %(default)s")
     out = parser.parse_args().out
     if is_whole(out):
         print(f"{out} is complete already (delete it to build it again)")

@@ -3,6 +3,9 @@
 python data/text.py notes/ book.txt dump.jsonl.zst --out data/mine --vocab-size 1024
 """
 
+from common import HEADER_BYTES, MAGIC, VERSION, UserError, naming, new_directory, number, place, run_tool, value_of
+
+# isort: split
 import argparse
 import hashlib
 import heapq
@@ -24,7 +27,6 @@ import numpy as np
 import sentencepiece as spm
 
 import common
-from common import HEADER_BYTES, MAGIC, VERSION, UserError, naming, new_directory, number, run_tool, value_of
 
 PAD, BOS, EOS, UNK = range(4)
 RESERVED = 4 + 256  # the four ids above and one piece for every byte
@@ -90,13 +92,21 @@ def write_splits(folder: Path, documents: Iterable[tuple[bool, np.ndarray]], sha
 
 def find_files(paths: Iterable[Path]) -> tuple[list[Path], int]:
     """Returns the text files among `paths`, folders searched through in sorted order, and the number of others, links
-    that lead nowhere among them. OSError for a folder that cannot be read."""
+    that lead nowhere among them; says which have a text's name and are no file. OSError for a folder that cannot be
+    read."""
     found = []
     for path in paths:
-        if not path.is_dir() and not (path.exists() and kind_of(path)):
-            raise UserError(f"{path} does not exist or is no .txt, .md, .jsonl (also .gz, .zst) or .parquet — give one")
+        if not path.exists():
+            raise UserError(f"{path} does not exist — check the path")
+        if not path.is_dir() and not kind_of(path):
+            raise UserError(f"{path} is no .txt, .md, .jsonl (also .gz, .zst) or .parquet — give one")
+        if common.is_special(path):
+            raise UserError(f"{path} is a pipe, a socket or a device, and text is read twice — give a file")
         found += common.walk(path) if path.is_dir() else [path]
-    files = [path for path in found if kind_of(path) and (path in paths or path.is_file())]
+    texts = [path for path in found if kind_of(path)]
+    if special := [ascii(str(path)) for path in texts if common.is_special(path)]:
+        print(f"not read, for these are pipes, sockets or devices: {', '.join(special)}")
+    files = [path for path in texts if path.is_file()]
     return files, len(found) - len(files)
 
 
@@ -150,7 +160,7 @@ def read_texts(path: Path, delimiter: str, counts: Counter) -> Iterator[str]:
             raise UserError(
                 f"{path} is compressed with a window over 128 MiB — unpack it first: zstd -d --long=31"
             ) from error
-        raise UserError(f"{path} is damaged ({error}) — get it again") from error
+        raise UserError(f"{path} is damaged or not what its name says ({error}) — get it again") from error
     if delimiter and kind in (".txt", ".md"):
         counts["cut" if line > 1 else "uncut"] += 1
 
@@ -269,7 +279,8 @@ def encode(texts: list[str], tokenizer: spm.SentencePieceProcessor) -> list[Enco
     for text in texts:
         tokens = tokenizer.encode(text, return_type="numpy")
         if tokens[0] != BOS or np.count_nonzero(tokens == BOS) > 1:
-            raise UserError(f"the tokenizer has BOS within the text {text[:40]!r} — choose another --tokenizer")
+            what = f"the tokenizer has no BOS before, or BOS within the text {text[:40]!r}"
+            raise UserError(f"{what} — choose another --tokenizer")
         back = tokenizer.decode(tokens)
         encoded.append(Encoded(tokens, None if back == text else len(back.encode(errors="replace"))))
     return encoded
@@ -398,10 +409,16 @@ def notes(counts: Counter, lost: Counter) -> list[str]:
 
 def main(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("inputs", nargs="+", type=Path, metavar="INPUT", help="files or folders: .txt .md .jsonl (.gz .zst) .parquet")
-    add("--out", type=Path, required=True, help="the dataset's folder")
+    add(
+        "inputs",
+        nargs="+",
+        type=place,
+        metavar="INPUT",
+        help="files or folders: .txt .md .jsonl (.gz .zst) .parquet",
+    )
+    add("--out", type=place, required=True, help="the dataset's folder")
     add("--vocab-size", type=number(int, RESERVED + 1, 1 << 16), default=1024, help="pieces to train (default 1024)")
-    add("--tokenizer", type=Path, help="use this SentencePiece model and train none")
+    add("--tokenizer", type=place, help="use this SentencePiece model and train none")
     add("--delimiter", default="", help="parts documents in text files; \\n, \\r, \\t understood (default: none)")
     add("--val-fraction", type=number(float, 0, 1), default=0.01, help="share for validation (default 0.01)")
     add("--seed", type=int, default=0, help="of the split and of the tokenizer's sample (default 0)")

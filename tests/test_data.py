@@ -342,8 +342,8 @@ def test_a_dataset_that_is_there_is_never_touched(tmp_path: Path, corpus: Path) 
 
 
 MISTAKES = {
-    "missing file": (["nothing.txt"], ["nothing.txt", "does not exist"]),
-    "unknown kind": (["a.pdf"], ["a.pdf", ".parquet"]),
+    "missing file": (["nothing.txt"], ["nothing.txt does not exist —"]),
+    "unknown kind": (["a.pdf"], ["a.pdf is no", ".parquet"]),
     "one document": (["one.txt"], ["1 distinct documents", "--delimiter"]),
     "no document": (["empty"], ["0 distinct documents"]),
     "too little text": (["two.jsonl"], ["few", "--vocab-size"]),
@@ -445,17 +445,21 @@ def test_a_build_that_fails_leaves_nothing(
 
 @pytest.mark.parametrize("kill", [signal.SIGTERM, signal.SIGHUP, signal.SIGKILL])
 def test_a_killed_build_leaves_nothing_that_looks_complete(tmp_path: Path, kill: signal.Signals) -> None:
-    os.mkfifo(tmp_path / "endless.txt")
-    command = [sys.executable, DATA / "text.py", tmp_path / "endless.txt", "--out", tmp_path / "set"]
+    (tmp_path / "in.txt").write_text("one|two|three")
+    os.mkfifo(tmp_path / "endless.model")
+    options = "--delimiter", "|", "--tokenizer", tmp_path / "endless.model"
+    command = [sys.executable, DATA / "text.py", tmp_path / "in.txt", "--out", tmp_path / "set", *options]
     run = subprocess.Popen(command, stderr=subprocess.PIPE)
-    while len(list(tmp_path.iterdir())) == 1:
+    while len(list(tmp_path.iterdir())) == 2:
         assert run.poll() is None
         time.sleep(0.02)
     run.send_signal(kill)
     run.communicate(timeout=20)
-    (tmp_path / "endless.txt").unlink()
+    for name in ("in.txt", "endless.model"):
+        (tmp_path / name).unlink()
     left = [path.name for path in tmp_path.iterdir()]
     assert left == ([f"set.partial-{run.pid}"] if kill == signal.SIGKILL else [])
+    assert run.returncode == (-kill if kill == signal.SIGKILL else 128 + kill)
 
 
 @pytest.mark.parametrize("terminal", [True, False])

@@ -17,6 +17,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import time
 import xml.etree.ElementTree as ET
 from collections.abc import Callable
 from pathlib import Path
@@ -810,6 +811,45 @@ def test_files_of_another_kind_are_refused(runs: Callable[..., list[Path]], tmp_
     assert not (tmp_path / "s.json").exists()
 
 
+def test_what_is_to_be_changed_is_named_as_it_is_set(runs: Callable[..., list[Path]], tmp_path: Path) -> None:
+    report = call(record, *runs(lambda _: None, put("settings.ttt_lora_lr", 0.002)), "--baseline-loss", 1.936).err
+    assert "settings.ttt_lora_lr: 0.001 and 0.002 (set TTT_LORA_LR alike)" in report
+    assert "better than the baseline: p = " in report and "not below 0.01" in report
+    assert "no certificate: python data/audit.py RUN" in report
+    assert report.endswith("status: non-record (a rule of the challenge fails)\n")
+    report = call(record, *runs()).err
+    assert (
+        "takes --baseline-loss and at least 2 runs" in report and "(no rule fails, and one cannot be judged)" in report
+    )
+
+
+def test_a_run_that_is_not_there_or_not_finished_is_said_to_be_so(tmp_path: Path) -> None:
+    (tmp_path / "begun").mkdir()
+    for tool in (record, compare):
+        assert is_one_line_error(call(tool, tmp_path / "none"), "none does not exist")
+        assert is_one_line_error(call(tool, tmp_path / "begun"), "begun has no result.json", "finished run")
+
+
+def test_one_cause_is_given_for_a_folder_that_cannot_be_made(runs: Callable[..., list[Path]], tmp_path: Path) -> None:
+    out = "--folder", tmp_path / "folder"
+    paths = runs()
+    assert is_one_line_error(call(record, *paths, paths[0], *out), "same seed")
+    other = SOURCE.replace("scores", "counts")
+
+    def change(result: dict[str, Any]) -> None:
+        result.update(source_sha256=hashlib.sha256(other.encode()).hexdigest())
+
+    paths = runs(change)
+    paths[0].with_name("train.log").write_text(a_log("run42", other))
+    assert is_one_line_error(call(record, *paths, *out), "several train_gpt.py")
+
+
+def test_a_log_without_a_name_is_not_called_anothers(runs: Callable[..., list[Path]]) -> None:
+    (path,) = runs(losses=LOSSES[:1])
+    path.with_name("train.log").write_text(SOURCE)
+    assert is_one_line_error(call(record, path), "names no RUN_ID")
+
+
 # ---------------------------------------------------------------------------------------------- plot.py
 
 OURS = SOURCE + "\n".join(
@@ -988,6 +1028,110 @@ def test_mistakes_are_one_line(folder: Path, reference: Path, tmp_path: Path, mo
     assert not list(tmp_path.glob("x*"))
 
 
+STEP = "step:{}/40 train_loss:{} train_time:{}ms step_avg:1ms\n"
+
+
+@pytest.mark.parametrize(
+    ("line", "word"),
+    [
+        (STEP.format("-5", 2, 9), "-5"),
+        (STEP.format("10" * 3000, 2, 9), "1010"),
+        (STEP.format("1e3", 2, 9), "1e3"),
+        (STEP.format(1, "1e300", 9), "1e300"),
+        (STEP.format(1, 2, -9), "-9"),
+        (STEP.format(1, 2, "nan"), "nan"),
+        (STEP.format(1, 2, "inf"), "inf"),
+        ("Code size: -7 bytes\n", "-7"),
+        ("export model_bytes:7 code_bytes:3 total_bytes:10 max_bytes:0\n", "0"),
+        ("export kind:int5 bytes:9\nexport model_bytes:7 code_bytes:3 max_bytes:10\n", "7"),
+    ],
+)
+def test_a_number_that_no_log_has_is_damage(tmp_path: Path, line: str, word: str) -> None:
+    (tmp_path / "x.txt").write_text(line)
+    result = call(plot, tmp_path / "x.txt", "--out", tmp_path / "x")
+    assert is_one_line_error(result, f"x.txt line {line.count(chr(10))}", word) and len(result.err) < 300
+
+
+def test_losses_that_are_not_finite_are_said(tmp_path: Path) -> None:
+    log = tmp_path / "x.txt"
+    log.write_text(STEP.format(1, 6, 9) + STEP.format(2, "nan", 18) + STEP.format(3, "inf", 27))
+    result = call(plot, log, "--out", tmp_path / "x")
+    assert (result.code, result.err) == (0, "") and "2 of 3 losses are not finite" in result.out
+
+
+def test_a_log_that_goes_back_is_drawn_in_order(tmp_path: Path) -> None:
+    log = tmp_path / "x.txt"
+    log.write_text("".join(STEP.format(step, 6 - step / 10, 90 * step) for step in (2, 4, 6, 3, 5, 7)))
+    (axes,) = drawn(log, what=("loss",)).axes
+    assert list(axes.lines[0].get_xdata()) == [2, 3, 4, 5, 6, 7]
+
+
+@pytest.mark.parametrize("line", ["a" * (8 << 20), "step:" * (2 << 20), "a:" * (2 << 20), "\0\x80" * (2 << 20)])
+def test_a_line_of_megabytes_takes_no_time(tmp_path: Path, line: str) -> None:
+    log = tmp_path / "x.txt"
+    log.write_bytes(line.encode("latin-1") + b"\n" + STEP.format(1, 6, 9).encode())
+    began = time.monotonic()
+    (run,) = plot.read_runs([log])
+    assert list(run.train) == [1] and time.monotonic() - began < 5
+
+
+def test_a_picture_is_of_no_pipe_or_device(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "train.log")
+    for path in (tmp_path, tmp_path / "train.log", Path("/dev/zero")):
+        assert is_one_line_error(call(plot, path, "--out", tmp_path / "x"), "a device", "give a file")
+
+
+def test_long_names_leave_room_for_the_panels_and_like_ones_are_told_apart(tmp_path: Path) -> None:
+    paths = [tmp_path / place / ("x" * 200) / ("y" * 200) for place in "ab"]
+    for path in paths:
+        path.mkdir(parents=True)
+        (path / "train.log").write_text(OURS)
+    labels = [run.label for run in plot.read_runs(paths)]
+    assert len(set(labels)) == 2 and all(label.startswith("xx") and len(label) < 60 for label in labels)
+    result = call(plot, *paths, "--out", tmp_path / "x")
+    assert (result.code, result.err) == (0, "")
+
+
+def test_many_validations_are_drawn_without_marks(tmp_path: Path) -> None:
+    line = "step:{}/9 val_loss:2 val_bpb:1 train_time:9ms step_avg:9ms\n"
+    for count, marked in ((200, True), (201, False)):
+        (tmp_path / "x.txt").write_text("".join(line.format(step) for step in range(count)))
+        (axes,) = drawn(tmp_path / "x.txt", what=("bpb",)).axes
+        assert (axes.lines[1].get_marker() == "o") == marked
+
+
+def curve_of(*epochs: int) -> Change:
+    """A change: a curve of replay with rows of these epochs."""
+
+    def change(result: dict[str, Any]) -> None:
+        first = result["evaluation"]["curve"][0]
+        result["evaluation"]["curve"] = [dict(first, epoch=epoch) for epoch in epochs]
+
+    return change
+
+
+def changed(folder: Path, change: Change) -> Path:
+    """A run's folder whose result has this change."""
+    result = json.loads((folder / "result.json").read_text())
+    change(result)
+    (folder / "result.json").write_text(json.dumps(result))
+    return folder
+
+
+def test_epochs_and_spans_out_of_order_are_refused_and_any_number_is_drawn(scored: Path, tmp_path: Path) -> None:
+    out = "--what", "ttt", "position", "--out", tmp_path / "x"
+    for epochs in ((0, 1), (-3, 1), (2, 1)):
+        assert is_one_line_error(call(plot, changed(scored, curve_of(*epochs)), *out), "epochs do not go up")
+    (axes,) = drawn(changed(scored, curve_of(1, 10**18)), what=("ttt",)).axes
+    assert len(axes.get_xticks()) < 30
+    path = scored / "ttt_positions.npz"
+    with np.load(path) as file:
+        arrays = dict(file)
+    for ends in ([0, 1, 2, 3, 4], [5, 4, 3, 2, 1], [1, 2, 3, 4, math.nan]):
+        np.savez(path, **arrays | {"ends": np.array(ends)})
+        assert is_one_line_error(call(plot, scored, *out), "ends do not go up")
+
+
 # ---------------------------------------------------------------------------------------------- compare
 
 
@@ -1092,7 +1236,10 @@ def test_compare_weighs_documents_by_their_bytes(tmp_path: Path) -> None:
     run = a_scored_run(
         tmp_path / "a", without, without - np.array([0.0, 10.0]), bytes_, ttt_protocol="replay", ttt_n_epochs=50
     )
-    (row,) = cells(call(compare, run).out)
+    out = call(compare, run).out
+    assert "protocol to mixture_lr are settings" in out and "gain is how far" in out
+    (row,) = cells(out)
+    assert row["run"] == str(run)
     assert float(row["gain"]) == pytest.approx(10 / math.log(2) / 1010, abs=5e-5)
     assert (row["protocol"], row["n_epochs"], row["lora_lr"]) == ("replay", "1 of 50", "0.001")
     assert (row["mixture"], row["mixture_share"]) == ("–", "–")
@@ -1135,7 +1282,8 @@ def test_compare_refuses_what_cannot_be_compared(tmp_path: Path) -> None:
         call(compare, good, a_scored_run(tmp_path / "other", a, a, b + 1)), "other", "same documents"
     )
     same_scores = a_scored_run(tmp_path / "model", a, a, b, weights="bb")  # equal scores do not make one model
-    assert is_one_line_error(call(compare, good, same_scores), "different models")
+    result = call(compare, good, same_scores)
+    assert is_one_line_error(result, "different models", f"EVAL_ONLY={good / 'final_model.ptz'}", "record.py")
     assert is_one_line_error(
         call(compare, a_scored_run(tmp_path / "late", a, a, b, lacking=1)), "late", "EVAL_MAX_SECONDS"
     )
@@ -1326,7 +1474,7 @@ def test_positions_are_drawn_only_where_they_are_this_runs(folder: Path) -> None
     assert len(drawn(folder, what=("ttt", "position")).axes) == 1
 
 
-NAMES = ["a$_{$b", "$x$", "_hidden", "new\nline", "bell\a", "--> <b>&", "caf\udce9"]
+NAMES = ["a$_{$b", "$x$", "_hidden", "new\nline", "bell\a", "--> <b>&", "caf\udce9", "語"]
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -1343,7 +1491,7 @@ def test_names_of_runs_are_no_grammar(tmp_path: Path, monkeypatch: pytest.Monkey
     result = call(plot, name, "other", "--what", "loss", "ttt", "--out", "x")
     assert (result.code, result.err) == (0, "")
     ET.parse("x.svg")
-    shown = name.replace("\n", "\\n").replace("\a", "\\x07").replace("\udce9", "\\udce9")
+    shown = name.replace("\n", "\\n").replace("\a", "\\x07").replace("\udce9", "\\udce9").replace("語", "\\u8a9e")
     ttt = drawn(Path(name), Path("other"), what=("loss", "ttt"))
     assert [label.split(":")[0].strip() for label in legend(ttt.axes[1])] == [shown] * 3 + ["other"] * 3
     assert [text.get_text().strip() for text in ttt.legends[0].get_texts()] == [shown, "other"]

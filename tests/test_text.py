@@ -13,12 +13,16 @@ import pty
 import random
 import re
 import resource
+import shutil
+import signal
+import socket
 import subprocess
 import sys
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import pytest
@@ -27,7 +31,7 @@ import zstandard
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from tools import DATA, call, common, is_one_line_error, sample, text
+from tools import DATA, Result, call, common, compare, fineweb, is_one_line_error, plot, record, sample, text
 
 FAST = settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
 OPTIONS = "--vocab-size", 300, "--threads", 1
@@ -158,6 +162,143 @@ def test_no_more_threads_is_one_line_and_leaves_nothing(
     result = call(text, corpus, "--out", tmp_path / "set", "--vocab-size", 300, "--threads", 4)
     assert is_one_line_error(result, "thread", "--threads")
     assert [path.name for path in tmp_path.iterdir()] == ["in.jsonl"]
+
+
+PLACES = [
+    (text, ["", "--out", "x"]),
+    (text, ["in.jsonl", "--out", ""]),
+    (text, ["in.jsonl", "--tokenizer", "", "--out", "x"]),
+    (fineweb, ["--out", " "]),
+    (sample, ["--out", ""]),
+    (record, ["run", "--out", ""]),
+    (record, ["run", "--folder", ""]),
+    (record, [""]),
+    (compare, ["run", ""]),
+    (plot, ["run", "--out", ""]),
+    (plot, ["", "--out", "x"]),
+    (plot, ["run", "--out", "a\0b"]),
+]
+
+
+@pytest.mark.parametrize(("tool", "arguments"), PLACES)
+def test_an_empty_path_is_not_the_folder_at_hand(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tool: ModuleType, arguments: list[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert is_one_line_error(call(tool, *arguments), "is no path")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("out", ["/", ".", "..", "a/.."])
+def test_a_picture_needs_a_name(tmp_path: Path, out: str) -> None:
+    (tmp_path / "log.txt").write_text("Code size: 1 bytes\n")
+    assert is_one_line_error(call(plot, tmp_path / "log.txt", "--out", out), out, "names no file")
+
+
+def test_links_in_a_circle_are_one_line(tmp_path: Path, corpus: Path) -> None:
+    loop = tmp_path / "loop"
+    loop.symlink_to(loop)
+    assert is_one_line_error(call(text, corpus, "--out", loop, *OPTIONS), "loop", "circle")
+    with pytest.raises(OSError, match="loop"):
+        common.write_atomic(loop, b"")
+
+
+@pytest.mark.parametrize("tool", [text, fineweb, sample, record, compare, plot])
+def test_help_that_is_lost_is_an_error(tool: ModuleType) -> None:
+    assert call(tool, "--help").out.startswith("usage: ")
+    with full() as stream:
+        assert is_one_line_error(call(tool, "--help", stdout=stream), "standard output", "No space left")
+    with unread() as stream:
+        assert call(tool, "--help", stdout=stream).code == 0
+
+
+def test_help_without_a_console_is_an_error() -> None:
+    command = f"exec {sys.executable} {DATA / 'record.py'} --help >&-"
+    run = subprocess.run(["sh", "-c", command], capture_output=True, text=True, check=False)
+    assert is_one_line_error(Result(run.returncode, run.stdout, run.stderr), "standard output", "closed")
+
+
+# ---------------------------------------------------------------------------------------------- signals
+
+TOOLS = ["text", "fineweb", "sample", "compare", "plot", "audit", "compress", "generate"]  # record.py imports none
+
+
+def with_numpy(folder: Path, source: str, tool: str) -> subprocess.CompletedProcess:
+    """Runs a tool that imports this for numpy, the first package that each of them imports."""
+    (folder / "numpy.py").write_text(source)
+    env = os.environ | {"PYTHONPATH": str(folder)}
+    return subprocess.run([sys.executable, DATA / f"{tool}.py"], env=env, capture_output=True, text=True, check=False)
+
+
+@pytest.mark.parametrize("tool", TOOLS)
+def test_ctrl_c_while_a_tool_imports_is_quiet(tmp_path: Path, tool: str) -> None:
+    run = with_numpy(tmp_path, "import os, signal, time\nos.kill(os.getpid(), signal.SIGINT)\ntime.sleep(9)", tool)
+    assert (run.returncode, run.stdout, run.stderr) == (-signal.SIGINT, "", "")  # of which a shell makes 130
+
+
+@pytest.mark.parametrize("tool", ["sample", "compress"])
+def test_a_package_that_is_missing_is_one_line(tmp_path: Path, tool: str) -> None:
+    run = with_numpy(tmp_path, "raise ModuleNotFoundError(\"No module named 'numpy'\", name='numpy')", tool)
+    assert is_one_line_error(Result(run.returncode, run.stdout, run.stderr), "pip install numpy")
+
+
+def test_a_tool_that_is_imported_leaves_signals_alone() -> None:
+    code = "import signal, text; assert signal.getsignal(signal.SIGINT) == signal.default_int_handler"
+    subprocess.run([sys.executable, "-c", code], cwd=DATA, check=True)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_further_signals_do_not_disturb_the_cleaning(
+    tmp_path: Path, corpus: Path, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    rmtree = shutil.rmtree
+
+    def stop(*_: object) -> None:
+        os.kill(os.getpid(), number)
+
+    def disturbed(*arguments: object, **options: object) -> None:
+        stop()
+        rmtree(*arguments, **options)
+
+    def train(*_: object) -> None:
+        try:
+            stop()
+        finally:
+            stop()  # as by who presses it twice
+
+    monkeypatch.setattr(text, "train_tokenizer", train)
+    monkeypatch.setattr(shutil, "rmtree", disturbed)
+    result = call(text, corpus, "--out", tmp_path / "set", *OPTIONS)
+    assert result.code == 128 + number
+    assert result.err == ("error: interrupted — run it again\n" if number == signal.SIGINT else "")
+    assert [path.name for path in tmp_path.iterdir()] == ["in.jsonl"]
+
+
+def test_a_signal_while_an_error_is_cleaned_up_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rmtree = shutil.rmtree
+
+    def disturbed(*arguments: object, **options: object) -> None:
+        os.kill(os.getpid(), signal.SIGINT)
+        rmtree(*arguments, **options)
+
+    monkeypatch.setattr(shutil, "rmtree", disturbed)
+    result = call(text, tmp_path, "--out", tmp_path / "set", *OPTIONS)
+    assert is_one_line_error(result, "0 distinct documents") and not list(tmp_path.iterdir())
+
+
+def test_a_signal_that_comes_later_ends_what_is_stuck(tmp_path: Path) -> None:
+    code = f"""
+import common, os, signal
+def main(parser):
+    common.PATIENCE = 0
+    try:
+        os.kill(os.getpid(), {int(signal.SIGTERM)})
+    finally:
+        os.kill(os.getpid(), {int(signal.SIGTERM)})
+        print("still there")
+common.run_tool(main)"""
+    run = subprocess.run([sys.executable, "-c", code], cwd=DATA, capture_output=True, text=True, check=False)
+    assert (run.returncode, run.stdout, run.stderr) == (143, "", "")
 
 
 # ---------------------------------------------------------------------------------------------- files
@@ -294,6 +435,34 @@ def test_names_that_are_not_utf8_are_read(tmp_path: Path, suffix: bytes) -> None
     with open(os.fsencode(tmp_path) + b"/caf\xe9.txt.gz", "wb") as file:
         file.write(b"no gzip")
     assert is_one_line_error(call(text, tmp_path, "--out", tmp_path / "set"), "caf", "damaged")
+
+
+def special_files(folder: Path) -> list[Path]:
+    """A pipe that nobody writes to, a socket, and a link to a device without end, all with names of texts."""
+    pipe, socket_, device = (folder / f"{name}.txt" for name in ("pipe", "socket", "device"))
+    os.mkfifo(pipe)
+    with contextlib.chdir(folder), socket.socket(socket.AF_UNIX) as listening:  # a socket's path must be short
+        listening.bind(socket_.name)
+    device.symlink_to("/dev/zero")
+    return [pipe, socket_, device]
+
+
+def test_pipes_sockets_and_devices_in_a_folder_are_passed_over_and_named(tmp_path: Path, corpus: Path) -> None:
+    folder = tmp_path / "in"
+    folder.mkdir()
+    special = special_files(folder)
+    corpus.rename(folder / "in.jsonl")
+    result = call(text, folder, "--out", tmp_path / "set", *OPTIONS)
+    assert result.code == 0 and len(documents(tmp_path / "set")) == 40
+    first, *_ = result.out.splitlines()
+    assert first.startswith("not read") and all(str(path) in first for path in special)
+
+
+def test_a_pipe_a_socket_or_a_device_is_no_input(tmp_path: Path, corpus: Path) -> None:
+    for path in special_files(tmp_path):
+        result = call(text, corpus, path, "--out", tmp_path / "set", *OPTIONS)
+        assert is_one_line_error(result, path.name, "pipe", "give a file")
+    assert not (tmp_path / "set").exists()
 
 
 # ---------------------------------------------------------------------------------------------- delimiters
@@ -463,3 +632,9 @@ def test_an_incomplete_sample_is_to_be_deleted(tmp_path: Path, corpus: Path, mon
         (out / name).write_bytes(whole[: len(whole) // 2])
         assert is_one_line_error(call(sample, "--out", out), name, "damaged", "delete it")
         (out / name).write_bytes(whole)
+
+
+def test_a_folder_of_something_else_is_not_to_be_deleted(tmp_path: Path) -> None:
+    (tmp_path / "thesis.txt").touch()
+    result = call(sample, "--out", tmp_path)
+    assert is_one_line_error(result, "no file of the sample", "another --out") and "delete" not in result.err

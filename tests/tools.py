@@ -36,7 +36,7 @@ def call(
 ) -> Result:
     """Runs a tool's main function in this process as its command line would: piped, at a terminal, or on `stdout`."""
     out, err, argv = io.StringIO(), io.StringIO(), sys.argv
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)}
+    handlers = {number: signal.getsignal(number) for number in common.STOPS}
     err.isatty = lambda: terminal
     sys.argv = [module.__name__, *map(str, arguments)]
     try:
