@@ -878,9 +878,11 @@ class Shard:
 
     def __getitem__(self, span: slice) -> np.ndarray:
         start, stop, _ = span.indices(self.tokens)
-        found = np.fromfile(self.path, "<u2", max(stop - start, 0), offset=SHARD_HEADER + 2 * start)
+        if start >= stop:
+            return np.empty(0, "<u2")
+        found = np.fromfile(self.path, "<u2", stop - start, offset=SHARD_HEADER + 2 * start)
         if len(found) < stop - start:
-            raise UserError(f"shard {self.path} became shorter while it was read — fetch or make it again")
+            raise UserError(f"shard {self.path} could not be read to its end any more — fetch or make it again")
         return found
 
 
@@ -1279,8 +1281,8 @@ class Attention(nn.Module):
         q = apply_rotary(norm(q), *rope) * self.q_gain.to(q.dtype)[:, None]
         k = apply_rotary(norm(k), *rope)
         q, k, v = (y.transpose(1, 2) for y in (q, k, v))
-        # Flash lays out its output as its queries are: so, neither the projection nor its own backward copies it. After
-        # a context the rows of a head must lie together instead, for grouped().
+        # Flash lays out its output as its queries are: so, neither the projection nor its own backward copies it. With
+        # adapters there is mostly a context, for which the rows of a head must lie together: see grouped().
         return q.contiguous() if lora else q, k, v
 
 
@@ -2258,8 +2260,13 @@ def lora_shapes(s) -> dict[str, tuple[int, int]]:
 def draw_lora_a(s, document: int) -> np.ndarray:
     """A document's A of every layer and target, (rank, inputs) each, flat float32: uniform in +-1/sqrt(inputs)."""
     rng = np.random.default_rng([s.seed, document])
-    widths = [inputs for inputs, _ in lora_shapes(s).values()] * s.num_layers
-    return np.concatenate([(2 * rng.random(s.ttt_lora_rank * n, np.float32) - 1) * n**-0.5 for n in widths])
+    widths = np.array([inputs for inputs, _ in lora_shapes(s).values()] * s.num_layers)
+    drawn = rng.random(int(s.ttt_lora_rank * widths.sum()), np.float32)
+    drawn *= 2
+    drawn -= 1
+    for n, part in zip(widths, np.split(drawn, s.ttt_lora_rank * np.cumsum(widths)[:-1]), strict=True):
+        part *= np.float32(n**-0.5)
+    return drawn
 
 
 class Adapters:
@@ -2367,6 +2374,7 @@ class DocumentBatch:
         """Take up at most `capacity` documents. Raises ValueError if they do not come longest first."""
         self.documents = documents
         self.epochs = []
+        self.part = 0
         self.lengths = self.stream.lengths[documents]
         chunks = ceil_div(self.lengths, self.run.s.ttt_chunk_size)
         if (np.diff(chunks) > 0).any():
@@ -2387,10 +2395,8 @@ class DocumentBatch:
         chunk is scored once, then trained on TTT_N_EPOCHS times."""
         s = self.run.s
         self.deadline = deadline
-        self.peak_lr = s.ttt_rates[part]
-        if a is None:
-            a = np.stack([draw_lora_a(s, int(document)) for document in self.documents])
-        self.adapters.begin(a)
+        self.part, self.peak_lr = part, s.ttt_rates[part]
+        self.adapters.begin(self.draw_a() if a is None else a)
         waves = [math.cos(math.pi * epoch / s.ttt_n_epochs) for epoch in range(s.ttt_n_epochs)]
         cached = s.ttt_context == "cached"
         self.epochs = []
@@ -2401,6 +2407,10 @@ class DocumentBatch:
             self._set_lr(wave)
             self._read_through(cached, train=True)
             self.epochs.append(self._document_sums())
+
+    def draw_a(self) -> np.ndarray:
+        """Of every document, (B, …) float32."""
+        return np.stack([draw_lora_a(self.run.s, int(document)) for document in self.documents])
 
     def target_nll(self) -> list[np.ndarray]:
         """Of the last reading, (targets,) float32 for each document, UNSCORED where cut off; for NaN +inf."""
@@ -2461,7 +2471,8 @@ class DocumentBatch:
         self._launch(ChunkStep(n, width, context, **asked))
         self.run.wait_one_behind()
         self.run.tick()
-        self.run.log_after_silence(f"reading {len(self.epochs) + 1}: chunk {chunk + 1} of {len(self.active) - 1}")
+        reading = f"part {self.part + 1} reading {len(self.epochs) + 1}"
+        self.run.log_after_silence(f"{reading}: chunk {chunk + 1} of {len(self.active) - 1}")
 
     def _launch(self, step: ChunkStep):
         """_step(), by a CUDA graph from the second of a shape on: one launch instead of hundreds."""
@@ -2573,8 +2584,8 @@ def predict(stream, run: Run) -> dict[str, float]:
     """Seconds of the evaluation by the preflight's paces, were all ranks equally busy."""
     # Besides, there is the reading without adaptation; every part of a score is a pass, and replay's epochs follow.
     s = run.s
-    parts, epochs = (1, s.ttt_n_epochs) if s.ttt_protocol == "replay" else (training_steps(s), 0)
-    steps = 1 / 3 + len(s.ttt_rates) * parts + epochs
+    part, epochs = (1, s.ttt_n_epochs) if s.ttt_protocol == "replay" else (training_steps(s), 0)
+    steps = 1 / 3 + len(s.ttt_rates) * part + epochs * (s.ttt_figures > 1)
     lengths, floor = stream.lengths, STEP_FLOOR[run.device.type]
     cost = sum(batch_cost(lengths[documents], s, floor) for documents in batch_documents(lengths, run))
     return {name: pace * steps * cost / run.ranks.world for name, pace in run.pace.items()}
@@ -2680,8 +2691,8 @@ def score_documents(model, stream, scores: Scores, deadline: float, run: Run) ->
             known = "; what other ranks have is told at the end"  # none waits for them
             if run.ranks.world == 1:
                 score, plain = map(scores.bits_per_byte, (ADAPTED, PLAIN))
-                known = f" ({score:.4f} bits per byte, {plain:.4f} without adaptation)"
-            run.log(f"every document that is to have a score has it{known}; replay's other epochs, none, follow")
+                known = f" (epoch 1: {score:.4f} bits per byte, {plain:.4f} without adaptation)"
+            run.log(f"every document that is to have a score has it{known}; replay's other epochs follow, no scores")
         began = time.perf_counter()
         todo = [documents for documents in batches if lacking[documents].any()]
         done = np.cumsum([batch_cost(stream.lengths[documents], run.s, 0) for documents in todo])
@@ -2706,8 +2717,9 @@ def score_batch(label: str, batch: DocumentBatch, scores: Scores, deadline: floa
         batch.score()
         scores.add(PLAIN, batch.documents, batch.target_nll())
     elif label == "score":
+        a = batch.draw_a()
         for part in range(len(batch.run.s.ttt_rates)):
-            batch.adapt(1, deadline, part=part)
+            batch.adapt(1, deadline, a, part)
             scores.add(ADAPTED + part, batch.documents, batch.target_nll())
     else:
         batch.adapt(batch.run.s.ttt_n_epochs, deadline)
@@ -2733,7 +2745,8 @@ def mixture(nll: np.ndarray, starts, lengths, share: float) -> np.ndarray:
     order = np.argsort(-lengths, kind="stable")
     with np.errstate(invalid="ignore"):  # NaN where all are infinite
         least = nll.min(0).astype(np.float64)  # taken out, for what float64 cannot hold
-        parts = np.exp(least - nll)
+        parts = least - nll
+        np.exp(parts, out=parts)
         for some in np.split(order, range(1024, len(order), 1024)):  # at once what the processor's cache holds
             longer = np.searchsorted(-lengths[some], -np.arange(lengths[some[0]]))  # than t: the first ones
             weights = np.full((len(nll), len(some)), 1 / len(nll))
@@ -2781,8 +2794,13 @@ def report_documents(scores: Scores, seconds: dict[str, float], began: float, ru
         targets["mixture"] = mixture(known, stream.starts, stream.lengths, s.ttt_mixture_share)
         arrays["nll_mixture"] = scores.of_documents(targets["mixture"])
         names = "no_adaptation", s.ttt_protocol, f"{s.ttt_protocol}_at_{s.ttt_mixture_lr:g}"
-        parts = {name: scores.bits_per_byte(row) for row, name in enumerate(names[: len(sums)])}
-        mixed = arrays["nll_mixture"], int((sums == UNSCORED).any(0).sum()), parts
+        whole = np.where(sums == UNSCORED, sums[PLAIN], sums).sum(1) / math.log(2) / stream.byte_count
+        arrays["mixture_finished"] = (sums != UNSCORED).all(0)
+        mixed = (
+            arrays["nll_mixture"],
+            int((~arrays["mixture_finished"]).sum()),
+            dict(zip(names, whole.tolist(), strict=False)),
+        )
     account = dict(documents=len(stream.lengths)) | time_spent(began, run) | dict(passes=seconds)
     if len(scores.epochs):
         again = scores.epochs[0] != UNSCORED
@@ -2795,7 +2813,8 @@ def report_documents(scores: Scores, seconds: dict[str, float], began: float, ru
 
 def label_figures(nll, lacking: list[int], mixed, account: dict, stream, run: Run) -> tuple[dict, Score]:
     """Log every figure for what it is; result.json's account, and the Score. `nll` (1 + figures, documents); `lacking`
-    counts the documents that a figure lacks; `mixed` is None or both of a mixture, and its parts' bits per byte."""
+    counts the documents that a figure lacks; `mixed` is None or a mixture's NLL (documents,), how many lack a part of it,
+    and each part's bits per byte."""
     s = run.s
     seconds = account["passes"]
     plain, *scores = (Score(float(row.sum()), stream.target_count, stream.byte_count) for row in nll)
@@ -3113,7 +3132,7 @@ def rehearse_batch(batch: DocumentBatch, a: np.ndarray, graphs: bool) -> tuple[n
     batch.score()
     run.wait()
     began = time.perf_counter()
-    batch.adapt(run.s.ttt_n_epochs, a=a)
+    batch.adapt(run.s.ttt_n_epochs, a=a, part=-1)  # the boldest
     run.wait()
     seconds = time.perf_counter() - began
     end = batch.adapters.flat.clone()

@@ -178,8 +178,8 @@ def counted_bytes(stream, tokenizer) -> Finding:
     return Finding("bytes", not differences[wrong], float(differences[wrong]), detail)
 
 
-def documents_of(shards: list[np.ndarray]) -> Iterator[np.ndarray]:
-    """The documents of a stream of shards, without BOS."""
+def documents_of(shards: list) -> Iterator[np.ndarray]:
+    """The documents of a stream of shards or arrays, without BOS."""
     held = np.array([train_gpt.BOS], "<u2")  # what comes before the first is a document, too
     with tqdm(
         desc="reading training shards", total=sum(map(len, shards)), unit=" tokens", disable=None, leave=False

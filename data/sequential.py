@@ -129,7 +129,7 @@ class Sequential(train_gpt.DocumentBatch):
             if len(self.parts) > 1:
                 self.parts[0]._run_step(chunk, n, cached=True, keep=True)
         super()._run_step(chunk, n, cached, **asked)
-        for other in self.parts[2:]:  # what they would score is known
+        for other in self.parts[2:] if asked.get("train") or asked.get("keep") else ():  # no score: it is known
             other._run_step(chunk, n, cached, **(asked | {"score": False}))
 
     @torch.no_grad()
@@ -141,6 +141,7 @@ class Sequential(train_gpt.DocumentBatch):
         for position in range(first, end):
             if mixed:
                 predicted = np.exp(-np.stack([part._predict(position) for part in self.parts]).astype(np.float64))
+                predicted = np.nan_to_num(predicted)  # as the evaluation has it: a part that diverged predicts nothing
                 p, after = train_gpt.mix(self.weights, predicted, self.run.s.ttt_mixture_share)
                 token = self.choose(position, -np.log(p))
                 self.weights = after[:, token : token + 1]
