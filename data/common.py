@@ -249,6 +249,9 @@ def write_atomic(path: Path, content: bytes) -> None:
                 file.flush()
                 os.fsync(file.fileno())
             partial.replace(path)
+    except OSError as error:
+        error.filename = str(path)  # not the partial file's: nobody asked for that
+        raise
     finally:
         with suppress(OSError):
             partial.unlink(missing_ok=True)

@@ -338,6 +338,12 @@ def test_a_file_is_the_old_one_or_the_new_one(tmp_path: Path, size: int) -> None
     assert path.read_bytes() == b"after" and link.is_symlink()
 
 
+def test_a_file_that_cannot_be_made_is_named_as_it_was_given(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError) as caught:
+        common.write_atomic(tmp_path / "none" / "a.json", b"")
+    assert caught.value.filename == str(tmp_path / "none" / "a.json")
+
+
 def test_a_device_is_written_to_and_not_replaced(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe")
     reading = os.open(tmp_path / "pipe", os.O_RDONLY | os.O_NONBLOCK)
