@@ -2795,12 +2795,9 @@ def report_documents(scores: Scores, seconds: dict[str, float], began: float, ru
         arrays["nll_mixture"] = scores.of_documents(targets["mixture"])
         names = "no_adaptation", s.ttt_protocol, f"{s.ttt_protocol}_at_{s.ttt_mixture_lr:g}"
         whole = np.where(sums == UNSCORED, sums[PLAIN], sums).sum(1) / math.log(2) / stream.byte_count
-        arrays["mixture_finished"] = (sums != UNSCORED).all(0)
-        mixed = (
-            arrays["nll_mixture"],
-            int((~arrays["mixture_finished"]).sum()),
-            dict(zip(names, whole.tolist(), strict=False)),
-        )
+        cut = (sums == UNSCORED).any(0)
+        arrays["figures_finished"] *= ~cut  # of a score that lacks a part none is
+        mixed = arrays["nll_mixture"], int(cut.sum()), dict(zip(names, whole.tolist(), strict=False))
     account = dict(documents=len(stream.lengths)) | time_spent(began, run) | dict(passes=seconds)
     if len(scores.epochs):
         again = scores.epochs[0] != UNSCORED
@@ -2813,8 +2810,8 @@ def report_documents(scores: Scores, seconds: dict[str, float], began: float, ru
 
 def label_figures(nll, lacking: list[int], mixed, account: dict, stream, run: Run) -> tuple[dict, Score]:
     """Log every figure for what it is; result.json's account, and the Score. `nll` (1 + figures, documents); `lacking`
-    counts the documents that a figure lacks; `mixed` is None or a mixture's NLL (documents,), how many lack a part of it,
-    and each part's bits per byte."""
+    counts the documents that a figure lacks; `mixed` is None or a mixture's NLL (documents,), how many lack a part, and
+    each part's bits per byte."""
     s = run.s
     seconds = account["passes"]
     plain, *scores = (Score(float(row.sum()), stream.target_count, stream.byte_count) for row in nll)

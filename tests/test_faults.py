@@ -181,7 +181,7 @@ def test_a_shard_that_is_cut_off_under_a_run_ends_it_with_a_line(tmp_path):
     shutil.copytree(runs.data(), data)
     done = runs.run(tmp_path / "run", 2, before=cut_off_the_shards, DATA_PATH=data)
     message = runs.user_error(done.err)
-    assert f"{data}/fineweb_train_00000" in message and "became shorter while it was read" in message
+    assert f"{data}/fineweb_train_00000" in message and "could not be read to its end any more" in message
 
 
 class Payload:

@@ -82,13 +82,13 @@ def test_half_a_minute_of_silence_in_an_evaluation_ends_with_a_line(monkeypatch,
     now[0] += silent
     batch = batch_of(random_model(run.s), stream_of(run.s, [40]), [0], run)
     batch.score()
-    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("reading ")]
-    assert lines == ["reading 1: chunk 1 of 3"] * said
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("part ")]
+    assert lines == ["part 1 reading 1: chunk 1 of 3"] * said
 
 
 def test_the_score_is_said_as_soon_as_it_is_known(tmp_path):
     done = runs.run(tmp_path / "replay")
-    (line,) = re.findall(r"every document .* has it \((.*) bits per byte, (.*) without adaptation\)", done.log)
+    (line,) = re.findall(r"every document .* has it \(epoch 1: (.*) bits per byte, (.*) without adaptation\)", done.log)
     evaluation = done.result["evaluation"]
     known = (evaluation[name]["val_bpb"] for name in ("backward_looking", "no_adaptation"))
     assert line == tuple(f"{value:.4f}" for value in known)

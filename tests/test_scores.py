@@ -310,6 +310,32 @@ def test_where_a_deadline_cuts_off_the_prediction_without_adaptation_mixes_with_
     nll = the_mixture_of(scores, figures, stream, s.ttt_mixture_share)
     assert nll[2] == pytest.approx(figures_of(scores, stream)[2], rel=1e-9)  # p0 alone
     assert score.nll == pytest.approx(nll.sum(), rel=1e-12)
+    missing = np.logical_or.reduceat((scores.targets == UNSCORED).any(0), stream.starts)
+    with np.load(tmp_path / "ttt_documents.npz") as arrays:  # a document that lacks one part lacks the score
+        assert ((arrays["figures_finished"] == 0) == missing).all()
+    assert figures["mixture"]["lacking"] == missing.sum()
+    whole = [np.add.reduceat(row.astype(float), stream.starts) for row in scores.targets]
+    whole = [np.where(np.isfinite(row), row, whole[0]).sum() for row in whole]
+    parts = [bpb * math.log(2) * stream.byte_count for bpb in figures["mixture"]["parts"].values()]
+    assert parts == pytest.approx(whole, rel=1e-6)  # by whole documents, as every other figure
+
+
+def test_a_deadline_between_the_parts_of_a_mixture_leaves_no_half_scored_document(run, tmp_path, monkeypatch):
+    s = small(ttt_mixture=True, ttt_protocol="single_pass", **BOTH, eval_max_seconds=5)
+    model, stream = random_model(s), stream_of(s, [100, 70, 40])
+    adapt = train_gpt.DocumentBatch.adapt
+
+    def late(batch, epochs, deadline, a=None, part=0):
+        return adapt(batch, epochs, math.inf if part == 0 else 0.0, a, part)
+
+    monkeypatch.setattr(train_gpt.DocumentBatch, "adapt", late)
+    figures, _, scores = train_gpt.evaluate_documents(
+        model, stream, run_of(run, s, tmp_path), "tag", time.perf_counter()
+    )
+    assert (scores.targets[ADAPTED] != UNSCORED).all() and (scores.targets[2] == UNSCORED).all()
+    assert figures["mixture"]["lacking"] == 3 and figures["backward_looking"]["lacking"] == 0
+    with np.load(tmp_path / "ttt_documents.npz") as arrays:
+        assert arrays["figures_finished"].tolist() == [0, 0, 0]
 
 
 def figures_of(scores, stream):
