@@ -2752,7 +2752,7 @@ def mixture(nll: np.ndarray, starts, lengths, share: float) -> np.ndarray:
             weights = np.full((len(nll), len(some)), 1 / len(nll))
             for t, n in enumerate(longer):
                 at = starts[some[:n]] + t
-                parts[0, at], weights = mix(weights[:, :n], parts[:, at], share)
+                parts[0, at], weights = mix(weights[:, :n], parts.take(at, axis=1), share)  # half of [:, at]'s seconds
         return least - np.log(parts[0])
 
 

@@ -381,7 +381,7 @@ def bench_mixture(args):
     """Seconds that the mixture of three predictions takes, on the full split's targets, on this machine.
 
     One call on random NLL: 50,000 documents of log-normal lengths, one of 160,000 targets among them. One thread,
-    one run, no warm-up; it takes about 2 GB of memory."""
+    one run, no warm-up; it takes about 4 GB of memory."""
     longest = min(speed.FULL_SPLIT_LONGEST, args.targets // 2)
     documents = max(1, speed.FULL_SPLIT_DOCUMENTS * args.targets // speed.FULL_SPLIT_TARGETS)
     began = time.process_time()
