@@ -5,6 +5,7 @@ skipped without it."""
 
 import math
 import os
+import signal
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -17,6 +18,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import train_gpt
 from runs import MICRO
 
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+    # As a shell starts what it puts in the background. What tests start would inherit it, and ignore theirs.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 torch.set_num_threads(1)  # the small models below gain nothing from more
 
 SMALL = {name.lower(): value for name, value in MICRO.items()} | dict(  # every branch of the model matters
