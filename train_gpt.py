@@ -52,6 +52,7 @@ import time
 import traceback
 import zipfile
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import Field, asdict, dataclass, field, fields, replace
 from datetime import timedelta
 from pathlib import Path
@@ -2743,17 +2744,31 @@ def mixture(nll: np.ndarray, starts, lengths, share: float) -> np.ndarray:
     # Weights begin equal; each target multiplies them by the probability that each gave it, and `share` of the sum is
     # dealt out evenly again. So they know earlier targets alone, and the mixture is a probability.
     order = np.argsort(-lengths, kind="stable")
-    with np.errstate(invalid="ignore"):  # NaN where all are infinite
-        least = nll.min(0).astype(np.float64)  # taken out, for what float64 cannot hold
-        parts = least - nll
-        np.exp(parts, out=parts)
-        for some in np.split(order, range(1024, len(order), 1024)):  # at once what the processor's cache holds
-            longer = np.searchsorted(-lengths[some], -np.arange(lengths[some[0]]))  # than t: the first ones
-            weights = np.full((len(nll), len(some)), 1 / len(nll))
-            for t, n in enumerate(longer):
-                at = starts[some[:n]] + t
-                parts[0, at], weights = mix(weights[:, :n], parts.take(at, axis=1), share)  # half of [:, at]'s seconds
-        return least - np.log(parts[0])
+    least, parts = np.empty(nll.shape[1]), np.empty(nll.shape)
+
+    @np.errstate(invalid="ignore")  # NaN where all are infinite
+    def take_exponentials(span: slice):
+        least[span] = nll[:, span].min(0)  # taken out, for what float64 cannot hold
+        np.exp(least[span] - nll[:, span], out=parts[:, span])
+
+    @np.errstate(invalid="ignore")
+    def mix_documents(some: np.ndarray):
+        longer = np.searchsorted(-lengths[some], -np.arange(lengths[some[0]]))  # than t: the first ones
+        weights = np.full((len(nll), len(some)), 1 / len(nll))
+        for t, n in enumerate(longer):
+            at = starts[some[:n]] + t
+            parts[0, at], weights = mix(weights[:, :n], parts.take(at, axis=1), share)  # half of [:, at]'s seconds
+
+    @np.errstate(invalid="ignore")
+    def take_logarithms(span: slice):
+        least[span] -= np.log(parts[0, span])
+
+    spans = [slice(i, i + (1 << 20)) for i in range(0, len(least), 1 << 20)]
+    with ThreadPoolExecutor(2) as pool:  # some at a time: what the cache holds, but enough for two cores
+        list(pool.map(take_exponentials, spans))
+        list(pool.map(mix_documents, np.split(order, range(4096, len(order), 4096))))
+        list(pool.map(take_logarithms, spans))
+    return least
 
 
 def by_position(nll: dict[str, np.ndarray], stream) -> dict[str, np.ndarray]:

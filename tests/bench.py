@@ -380,7 +380,7 @@ def show_memory(run: t.Run):
 def bench_mixture(args):
     """Seconds that the mixture of three predictions takes, on the full split's targets, on this machine.
 
-    One call on random NLL: 50,000 documents of log-normal lengths, one of 160,000 targets among them. One thread,
+    One call on random NLL: 50,000 documents of log-normal lengths, one of 160,000 targets among them. Two threads,
     one run, no warm-up; it takes about 4 GB of memory."""
     longest = min(speed.FULL_SPLIT_LONGEST, args.targets // 2)
     documents = max(1, speed.FULL_SPLIT_DOCUMENTS * args.targets // speed.FULL_SPLIT_TARGETS)
