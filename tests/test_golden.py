@@ -63,8 +63,8 @@ class Golden:
         s = replace(self.s, prune_fraction=0.03, fp16_keep_name_patterns="tok_emb,blocks.8.attn.c_k")
         return train_gpt.quantize_model({name: weight}, s)[name], train_gpt.prune(weight, 0.03)
 
-    def documents(self, documents, plain=False, **changes):
-        """Losses of each figure of these documents, (documents, figures), from one batch."""
+    def documents(self, documents, **changes):
+        """Losses without adaptation and of each epoch of these documents, (documents, 1 + epochs), from one batch."""
         expected = self.expected["ttt_replay"]["docs"]
         stream = self.stream(sum(d["targets"] for d in expected) + 1)
         assert stream.lengths.tolist() == [d["targets"] for d in expected]
@@ -75,7 +75,16 @@ class Golden:
             [[self.inputs.lora_a(7, i, target, d, 8, 128) for target in "qv"] for i in range(10)] for d in documents
         ]
         nll = batch.read(a=np.array(of_layer, np.float32).reshape(len(documents), -1)).totals()
-        return (nll[:1] if plain else nll[1:]).T / stream.lengths[documents][:, None]
+        return nll.T / stream.lengths[documents][:, None]
+
+    def check_test_time_training(self, section, figures, how, batches):
+        """Each named figure of the section, all from one reading of each batch of documents."""
+        docs = self.expected[section]["docs"]
+        for documents in batches:
+            for d, losses in zip(documents, self.documents(documents, **how), strict=True):
+                for figure, place in figures.items():
+                    expected = np.atleast_1d(docs[d][figure]).tolist()
+                    assert losses[place].tolist() == pytest.approx(expected, rel=1e-3), (figure, d)
 
 
 @pytest.fixture(scope="module")
@@ -155,31 +164,30 @@ def test_quantised_matrices_of_the_record_model(golden):
             assert stored.scale[:4].tolist() == e["scale_first_4"], name
 
 
-TTT = [  # section and name of the figure, settings, batches: of all documents, and each document alone
-    ("ttt_replay", "epochs_1_val_loss", dict(ttt_context="recompute", ttt_n_epochs=1), ("one_batch",)),
-    ("ttt_replay", "epochs_4_val_loss", dict(ttt_context="recompute", ttt_n_epochs=4), ("one_batch",)),
-    ("ttt_cached", "replay_epochs_1_val_loss", dict(ttt_n_epochs=1), ("one_batch",)),
-    ("ttt_cached", "replay_epochs_4_val_loss", dict(ttt_n_epochs=4), ("one_batch", "alone")),
+PLAIN, FIRST, ALL = slice(0, 1), slice(1, 2), slice(1, None)  # of a reading: without adaptation, epoch 1, every epoch
+REPLAY = {"replay_epochs_1_val_loss": FIRST, "replay_epochs_4_val_loss": ALL, "no_adaptation_val_loss": PLAIN}
+TTT = [  # section, its figures, settings
     (
-        "ttt_cached",
-        "single_pass_epochs_3_val_loss",
-        dict(ttt_protocol="single_pass", ttt_n_epochs=3),
-        ("one_batch",),
+        "ttt_replay",
+        {"epochs_1_val_loss": FIRST, "epochs_4_val_loss": ALL},
+        dict(ttt_context="recompute", ttt_n_epochs=4),
     ),
-    ("ttt_cached", "no_adaptation_val_loss", dict(plain=True), ("one_batch", "alone")),
+    ("ttt_cached", REPLAY, dict(ttt_n_epochs=4)),
+    ("ttt_cached", {"single_pass_epochs_3_val_loss": ALL}, dict(ttt_protocol="single_pass", ttt_n_epochs=3)),
 ]
-CASES = [pytest.param(*case, batch, id="-".join((*case[:2], batch))) for *case, batches in TTT for batch in batches]
+LONGEST_FIRST = [1, 0, 2]  # of the three documents, of 1,259, 523 and 331 targets
 
 
-@pytest.mark.parametrize("section, figure, how, batches", CASES)
-def test_losses_of_test_time_training(golden, section, figure, how, batches):
+@pytest.mark.parametrize("section, figures, how", TTT, ids=["recompute", "replay", "single_pass"])
+def test_losses_of_test_time_training(golden, section, figures, how):
     e = golden.expected[section]
     setting = [golden.s.ttt_chunk_size, golden.s.ttt_eval_seq_len, golden.s.ttt_lora_rank, golden.s.ttt_lora_lr]
     assert setting == [e[name] for name in ("chunk_size", "eval_seq_len", "rank", "lr")]
-    longest_first = sorted(range(3), key=lambda d: -e["docs"][d]["targets"])
-    for documents in [longest_first] if batches == "one_batch" else [[d] for d in longest_first]:
-        for d, losses in zip(documents, golden.documents(documents, **how), strict=True):
-            assert losses.tolist() == pytest.approx(np.atleast_1d(e["docs"][d][figure]).tolist(), rel=1e-3), d
+    golden.check_test_time_training(section, figures, how, [LONGEST_FIRST])
+
+
+def test_losses_of_each_document_alone(golden):
+    golden.check_test_time_training("ttt_cached", REPLAY, dict(ttt_n_epochs=4), [[d] for d in LONGEST_FIRST])
 
 
 def test_everything_through_plain_attention(golden, monkeypatch):
@@ -188,8 +196,7 @@ def test_everything_through_plain_attention(golden, monkeypatch):
     e = golden.expected["forward"]
     assert golden.nll(model, *e["tokens"])[:16].tolist() == pytest.approx(e["nll_first_16"], rel=1e-4)
     monkeypatch.setattr(golden, "model", model)
-    for section, figure, how in (case[:3] for case in TTT if "epochs_4" not in case[1] and "epochs_3" not in case[1]):
-        docs = golden.expected[section]["docs"]
-        documents = sorted(range(3), key=lambda d: -docs[d]["targets"])
-        for d, losses in zip(documents, golden.documents(documents, **how), strict=True):
-            assert losses.tolist() == pytest.approx(np.atleast_1d(docs[d][figure]).tolist(), rel=1e-3), (figure, d)
+    first = {"replay_epochs_1_val_loss": ALL, "no_adaptation_val_loss": PLAIN}
+    golden.check_test_time_training("ttt_cached", first, dict(ttt_n_epochs=1), [LONGEST_FIRST])
+    how = dict(ttt_context="recompute", ttt_n_epochs=1)
+    golden.check_test_time_training("ttt_replay", {"epochs_1_val_loss": ALL}, how, [LONGEST_FIRST])
