@@ -13,8 +13,8 @@ For OpenAI's Parameter Golf, after thwu1's 1.1428-bpb record and PR #467 of open
 - evaluation: standard, sliding window, or 50 cosine epochs of rank-8 LoRA on Q and V per document. A figure is
   labelled *backward-looking* only if each token was scored before any update had seen it.
 
-README.md has a map. A section calls only what stands above it. Everywhere `s` is Settings, `run` a Run, `stream` a
-Stream.
+Sections stand in the order of the story, each upon those above it (a Run asks the model's for its dtype and attention
+backend). Everywhere `s` is Settings, `run` a Run, `stream` a Stream.
 """
 
 import os
@@ -82,7 +82,7 @@ def ceil_div(a, b):
 # model (an artifact's header), the trained weights besides (a checkpoint must match), or this session alone.
 
 LORA_TARGETS = ("c_q", "c_k", "c_v", "attn.proj", "mlp.fc", "mlp.proj")  # of every layer, in drawing order
-ANY_TARGET = f"({'|'.join(LORA_TARGETS)})"
+ANY_TARGET = f"({'|'.join(map(re.escape, LORA_TARGETS))})"
 
 
 class UserError(Exception):
@@ -142,7 +142,7 @@ class TrainSettings(ModelSettings):
     muon_momentum_warmup_steps = setting(1500, "steps to MUON_MOMENTUM", tiny=80)
     beta1 = setting(0.9, "Adam's, LoRA's included", 0, 0.999999)
     beta2 = setting(0.95, "Adam's, LoRA's included", 0, 0.999999)
-    adam_eps = setting(1e-8, "Adam's, in training")
+    adam_eps = setting(1e-8, "Adam's, in training", 1e-30)
     grad_clip_norm = setting(0.3, "largest gradient norm; 0: any")
     weight_decay = setting(0.04, "decoupled, of both methods")
     swa_enabled = setting(True, "average the warmdown's weights")
@@ -167,7 +167,7 @@ class Settings(TrainSettings):
     warmup_steps = setting(20, "preflight's steps, undone; 0 counts as 1", tiny=2)
     micro_batch_tokens = setting(0, "most tokens of a rank at once; 0: what fits")
     val_loss_every = setting(500, "steps between validations; 0: only last", tiny=80)
-    val_batch_size = setting(524288, "most tokens per validation batch, all ranks", 1, tiny=8192)
+    val_batch_size = setting(524288, "most tokens per validation batch, all ranks", 1, 1 << 30, tiny=8192)
     train_log_every = setting(100, "steps between log lines", 1, tiny=20)
     fp16_keep_name_patterns = setting("tok_emb,blocks.8.attn.c_k", "tensors kept in fp16", form=".{0,1000}")
     prune_fraction = setting(0.03, "smallest weights that become zero", 0, 0.15)
@@ -181,7 +181,7 @@ class Settings(TrainSettings):
     artifact_max_bytes = setting(16_000_000, "of artifact and this file", 1)
     val_docs = setting(0, "validation documents scored; 0: all")
     eval_stride = setting(64, "stride of the sliding window", 1)
-    eval_batch_seqs = setting(32, "most sliding windows per batch and rank", 1)
+    eval_batch_seqs = setting(32, "most sliding windows per batch and rank", 1, 1 << 30)
     eval_max_seconds = setting(600.0, "from the artifact's load on; 0: no limit", tiny=0.0)
     ttt_enabled = setting(True, "test-time training; 0: sliding window")
     ttt_protocol = setting("replay", "epochs, or one pass", choices=("replay", "single_pass"))
@@ -330,6 +330,11 @@ def say(line: str, name: str = "stdout") -> str:
         setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115 - open to the end
         return getattr(e, "strerror", None) or str(e)
     return ""
+
+
+def out_of_memory(error: Exception) -> bool:
+    """Python's, a GPU's, or that of torch's allocator on a CPU, which has no type of its own."""
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error)
 
 
 def system_says(e: OSError, path: object = None) -> str:
@@ -708,7 +713,7 @@ class Run:
     def session(self, stage: str):
         """Account for a stage that RESUME=1 can continue: sessions.json says how long each process worked at it, on
         what, and how it ended."""
-        row = dict(stage=stage, world_size=self.ranks.world, devices=self.devices, seconds=0.0)
+        row = dict(stage=stage, tag="", world_size=self.ranks.world, devices=self.devices, seconds=0.0)
         row["ended"] = "killed"  # until it ends otherwise
         self.sessions.append(row)
         self.session_began = time.perf_counter()
@@ -805,7 +810,7 @@ def read_sessions(folder: Path) -> list[dict]:
     content = (folder / "sessions.json").read_bytes()
     try:
         rows = json.loads(content)
-        names = {"stage", "world_size", "devices", "seconds", "ended"}
+        names = {"stage", "tag", "world_size", "devices", "seconds", "ended"}
         if type(rows) is not list or any({*row} != names or not isinstance(row["seconds"], float) for row in rows):
             raise ValueError("another form")
         return list(rows)
@@ -902,8 +907,8 @@ def open_shards(split: str, run):
     """The shards of a split, whose tokens are all in the vocabulary. Raises UserError."""
     s = run.s
     where = f"fineweb_{split}_*.bin in {s.data_path}"
-    paths = sorted(Path(s.data_path).glob(f"fineweb_{split}_*.bin"))
-    numbers = [int(path.stem.rpartition("_")[2]) for path in paths if path.stem[-1:].isdecimal()]
+    paths = sorted(Path(s.data_path).glob(f"fineweb_{split}_*.bin"), key=lambda path: (len(path.name), path.name))
+    numbers = [int(n) for path in paths if (n := path.stem.rpartition("_")[2]).isdecimal()]
     if numbers and numbers != [*range(numbers[0], numbers[0] + len(numbers))]:
         raise UserError(f"of {where} some number is missing: there are {numbers[:9]} — fetch or make all")
     shards = [open_shard(path) for path in paths]
@@ -1079,7 +1084,8 @@ def load_validation(run):
         tokens = tokens[: starts[-1] + lengths[-1] + 1]
     bytes_ = target_bytes(sp, tokens)
     if not bytes_.any():
-        raise UserError(f"the validation set in {s.data_path} has no target with text — fetch or make it again")
+        cure = "raise VAL_DOCS" if s.val_docs else "fetch or make it again"
+        raise UserError(f"of the validation set in {s.data_path} no target that is scored has text — {cure}")
     compared = tokens[:COMPARED_TOKENS]  # its last document may go on, and is compared as far as it goes
     compare_bytes(sp, compared, bytes_, *(x[:COMPARED_DOCUMENTS] for x in find_documents(compared, sp.bos_id())))
     stream = Stream(tokens, bytes_, run.device, (starts, lengths))
@@ -1478,6 +1484,9 @@ def adam_where_(good, p, g, m, v, *recipe):
         now.copy_(torch.where(good, now, old))
 
 
+MOST_SKIPPED = 10  # steps in a row without a finite gradient
+
+
 class Group(NamedTuple):
     """Parameters of one recipe that lie together in the flat buffers."""
 
@@ -1524,7 +1533,7 @@ class Optimizer:
         gradient_norm = self.run.ranks.sum(self.grads).norm()
         good = gradient_norm < math.inf  # nor is NaN; it stays on the device, for which the host need not wait
         self.skipped += ~good
-        self.skipped[1:].mul_(~good)
+        self.skipped[1:].mul_(~good | (self.skipped[1:] >= MOST_SKIPPED))  # so many are seen whenever one looks
         if s.grad_clip_norm:
             self.grads.mul_((s.grad_clip_norm / (gradient_norm + 1e-6)).clamp_max(1.0))
         self.grads.masked_fill_(~good, 0.0)  # what is multiplied by 0 below must be finite
@@ -1685,6 +1694,9 @@ class Trainer:
 
         self.unsaved = run.ranks.from_first(write)
 
+    def kept(self):
+        return self.unsaved or f"its checkpoint is in {self.run.folder}"
+
     def resume(self, path: Path):
         """From the first rank's file. Raises UserError."""
         content = self.run.ranks.from_first(path.read_bytes)
@@ -1694,9 +1706,9 @@ class Trainer:
             others = [f"{k.upper()}: {theirs.get(k)}, now {v}" for k, v in self.identity.items() if theirs.get(k) != v]
             if not others:
                 self.restore(state)
-        except torch.OutOfMemoryError:
-            raise
         except Exception as e:  # damage makes torch.load raise many kinds
+            if out_of_memory(e):
+                raise
             raise UserError(
                 f"checkpoint {path} is damaged or of another version ({type(e).__name__}) — delete it to start afresh"
             ) from e
@@ -1800,8 +1812,7 @@ class Trainer:
                 if self.unsaved:
                     run.log(f"note: no checkpoint of step {self.step}: {self.unsaved}")
             if signalled:
-                kept = self.unsaved or f"its checkpoint is in {run.folder}"
-                raise Interrupted(*stopped(int(signalled), f" after step {self.step}; {kept}"))
+                raise Interrupted(*stopped(int(signalled), f" after step {self.step}; {self.kept()}"))
         return self.finish()
 
     def report(self, what):
@@ -1811,8 +1822,8 @@ class Trainer:
             last = f"by {self.step} (batch from token {(self.step - 1) * self.run.s.train_batch_tokens})"
             self.run.log(f"note: {skipped} steps {last} had no finite gradient and changed nothing")
             self.reported = skipped
-        if in_a_row >= 10:
-            what = f"{in_a_row} steps in a row, up to {self.step}, had no finite gradient"
+        if in_a_row >= MOST_SKIPPED:
+            what = f"{MOST_SKIPPED} or more steps in a row, up to {self.step}, had no finite gradient"
             raise UserError(f"{what} — lower the learning rates, or RESUME=1 from the last checkpoint")
         timing = f"train_time:{1000 * self.elapsed:.0f}ms step_avg:{1000 * self.elapsed / max(self.step, 1):.2f}ms"
         self.run.log(f"step:{self.step}/{self.run.s.iterations} {what} {timing}")
@@ -1835,16 +1846,17 @@ class Trainer:
     def finish(self):
         """Average and calibrate; a finished checkpoint needs only the latter."""
         run = self.run
+        if not self.finished and self.averaged >= 2:
+            self.optimizer.weights.copy_(self.average / self.averaged)
+        # Before the checkpoint, which takes a disk's time: training data is read within the budget.
+        hessians, self.calibration = self.calibrate(self.step * run.s.train_batch_tokens, run.s.calibration_tokens)
         if not self.finished:
             self.finished = True
-            if self.averaged >= 2:
-                self.optimizer.weights.copy_(self.average / self.averaged)
             self.save(run)
         run.ranks.waits_for_step = False  # only now is everything kept
         (signalled,) = run.ranks.max([run.ranks.signal]).tolist()
         if signalled:
-            raise Interrupted(*stopped(signalled, " after the last step"))
-        hessians, self.calibration = self.calibrate(self.step * run.s.train_batch_tokens, run.s.calibration_tokens)
+            raise Interrupted(*stopped(signalled, f" after the last step; {self.kept()}"))
         outcome = "their mean is the final model" if self.averaged >= 2 else "too few, the last weights are final"
         run.log(f"swa: {self.averaged} checkpoints: {outcome}")
         run.log(f"training {pairs(self.account())}")
@@ -2007,6 +2019,10 @@ def pack(tensors: dict[str, Stored], s):
             numbers = torch.cat([piece.flatten() for piece in pieces]).numpy().astype(STREAMS[kind])
             planes[kind] = numbers.view(np.uint8).reshape(-1, numbers.itemsize).T
     expanded = sum(plane.size for plane in planes.values())
+    if expanded > MOST_EXPANDED:
+        raise UserError(
+            f"the model has {expanded} bytes, and an artifact {MOST_EXPANDED} — lower MODEL_DIM or NUM_LAYERS"
+        )
     # Codes hardly repeat, so matches are chance: none under 7 bytes is smaller and four times faster.
     # Jobs are of one size, so the bytes do not depend on how many of the node's cores take them.
     jobs = dict(threads=min(8, os.cpu_count() or 1), job_size=1 << 21, overlap_log=1)
@@ -2050,6 +2066,8 @@ def unpack(blob: bytes, origin: str = "artifact"):
         if not all(weight.isfinite().all() for weight in state.values()):
             raise ValueError("a weight is not finite")
     except Exception as e:  # damage makes libraries raise many kinds
+        if out_of_memory(e):
+            raise
         what = f"{origin} is damaged or no artifact of this script ({type(e).__name__}: {str(e)[:80]})"
         raise UserError(f"{what} — fetch or make it again") from e
     return s, state
@@ -2083,12 +2101,12 @@ def fit(state: dict[str, Tensor], hessians: dict, run):
     for name, stored in quantize_model(state, s).items():
         if not stored.restored().isfinite().all():
             what = "beyond fp16's range" if state[name].isfinite().all() else "that are not finite"
-            raise UserError(f"{name} has weights {what} — lower the learning rates, or raise WEIGHT_DECAY or ADAM_EPS")
+            raise UserError(f"{name} has weights {what} — lower the learning rates, or change WEIGHT_DECAY")
         codes += stored.values.numel() * (stored.kind in ("int5", "int6"))
     stretch = low = 1.0  # does not fit, once it is tried
     high = LARGEST_STRETCH
     best = None
-    for _ in range(8):
+    for attempt in range(8):
         blob, kinds = pack(quantize_model(state, s, hessians, stretch), s)
         free = cap - len(SOURCE_BYTES) - len(blob)
         run.log(f"export: steps stretched by {stretch:.4f}: {free} bytes free of ARTIFACT_MAX_BYTES={cap}")
@@ -2102,8 +2120,8 @@ def fit(state: dict[str, Tensor], hessians: dict, run):
             break
         # Twice the step is a bit less per code, or not quite where steps are coarse; bisection helps where that misses.
         stretch *= 2 ** min(8 * (SLACK / 2 * cap - free) / max(codes, 1), 3)
-        if stretch >= high and not best:
-            stretch = high
+        if not best and (stretch >= high or attempt >= 5):
+            stretch = high  # whether anything fits
         elif not low < stretch < high:
             stretch = (low + high) / 2
     return best or tried
@@ -2219,16 +2237,17 @@ def evaluate_sliding(forward, stream, run):
 
 
 def under_way(sessions: list[dict]) -> list[dict]:
-    """Those of an evaluation since the last one that finished: their scores are still there."""
-    rows = [row for row in sessions if row["stage"] == "evaluation"]
+    """What the last one, an evaluation, goes on with: those of its tag, or killed before they had one, since an
+    evaluation finished. Their scores are still there."""
+    *rows, now = [row for row in sessions if row["stage"] == "evaluation"]
     ends = [i for i, row in enumerate(rows, 1) if row["ended"] == "finished"]
-    return rows[ends[-1] if ends else 0 :]
+    return [row for row in rows[ends[-1] if ends else 0 :] if row["tag"] in ("", now["tag"])]
 
 
 def time_spent(began: float, run: Run) -> dict:
     """The first rank's seconds since `began`; at least that many if a process was killed."""
     seconds = time.perf_counter() - began
-    killed = any(row["ended"] == "killed" for row in under_way(run.sessions[:-1]))
+    killed = any(row["ended"] == "killed" for row in under_way(run.sessions))
     within = not run.s.eval_max_seconds or seconds <= run.s.eval_max_seconds
     return dict(seconds=seconds, at_least=killed, within_budget=within)
 
@@ -2608,7 +2627,8 @@ class Scores:
         self.epochs = np.full((epochs, len(stream.lengths)), UNSCORED)
         self.pattern = f"scores_{tag}_*.bin"
         whole = {path: self._read(path) for path in run.folder.glob(self.pattern) if run.s.resume}
-        self.merge()
+        if run.s.resume:
+            self.merge()
         self.path = run.folder / f"scores_{tag}_{run.ranks.rank}.bin"
         self.file = open(self.path, "ab")  # noqa: SIM115 - open to the end
         self.file.truncate(whole.get(self.path, 0))  # else what comes next would be taken for the rest of a pair
@@ -2658,9 +2678,8 @@ class Scores:
             return np.where(missing, UNSCORED, np.add.reduceat(nll, self.stream.starts, dtype=np.float64))
 
     def bits_per_byte(self, row: int) -> float:
-        """Of a row of `targets`, with that without adaptation where one is missing."""
-        nll = np.where(self.targets[row] == UNSCORED, self.targets[PLAIN], self.targets[row])
-        return float(nll.sum(dtype=np.float64)) / math.log(2) / self.stream.byte_count
+        """Of a row of `targets`."""
+        return float(self.targets[row].sum(dtype=np.float64)) / math.log(2) / self.stream.byte_count
 
     def merge(self):
         """Give every rank what any rank has."""
@@ -2670,7 +2689,7 @@ class Scores:
     def remove(self):
         """Once the result is written."""
         self.file.close()
-        for path in self.run.folder.glob(self.pattern):
+        for path in self.run.folder.glob("scores_*.bin"):  # of other settings, too, whose seconds count no more
             path.unlink(missing_ok=True)  # another rank may have
         if self.run.ranks.rank > 0:
             with contextlib.suppress(OSError):  # another machine's, left empty
@@ -2688,7 +2707,7 @@ def score_documents(model, stream, scores: Scores, deadline: float, run: Run) ->
         missing["replay"] = (scores.epochs == UNSCORED).any(0)
     seconds = {}
     for label, lacking in missing.items():
-        if label == "replay":
+        if label == "replay" and time.perf_counter() < deadline:
             known = "; what other ranks have is told at the end"  # none waits for them
             if run.ranks.world == 1:
                 score, plain = map(scores.bits_per_byte, (ADAPTED, PLAIN))
@@ -2899,6 +2918,8 @@ def read_weights(path: Path, run: Run) -> Weights:
             if not all(tensor.isfinite().all() for tensor in state.values()):
                 raise ValueError("not finite")
         except Exception as e:  # damage makes it raise many kinds
+            if out_of_memory(e):
+                raise
             raise UserError(f"{path} is no state dict of finite weights — name a run's .ptz or .pt") from e
         return Weights(s, state, digest)
     theirs, state = unpack(blob, str(path))
@@ -2944,7 +2965,7 @@ def make_artifact(trainer: Trainer, hessians: dict[str, Tensor], stream, run: Ru
     load_weights(trainer.model, read_weights(path, run).state, "the artifact", run)
     bpb["artifact"] = evaluate_standard(trainer.forward, stream, run).bpb
     run.log(f"export val_bpb float:{bpb['float']:.8f} artifact:{bpb['artifact']:.8f}")
-    return account | dict(val_bpb=bpb)
+    return account | dict(val_bpb={name: finite(value) for name, value in bpb.items()})
 
 
 def evaluation_tag(weights: str, stream, run: Run) -> str:
@@ -2960,17 +2981,18 @@ def score_file(model: GPT, stream, run: Run, **known) -> Score:
     """Load the file, evaluate it and report; result.json takes what else is `known`. Raises UserError, once that is
     written, for a score that is not finite."""
     s = run.s
-    earlier = sum(row["seconds"] for row in under_way(run.sessions))  # killed ones took a little longer
-    began = time.perf_counter() - float(run.ranks.max([float(earlier)])[0])
+    began = time.perf_counter()
     path = Path(s.eval_only or run.folder / "final_model.ptz")
     scores = None
     with run.session("evaluation"):
         weights = read_weights(path, run)
+        run.sessions[-1]["tag"] = tag = evaluation_tag(weights.sha256, stream, run)
+        earlier = sum(row["seconds"] for row in under_way(run.sessions))  # killed ones took a little longer
+        began -= float(run.ranks.max([float(earlier)])[0])
         load_weights(model, weights.state, str(path), run)
         quantised = path.suffix != ".pt"
         run.log(f"evaluating {path}, {'' if quantised else 'un'}quantised weights: {s.of(ModelSettings)}")
         if s.ttt_enabled:
-            tag = evaluation_tag(weights.sha256, stream, run)
             figures, score, scores = evaluate_documents(model, stream, run, tag, began)
         else:
             score = evaluate_sliding(run.compiled(model, dynamic=False), stream, run)
@@ -2988,6 +3010,9 @@ def score_file(model: GPT, stream, run: Run, **known) -> Score:
         result |= dict(quantised=quantised, world_size=run.ranks.world, sessions=sessions, evaluation=figures) | known
         result |= dict(val_loss=finite(score.loss), val_bpb=finite(score.bpb))
         run.ranks.from_first(run.write, "result.json", json.dumps(result, indent=1).encode())
+        if not scores and run.ranks.rank == 0:
+            for name in ("ttt_documents.npz", "ttt_positions.npz"):  # of the evaluation whose result this one replaces
+                (run.folder / name).unlink(missing_ok=True)
     if scores:
         scores.remove()
     if not math.isfinite(score.nll):
@@ -3156,7 +3181,9 @@ def rehearse_batch(batch: DocumentBatch, a: np.ndarray, graphs: bool) -> tuple[n
 def differences(one: tuple, other: tuple) -> tuple[float, float]:
     """Of two rehearsals, relative: the largest of an NLL, and that of the movements."""
     (nll, moved, _), (other_nll, other_moved, _) = one, other
-    return float((np.abs(other_nll - nll) / np.abs(nll)).max()), ((other_moved - moved).norm() / moved.norm()).item()
+    return float((np.abs(other_nll - nll) / np.abs(nll)).max()), (
+        (other_moved - moved).norm() / moved.norm().clamp_min(1e-30)
+    ).item()
 
 
 def rehearse_adaptation(model: GPT, run: Run) -> bool:
@@ -3211,12 +3238,13 @@ def describe(trainer: Trainer | None, stream, run: Run):
 
 
 def settings_beside(weights: str) -> dict:
-    """Data, tokenizer and evaluation settings, as variables, of the run whose weights EVAL_ONLY names, for where the
-    environment is silent; nothing where its result.json is not beside them."""
-    path = Path(weights).with_name("result.json") if weights else None
-    if not path or not path.exists():
+    """Data, tokenizer and the settings of model and evaluation, as variables, of the run whose weights EVAL_ONLY names,
+    for where the environment is silent; nothing where its result.json is not beside them."""
+    path = Path(weights).parent / "result.json"
+    if not weights or not path.exists():
         return {}
     kinds = ("device", "data_path", "tokenizer_path", "train_seq_len", "eval_s", "eval_b", "eval_m", "val_", "ttt_")
+    kinds += ("beta", "seed", *(f.name for f in fields(ModelSettings)))
     try:
         result = json.loads(path.read_bytes())
         kept = {name: value for name, value in result["settings"].items() if name.startswith(kinds)}
@@ -3241,8 +3269,9 @@ def summarise(result: dict, run: Run):
             run.log(f"epoch {last['epoch']}: {last['val_bpb']:.4f}, no score: it has trained on what it predicts")
     if result.get("artifact"):
         run.log("artifact and code: {total_bytes:,} of {max_bytes:,} bytes".format(**result["artifact"]))
+        spent = result["training"]["seconds"] + result["training"]["calibration"]
         limit = result["settings"]["max_wallclock_seconds"]
-        run.log(f"training took {result['training']['seconds']:.0f}s of MAX_WALLCLOCK_SECONDS={limit:g}")
+        run.log(f"training and calibration took {spent:.0f}s of MAX_WALLCLOCK_SECONDS={limit:g}")
     run.log(f"evaluation took {figures['seconds']:.0f}s; all figures are in {run.folder}")
     folder = shlex.quote(str(run.folder))
     run.log(f"next: python data/audit.py {folder}; python data/plot.py {folder}")
@@ -3312,7 +3341,13 @@ def main(ranks: Ranks) -> int:
     # From here on nothing is known but the file.
     score = score_file(model, stream, run, **known)
     run.log(f"final_int8_zlib_roundtrip_exact {score}")  # the name that the field's tools look for
-    return 3 if trainer and not known["artifact"]["fits"] else 0
+    if trainer and not known["artifact"]["fits"]:
+        what = "artifact and code have {total_bytes} bytes, more than ARTIFACT_MAX_BYTES={max_bytes}"
+        cure = "lower MODEL_DIM, NUM_LAYERS or MLP_MULT; everything is written"
+        if ranks.rank == 0:
+            say(f"error: {what.format(**known['artifact'])} — {cure}", "stderr")
+        return 3
+    return 0
 
 
 def take_arguments(arguments: list[str]):
@@ -3350,7 +3385,7 @@ def entry(arguments: list[str] = ()) -> int:
     except Interrupted as e:
         return ranks.end(e.code, e.line)
     except Exception as e:
-        if isinstance(e, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(e):
+        if out_of_memory(e):
             stage, limit = ranks.stage
             what = f"out of memory in {stage}: {' '.join(str(e).split())[:120]} — set {limit} lower"
             kept = f", and go on with: {ranks.how_to_go_on}" if ranks.how_to_go_on else ""

@@ -239,14 +239,16 @@ def test_an_artifact_alone_gives_the_same_figures_without_training_shards_or_mod
 
 def test_an_artifact_in_its_runs_folder_is_scored_as_that_run_did_where_the_environment_is_silent(tmp_path, reference):
     """Data, tokenizer and all settings of the evaluation; what the environment says goes before."""
-    silent = dict.fromkeys([*runs.MICRO, "DATA_PATH", "TOKENIZER_PATH"]) | dict(DEVICE="cpu", SEED=5)
+    silent = dict.fromkeys([*runs.MICRO, "DATA_PATH", "TOKENIZER_PATH"]) | dict(DEVICE="cpu")
     silent["EVAL_ONLY"] = reference.folder / "final_model.ptz"
     done = runs.run(tmp_path / "silent", **silent)
     assert done.lines[-1] == reference.lines[-1]
-    kinds = ("train_seq_len", "eval_s", "eval_b", "eval_m", "val_", "ttt_", "data_path", "tokenizer_path")
+    kinds = "train_seq_len", "eval_s", "eval_b", "eval_m", "val_", "ttt_", "data_path", "tokenizer_path", "seed", "beta"
     for name, value in reference.result["settings"].items():
         if name.startswith(kinds):
             assert done.result["settings"][name] == value, name
+    floats = runs.run(tmp_path / "floats", **silent | dict(EVAL_ONLY=reference.folder / "final_model.pt"))
+    assert floats.result["settings"]["model_dim"] == runs.MICRO["MODEL_DIM"]  # which no header tells
     said = dict(TTT_ENABLED=0, TRAIN_SEQ_LEN=24, VAL_DOCS=5)
     done = runs.run(tmp_path / "said", **silent | said)
     assert {name: int(done.result["settings"][name.lower()]) for name in said} == said
@@ -273,6 +275,8 @@ def test_eval_only_of_a_missing_or_damaged_file_is_a_one_line_error(tmp_path, su
     for content in (b"", b"\x80\x04garbage" * 99):
         path.write_bytes(content)
         assert str(path) in error_of(lambda path=path: train_gpt.read_weights(path, run))
+    for folder in (".", "/"):
+        assert f"cannot use {folder}: Is a directory" in runs.user_error(runs.run(tmp_path, 2, EVAL_ONLY=folder).err)
     path.unlink()
     missing = runs.run(tmp_path / "out", 2, EVAL_ONLY=path)
     assert f"cannot use {path}: No such file" in runs.user_error(missing.err)

@@ -400,6 +400,28 @@ def test_of_all_that_was_tried_the_largest_artifact_that_fits_is_kept(run, monke
     assert len(blob) == 1_000 and stretch == min(x for b, x in tried if len(b) == 1_000)
 
 
+@pytest.mark.parametrize("error", [MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory")], ids=str)
+def test_a_machine_short_of_memory_is_not_taken_for_a_damaged_file(run, tmp_path, monkeypatch, error):
+    blob, _ = train_gpt.pack(train_gpt.quantize_model(random_model(run.s).state_dict(), run.s), run.s)
+
+    def fail(*_):
+        raise error
+
+    monkeypatch.setattr(train_gpt, "restored", fail)
+    monkeypatch.setattr(train_gpt, "load_pt", fail)
+    (tmp_path / "model.pt").write_bytes(b"")
+    for work in (lambda: train_gpt.unpack(blob), lambda: train_gpt.read_weights(tmp_path / "model.pt", run)):
+        with pytest.raises(type(error)):
+            work()
+
+
+def test_a_model_larger_than_any_artifact_may_expand_to_is_refused_when_it_is_made(run, monkeypatch):
+    tensors = train_gpt.quantize_model(random_model(run.s).state_dict(), run.s)
+    monkeypatch.setattr(train_gpt, "MOST_EXPANDED", 1000)
+    with pytest.raises(train_gpt.UserError, match="an artifact 1000 — lower MODEL_DIM or NUM_LAYERS"):
+        train_gpt.pack(tensors, run.s)
+
+
 def test_a_cap_that_nothing_meets_gets_the_coarsest_artifact_and_says_how_much_it_lacks(run, tmp_path, wide):
     _, state, _, at = wide
     before, (blob, _) = {name: w.clone() for name, w in state.items()}, at(train_gpt.LARGEST_STRETCH)

@@ -324,6 +324,35 @@ def test_a_cap_that_leaves_no_time_to_train_is_one_line_before_step_0(tmp_path):
     assert "Traceback" not in done.err
 
 
+def checkpoints_after_calibration() -> None:
+    """A line for each rehearsal's and training's end."""
+
+    def calibrate(*arguments, inner=train_gpt.calibrate):
+        print("calibrated", flush=True)
+        return inner(*arguments)
+
+    def save(trainer, run, inner=train_gpt.Trainer.save):
+        print("saved", flush=True)
+        os.environ.get("STOP") and trainer.step == 12 and os.kill(os.getpid(), signal.SIGTERM)
+        inner(trainer, run)
+
+    train_gpt.calibrate, train_gpt.Trainer.save = calibrate, save
+
+
+def test_the_last_checkpoint_waits_until_training_data_have_been_read_and_a_signal_for_both(tmp_path, whole):
+    """A disk takes its time outside the budget."""
+    done = runs.run(tmp_path / "done", before=checkpoints_after_calibration, TTT_ENABLED=0)
+    order = [line for line in done.lines if line in ("calibrated", "saved") or line.startswith(("step:12/", "swa:"))]
+    assert order[-3:] == ["calibrated", "saved", next(line for line in order if line.startswith("swa:"))]
+    training = done.result["training"]
+    spent = training["seconds"] + training["calibration"]
+    assert f"training and calibration took {spent:.0f}s of" in done.out
+    stopped = runs.run(tmp_path / "stopped", 143, before=checkpoints_after_calibration, STOP=1, TTT_ENABLED=0)
+    assert f"after the last step; its checkpoint is in {stopped.folder}" in stopped.err
+    again = runs.run(stopped.folder, RESUME=1, TTT_ENABLED=0)
+    assert again.artifact == done.artifact and again.lines[-1] == done.lines[-1]
+
+
 def test_an_evaluation_budget_of_a_second_still_scores_every_target_and_counts_what_each_figure_lacks(tmp_path, whole):
     settings = dict(EVAL_MAX_SECONDS=1, TTT_N_EPOCHS=200, TTT_BATCH_SIZE=2)
     done = runs.run(tmp_path, EVAL_ONLY=whole.folder / "final_model.ptz", **settings)
@@ -343,7 +372,7 @@ def test_an_evaluation_budget_of_a_second_still_scores_every_target_and_counts_w
 def test_when_the_plain_pass_alone_exceeds_the_budget_it_completes(tmp_path, whole):
     done = runs.run(tmp_path, EVAL_ONLY=whole.folder / "final_model.ptz", EVAL_MAX_SECONDS=0.001)
     figures = done.result["evaluation"]
-    assert figures["within_budget"] is False
+    assert figures["within_budget"] is False and "every document that is to have a score" not in done.out
     assert [row["lacking"] for row in figures["curve"]] == [len(runs.LENGTHS)] * 3
     assert {row["val_bpb"] for row in figures["curve"]} == {figures["no_adaptation"]["val_bpb"]}
 
@@ -372,11 +401,26 @@ def test_too_small_a_cap_stretches_the_steps_no_more_than_it_must(tmp_path):
     assert 1 < exported(code + sizes[0] - 1)["stretch"] < 1.1
 
 
+@pytest.mark.parametrize("sigmas", ["30,30", "99,99"])
+def test_a_cap_that_only_the_largest_steps_meet_is_met(tmp_path, sigmas):
+    """Where steps are coarse already, the bytes hardly follow them as a finer quantiser's would."""
+    run = runs.alone(tmp_path, MODEL_DIM=64, NUM_LAYERS=4, QUANT_SIGMAS=sigmas)
+    generator = torch.Generator().manual_seed(0)
+    shapes = train_gpt.GPT(run.s).state_dict()
+    state = {name: torch.randn(weight.shape, generator=generator) for name, weight in shapes.items()}
+    coarse = train_gpt.quantize_model(state, run.s, {}, train_gpt.LARGEST_STRETCH)
+    cap = len(train_gpt.SOURCE_BYTES) + len(train_gpt.pack(coarse, run.s)[0])
+    for spare in (0, 50, 500):
+        stretch, blob, _ = train_gpt.fit(state, {}, run.using(artifact_max_bytes=cap + spare))
+        assert len(train_gpt.SOURCE_BYTES) + len(blob) <= cap + spare
+
+
 def test_an_impossible_cap_ends_with_code_3_everything_written_and_the_overshoot_in_bytes(tmp_path):
     done = runs.run(tmp_path, 3, ARTIFACT_MAX_BYTES=1000)
     account = done.result["artifact"]
     assert account["fits"] is False and account["stretch"] == train_gpt.LARGEST_STRETCH
     assert f"{1000 - account['total_bytes']} bytes free of ARTIFACT_MAX_BYTES=1000" in done.out
+    assert f"have {account['total_bytes']} bytes, more than ARTIFACT_MAX_BYTES=1000" in runs.user_error(done.err)
     assert done.lines[-1].startswith("final_int8_zlib_roundtrip_exact")
     assert all((tmp_path / name).exists() for name in ("final_model.pt", "final_model.ptz", "ttt_documents.npz"))
 

@@ -186,6 +186,20 @@ def test_a_shard_that_is_missing_in_between_is_named(tmp_path):
     assert "fineweb_train_*.bin" in (error := runs.user_error(done.err)) and "[0, 2]" in error
 
 
+def test_shards_come_in_the_order_of_their_numbers_however_these_are_written(tmp_path):
+    run = runs.alone(DATA_PATH=tmp_path)
+    for number in range(11):
+        runs.write_shard(tmp_path / f"fineweb_train_{number}.bin", [1, number])
+    assert [int(shard[1:][0]) for shard in train_gpt.open_shards("train", run)] == [*range(11)]
+    runs.write_shard(tmp_path / "fineweb_val_part1.bin", [1, 2])
+    assert len(train_gpt.open_shards("val", run)) == 1
+
+
+def test_a_sliding_evaluation_in_the_place_of_another_leaves_none_of_its_arrays(again):
+    done = runs.run(again, RESUME=1, TTT_ENABLED=0, **FOUR)
+    assert "sliding" in done.result["evaluation"] and not list(again.glob("*.npz"))
+
+
 def test_a_model_too_large_for_this_machine_is_one_line_that_names_what_to_lower(tmp_path):
     done = runs.run(tmp_path, 2, BIGRAM_VOCAB_SIZE=1 << 24, BIGRAM_DIM=16384)
     error = runs.user_error(done.err)

@@ -36,6 +36,12 @@ def graphed(run, graphs) -> train_gpt.Run:
     return other
 
 
+def test_adapters_that_do_not_move_differ_by_nothing():
+    """As at TTT_LORA_LR=0."""
+    still = np.ones(3), torch.zeros(2, 4), 0.1
+    assert train_gpt.differences(still, still) == (0, 0)
+
+
 def batches(graphed, run):
     """A batch that records graphs and one that does not, and the stream that both read."""
     model, stream = random_model(graphed.s), stream_of(graphed.s, LENGTHS)

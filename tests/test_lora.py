@@ -74,7 +74,7 @@ def test_shapes_are_those_of_the_layers(name):
     assert found == (layer.in_features, layer.out_features) == shapes_of(s)[name]
 
 
-@pytest.mark.parametrize("value", ("", "c_q,", "q", "c_q c_v", "attn.c_q", "lm_head", "c_q,,c_v", "mlp"))
+@pytest.mark.parametrize("value", ("", "c_q,", "q", "c_q c_v", "attn.c_q", "lm_head", "c_q,,c_v", "mlp", "mlp_fc"))
 def test_a_layer_that_there_is_not_is_refused_naming_those_that_there_are(value):
-    with pytest.raises(train_gpt.UserError, match="TTT_LORA_TARGETS=.* — .*attn.proj"):
+    with pytest.raises(train_gpt.UserError, match=r"TTT_LORA_TARGETS=.* — .*attn\\\.proj"):
         train_gpt.Settings.from_env({"TTT_LORA_TARGETS": value})

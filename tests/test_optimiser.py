@@ -142,6 +142,10 @@ def test_a_step_without_a_finite_norm_changes_nothing_and_is_counted(run, name, 
         optimizer.state[part].copy_(tensor)
     advance(3)
     assert all(tensor.equal(after[name]) and tensor.isfinite().all() for name, tensor in buffers().items())
+    for _ in range(train_gpt.MOST_SKIPPED):
+        advance(3, value)
+    advance(3)
+    assert optimizer.skipped[1] >= train_gpt.MOST_SKIPPED  # who looks only now still sees it
 
 
 @pytest.mark.parametrize("size", (1e-3, 10.0), ids=("below_the_limit", "above_it"))

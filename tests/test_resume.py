@@ -315,6 +315,7 @@ def test_a_kill_between_the_last_figure_and_the_result_costs_nothing_that_was_sc
     "earlier, expected",
     (
         ([("evaluation", "finished", 1000)], 0),
+        ([("another", "stopped by SIGTERM", 1000)], 0),
         (
             [
                 ("training", "finished", 9000),
@@ -327,12 +328,15 @@ def test_a_kill_between_the_last_figure_and_the_result_costs_nothing_that_was_sc
     ),
 )
 def test_seconds_of_earlier_sessions_count_where_none_has_finished_since(tmp_path, earlier, expected):
-    """One that has finished leaves no scores: what comes after it does all anew. A killed one took a little longer than
-    its account says."""
+    """One that has finished leaves no scores, one under other settings leaves none for this: all is done anew. A killed
+    one took a little longer than its account says."""
     data, weights = scored.write_data(tmp_path / "data"), scored.write_weights(tmp_path / "weights.pt")
     files = dict(EVAL_ONLY=weights, DATA_PATH=data, TOKENIZER_PATH=data / "tokenizer.model")
     run = runs.alone(tmp_path, **scored.SETTINGS, **files)
-    run.sessions = [dict(stage=stage, ended=ended, seconds=seconds) for stage, ended, seconds in earlier]
+    tags = dict(another="of other settings")
+    for stage, ended, seconds in earlier:
+        stage, tag = stage.replace("another", "evaluation"), tags.get(stage, "")
+        run.sessions.append(dict(stage=stage, tag=tag, ended=ended, seconds=seconds))
     train_gpt.score_file(train_gpt.scoring_model(run), train_gpt.load_validation(run), run)
     evaluation = json.loads((tmp_path / "result.json").read_bytes())["evaluation"]
     assert expected <= evaluation["seconds"] < expected + 500
@@ -346,6 +350,9 @@ def test_nothing_is_taken_over_from_an_evaluation_under_another_setting(tmp_path
     runs.run(tmp_path / "stopped", 143, before=partial(stop_in_adapt, 2), **settings)
     again = runs.run(tmp_path / "stopped", before=announce, RESUME=1, **settings | {name: value})
     assert announced(again, "score") == announced(again, "adapt 1") == announced(again, "adapt 4") == DOCUMENTS
+    stopped, finished = again.result["sessions"]
+    assert stopped["tag"] != finished["tag"] and not list(again.folder.glob("scores_*"))
+    assert again.result["evaluation"]["seconds"] < finished["seconds"] + 0.5  # without those of the stopped one
     if name == "LOGIT_SOFTCAP":
         assert figures(again) == figures(runs.run(tmp_path / "whole", **settings | {name: value}))
 
@@ -558,9 +565,14 @@ def test_a_console_that_goes_away_or_is_full_or_narrow_does_not_end_the_run(tmp_
 
 
 def test_weights_that_are_not_finite_after_the_only_step_are_laid_to_the_settings(tmp_path):
-    ended = runs.run(tmp_path, 2, ADAM_EPS=0, ITERATIONS=1, MUON_MOMENTUM_WARMUP_STEPS=0)
+    ended = runs.run(tmp_path, 2, SCALAR_LR=1e30, WEIGHT_DECAY=1e30, ITERATIONS=1)
     message = runs.user_error(ended.err)
-    assert "ADAM_EPS" in message and "damaged" not in message and not (tmp_path / "final_model.ptz").exists()
+    assert (
+        "not finite" in message
+        and "WEIGHT_DECAY" in message
+        and "damaged" not in message
+        and not (tmp_path / "final_model.ptz").exists()
+    )
 
 
 def test_a_finished_checkpoint_gives_the_same_artifact_again_under_any_number_of_ranks(tmp_path):
