@@ -1454,16 +1454,21 @@ def recipe(name, s):
     return "adam", s.scalar_lr, s.weight_decay
 
 
-def newton_schulz(g, steps: int = 5, dtype=torch.bfloat16):
-    """Nearest semi-orthogonal matrices of a stack (n, rows, cols), roughly (K. Jordan's Muon, 2024). bf16 will do."""
+def newton_schulz_step(x):
+    """A step of a stack (n, rows, cols), rows <= cols, towards singular values of 1 (K. Jordan's Muon, 2024)."""
+    gram = x @ x.mT
+    return 3.4445 * x + (-4.7750 * gram + 2.0315 * gram @ gram) @ x
+
+
+def newton_schulz(g, steps: int = 5, dtype=torch.bfloat16, step=newton_schulz_step):
+    """Nearest semi-orthogonal matrices of a stack (n, rows, cols), roughly. bf16 will do."""
     x = g.to(dtype)
     tall = x.size(-2) > x.size(-1)
     if tall:
         x = x.mT
     x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
     for _ in range(steps):
-        gram = x @ x.mT
-        x = 3.4445 * x + (-4.7750 * gram + 2.0315 * gram @ gram) @ x
+        x = step(x)
     return x.mT if tall else x
 
 
@@ -1524,7 +1529,7 @@ class Optimizer:
             p.grad = self.grads[span].view(p.shape)
         self.skipped = torch.zeros(2, dtype=torch.int64, device=run.device)
         self.state = dict(weights=self.weights, m=self.m, v=self.v, skipped=self.skipped)
-        self.newton_schulz = run.compiled(newton_schulz)
+        self.newton_schulz_step = run.compiled(newton_schulz_step)  # unrolled, it would take five times as long
         self.adam_where_ = run.compiled(adam_where_)
 
     def step(self, step, multiplier):
@@ -1572,7 +1577,7 @@ class Optimizer:
         share = ceil_div(group.shape[0], world)
         padded = F.pad(g.view(group.shape), (0, 0, 0, 0, 0, share * world - group.shape[0]))
         mine = padded.split(share)[self.run.ranks.rank]
-        mine = self.newton_schulz(mine, self.run.s.muon_backend_steps, self.run.muon_dtype)
+        mine = newton_schulz(mine, self.run.s.muon_backend_steps, self.run.muon_dtype, self.newton_schulz_step)
         if world == 1:
             return mine, None
         update = mine.new_empty(padded.shape)
