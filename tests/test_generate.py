@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
 
 import numpy as np
@@ -79,6 +80,14 @@ def test_a_text_ends_with_the_next_ones_bos(folder: Path, monkeypatch: pytest.Mo
     model, run = sequential.open_run(common.read_run(folder), "cpu")
     options = type("Options", (), dict(seed=0, temperature=1.0, top_k=0, tokens=50, adapt=False))
     assert generate.generate(model, run, [train_gpt.BOS], options) == [7, 8]
+
+
+def test_a_prompt_from_standard_input_may_be_any_bytes(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"ab\xff\r\ncd"), "utf-8"))
+    found = call(generate, folder, "--prompt", "-", "--tokens", 1)
+    assert found.code == 0 and found.out.startswith("ab\ufffd\r\ncd"), found.err
+    monkeypatch.setattr("sys.stdin", None)
+    assert is_one_line_error(call(generate, folder, "--prompt", "-"), "standard input is closed", "--prompt TEXT")
 
 
 def test_mistakes_are_one_line(folder: Path, tmp_path: Path) -> None:
