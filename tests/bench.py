@@ -189,7 +189,7 @@ def show_ceilings(run: t.Run) -> float:
 
 
 def bench_train(args):
-    """Tokens per second of training: one rank's micro-batch of the largest size.
+    """Tokens per second of training: one rank's micro-batch, the largest that settings allow and that fits.
 
     Forward and backward pass, the optimiser's step, and both; model FLOP/s and their share of a matrix product's,
     which is measured first; on CUDA the peak of allocated memory."""
