@@ -17,6 +17,7 @@ import hashlib
 import json
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -197,7 +198,7 @@ def documents_of(shards: list) -> Iterator[np.ndarray]:
 
 
 def disjoint(left: common.Run, stream, run) -> Finding:
-    """Share of validation documents that are training documents as well, and of those that begin like one."""
+    """Share of validation documents that are training documents as well, and how many of the longer begin like one."""
     try:
         shards = train_gpt.open_shards("train", run)
     except train_gpt.UserError as error:
@@ -213,18 +214,19 @@ def disjoint(left: common.Run, stream, run) -> Finding:
     text = stream.tokens.cpu().numpy().astype("<u2")
     own = [document for document in documents_of([text]) if len(document)]
     wholes, openings = zip(*map(digests, own), strict=True)
-    wanted = set(wholes), set(openings) - {digests(text[:0])[1]}
+    openings = [digest for digest, document in zip(openings, own, strict=True) if len(document) >= OPENING]
+    wanted = set(wholes), set(openings)
     seen = set(), set()
     for document in documents_of(shards):
         for found, known, digest in zip(seen, wanted, digests(document), strict=True):
             if digest in known:
                 found.add(digest)
-    whole, opening = (
-        sum(x in found for x in of) / len(own) for of, found in zip((wholes, openings), seen, strict=True)
-    )
+    stand, begin = (sum(x in found for x in of) for of, found in zip((wholes, openings), seen, strict=True))
+    share = stand / len(own)
     which = "the training shards" if trained else f"the shards in {run.s.data_path}"
-    detail = f"share of {len(own):,} documents that stand in {which}; of {opening:.3g} the first {OPENING} tokens do"
-    return Finding("disjoint", whole == 0, whole, detail)
+    detail = f"share of {len(own):,} documents that stand in {which}; "
+    detail += f"of {begin:,} of the {len(openings):,} with {OPENING} tokens the first {OPENING} do"
+    return Finding("disjoint", stand == 0, share, detail)
 
 
 def decodes(left: common.Run, documents: int) -> Finding:
@@ -232,6 +234,8 @@ def decodes(left: common.Run, documents: int) -> Finding:
     import compress
 
     rows = compress.check_documents(left, None, documents)
+    if not rows:
+        return Finding("decodes", None, 0.0, compress.CUT_OFF)
     score, size = (sum(row[name] for row in rows) for name in ("score", "size"))
     right = all(row["as_scored"] and row["same"] for row in rows)
     lost = sum(not row["same"] for row in rows)
@@ -269,20 +273,34 @@ def certify(left: common.Run, documents: int, decode: bool) -> tuple[dict[str, A
     return certificate, rows
 
 
+def scored_run(path: Path) -> common.Run:
+    """A run with test-time training as it is now; UserError if there is none."""
+    left = common.read_run(path)
+    if left.score_name == "sliding":
+        raise common.UserError(f"{left.path} is of a sliding window — give runs with test-time training")
+    return left
+
+
+def keep(left: common.Run, certificate: dict[str, Any], rows: list[dict[str, Any]]) -> None:
+    """Adds a certificate to the run's result.json; UserError if that has changed since it was read, minutes ago."""
+    if common.read_run(left.path).result != left.result:
+        raise common.UserError(f"{left.path} has changed while it was examined — run it again")
+    left.result["evaluation"] |= dict(certificate=certificate, audit=rows)
+    common.write_atomic(left.path, json.dumps(left.result, indent=1).encode())
+
+
 def main(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("runs", nargs="+", type=common.place, metavar="RUN", help="a run's folder")
     parser.add_argument("--documents", type=common.number(int, 1), default=2, metavar="K", help="default: 2")
     parser.add_argument("--decode", action="store_true", help="compress and expand K documents, too: it takes long")
     options = parser.parse_args()
-    runs = [common.read_run(path) for path in options.runs]
-    for left in runs:
-        if left.score_name == "sliding":
-            raise common.UserError(f"{left.path} is of a sliding window — give runs with test-time training")
+    for path in options.runs:
+        scored_run(path)
     failed = False
-    for left in runs:
+    for path in options.runs:
+        left = scored_run(path)
         certificate, rows = certify(left, options.documents, options.decode)
-        left.result["evaluation"] |= dict(certificate=certificate, audit=rows)
-        common.write_atomic(left.path, json.dumps(left.result, indent=1).encode())
+        keep(left, certificate, rows)
         failed |= any(finding["outcome"] == "fail" for finding in certificate["findings"].values())
     if failed:
         sys.exit(1)

@@ -56,6 +56,11 @@ def place(text: str) -> Path:
     return Path(text)
 
 
+def delimiter(text: str) -> str:
+    r"""An argparse type: what parts documents; a shell passes on `\n`, `\r` and `\t` as two characters."""
+    return re.sub(r"\\[nrt]", lambda found: {"n": "\n", "r": "\r", "t": "\t"}[found[0][1]], text)
+
+
 def number(kind: type, low: float, high: float = math.inf) -> Callable[[str], Any]:
     """Returns an argparse type: an int from `low` to `high`, or a float strictly between them."""
 
@@ -133,7 +138,9 @@ def explain(error: Exception) -> str | None:
     if isinstance(error, ModuleNotFoundError):
         package = (error.name or str(error)).split(".")[0]
         return f"this needs {package}, which is not installed — pip install {package}"
-    if isinstance(error, MemoryError):
+    # torch's own, which it has for a GPU and, without a class of its own, for a CPU; nothing here imports it
+    torchs = type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in str(error)
+    if isinstance(error, MemoryError) or torchs:
         return "memory ran out — end other programs, or give less at once"
     if re.search("start new thread|^Resource temporarily unavailable", str(error)):  # Python's words, a C++ library's
         return "no further thread can be started — allow more processes (ulimit -u), or lower --threads"

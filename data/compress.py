@@ -47,6 +47,7 @@ ALLOWED, ALLOWED_BYTES = 0.005, 16  # difference of a document's size from what 
 LENGTH_BYTES = 4  # counted in check for a document's length, which stands in the head
 ESCAPED = 0.25  # a document of which more than this is not its tokens' is kept as it is
 DAMAGED = "is damaged or no file of compress.py — get it again"
+CUT_OFF = "the deadline cut off all documents"
 UNKNOWN = "\ud800", "\udfff"  # Python's characters for bytes that are not UTF-8 lie between these
 
 
@@ -58,6 +59,10 @@ class Document:
     length: int
     tokens: np.ndarray | None = None
     lead: int = train_gpt.BOS
+
+
+class OutOfStep(Exception):
+    """What was read can be no symbol of the distribution at hand."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,7 +105,14 @@ class Codec:
     def decode(self, documents: list[Document], words: np.ndarray, progress=int) -> Iterator[np.ndarray]:
         """Yields the tokens of each document; UserError where this machine's numbers differ from the encoder's."""
         coder = constriction.stream.queue.RangeDecoder(words)
-        return self.through(documents, lambda distribution, _: coder.decode(distribution), progress)
+
+        def code(distribution, _: None) -> int:
+            try:
+                return coder.decode(distribution)
+            except AssertionError as error:  # constriction's for bits that no symbol has
+                raise OutOfStep from error
+
+        return self.through(documents, code, progress)
 
     def through(self, documents: list[Document], code: Callable, progress: Callable) -> Iterator[np.ndarray]:
         """Yields the tokens of each document, after `code(distribution, symbol)` of each: that is where encoder and
@@ -108,19 +120,25 @@ class Codec:
         size = self.run.s.ttt_chunk_size
         seen = unchecked = 0
 
+        def differ(document: Document, position: int) -> UserError:
+            where = f"found behind token {position + 1} of document {document.number}"
+            what = f"this machine computes other probabilities than the one that compressed ({where})"
+            return UserError(f"{what} — expand it where it was made")
+
         def check(bits: int, document: Document, position: int) -> None:
             expected = seen & ((1 << bits) - 1)
             if code(constriction.stream.model.Uniform(1 << bits), expected) != expected:
-                where = f"found behind token {position + 1} of document {document.number}"
-                what = f"this machine computes other probabilities than the one that compressed ({where})"
-                raise UserError(f"{what} — expand it where it was made")
+                raise differ(document, position)
 
         def choose(document: Document, position: int, nll: np.ndarray) -> int:
             nonlocal seen, unchecked
             counts = quantised(nll)
             distribution = constriction.stream.model.Categorical(counts, perfect=False, lazy=True)
             known = None if document.tokens is None else int(document.tokens[position])
-            token = int(code(distribution, known))
+            try:
+                token = int(code(distribution, known))
+            except OutOfStep as error:
+                raise differ(document, position - 1) from error
             seen = zlib.crc32(counts.astype("<i4").tobytes() + struct.pack("<I", token), seen)
             unchecked += 1
             if (position + 1) % size == 0 and unchecked >= CHECKED_TOKENS:
@@ -236,12 +254,14 @@ def restored(tokens: list[int], patches: list[int], inserted: bytes, tokenizer) 
 # ---- Files
 
 
-def pack(head: dict[str, Any], inserted: bytes, words: np.ndarray) -> bytes:
-    """A file: magic, format, and what follows under a SHA-256: head and inserted bytes as zstd frames, words."""
+def pack(head: dict[str, Any], inserted: bytes, words: np.ndarray) -> tuple[bytes, int]:
+    """A file: magic, format, and what follows under a SHA-256: head and inserted bytes as zstd frames, words. Beside it
+    how many of its bytes are the text's: the inserted ones' frame and the words."""
     squeeze = zstandard.ZstdCompressor(19).compress
     frames = squeeze(json.dumps(head, separators=(",", ":")).encode()), squeeze(inserted)
     body = struct.pack("<II", *map(len, frames)) + b"".join(frames) + words.astype("<u4").tobytes()
-    return MAGIC + struct.pack("<I", FORMAT) + hashlib.sha256(body).digest()[:16] + body
+    blob = MAGIC + struct.pack("<I", FORMAT) + hashlib.sha256(body).digest()[:16] + body
+    return blob, len(frames[1]) + words.nbytes
 
 
 def unpack(path: Path) -> tuple[dict[str, Any], bytes, np.ndarray]:
@@ -280,11 +300,13 @@ def compress(left: common.Run, options: argparse.Namespace) -> None:
     began = time.monotonic()
     data = options.input.read_bytes()
     codec = Codec.open(left, options.figure)
-    delimiter = options.delimiter.replace("\\n", "\n").replace("\\t", "\t")
+    delimiter = options.delimiter
     try:
         parts = data.split(delimiter.encode()) if delimiter else [data]
     except UnicodeEncodeError as error:
         raise UserError(f"--delimiter {ascii(delimiter)} is not UTF-8 — choose another") from error
+    if delimiter and len(parts) == 1:
+        print(f"--delimiter {ascii(delimiter)} is not in {options.input}: it is one document")
     done = [tokenize(part, codec.tokenizer) for part in parts]
     documents = [Document(i, len(tokens), np.array(tokens)) for i, (tokens, _, _) in enumerate(done)]
     count = sum(document.length for document in documents)
@@ -295,10 +317,10 @@ def compress(left: common.Run, options: argparse.Namespace) -> None:
     head = codec.identity | dict(figure=codec.figure, delimiter=delimiter, machine=machine)
     head |= dict(source=train_gpt.SOURCE_SHA256[:12], sha256=hashlib.sha256(data).hexdigest()[:16])
     head |= dict(lengths=[x.length for x in documents], patches=[patches for _, patches, _ in done])
-    blob = pack(head, inserted, words)
+    blob, of_the_text = pack(head, inserted, words)
     common.write_atomic(options.output, blob)
     rate = count / (time.monotonic() - began)
-    rates = [8 * size / max(len(data), 1) for size in (len(blob), words.nbytes)]
+    rates = [8 * size / max(len(data), 1) for size in (len(blob), of_the_text)]
     share = "{:.4f} bits per byte, {:.4f} without the head".format(*rates)
     print(f"{len(data):,} bytes, {count:,} tokens, {len(inserted):,} bytes beside them: {len(blob):,} bytes ({share})")
     print(f"{rate:.0f} tokens/s; wrote {options.output}")
@@ -334,7 +356,8 @@ def expand(left: common.Run, options: argparse.Namespace) -> None:
 
 def check_documents(left: common.Run, figure: str | None, count: int) -> list[dict[str, Any]]:
     """Compresses and expands documents that the run scored, drawn by its seed. A row each: its number, targets and
-    bytes of text, `score` and `size` in bytes, whether the size is as the score says, and the text what it was."""
+    bytes of text, `score` and `size` in bytes, whether the size is as the score says, and the text what it was. No row
+    where a deadline cut off all documents."""
     codec = Codec.open(left, figure)
     stream = sequential.open_stream(left, codec.run)
     nll = common.read_scores(left)[codec.figure]
@@ -360,6 +383,8 @@ def check_documents(left: common.Run, figure: str | None, count: int) -> list[di
 def check(left: common.Run, options: argparse.Namespace) -> None:
     began = time.monotonic()
     rows = check_documents(left, options.figure, options.documents)
+    if not rows:
+        raise UserError(f"{CUT_OFF} of {left.path} — score again with more EVAL_MAX_SECONDS")
     lines = []
     for row in rows:
         outcome = "pass" if row["as_scored"] and row["same"] else "fail"
@@ -386,7 +411,9 @@ def main(parser: argparse.ArgumentParser) -> None:
             sub.add_argument("input", type=place, metavar="INPUT")
             sub.add_argument("output", type=place, metavar="OUTPUT", help="a new file")
         if command is compress:
-            sub.add_argument("--delimiter", default="", help="separates documents, \\n, \\t understood (default: none)")
+            understood = "\\n, \\r, \\t understood (default: none)"
+            separates = f"separates documents; {understood}"
+            sub.add_argument("--delimiter", type=common.delimiter, default="", help=separates)
         if command is not expand:
             figures = NO_ADAPTATION, ADAPTED, MIXTURE, LAST_EPOCH
             sub.add_argument("--figure", choices=figures, help="whose predictions are used (default: the score's)")

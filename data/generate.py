@@ -74,11 +74,18 @@ def main(parser: argparse.ArgumentParser) -> None:
     torch.set_num_threads(1)
     model, run = sequential.open_run(left, "cpu")
     tokenizer = sequential.open_tokenizer(left, run)
-    text = sys.stdin.read() if options.prompt == "-" else options.prompt
+    text = standard_input() if options.prompt == "-" else options.prompt
     prompt = tokenizer.encode(text.encode("utf-8", "replace").decode())
     drawn = generate(model, run, [train_gpt.BOS, *prompt], options)
     begun = tokenizer.decode(prompt)
     common.deliver(text + tokenizer.decode(prompt + drawn).removeprefix(begun))
+
+
+def standard_input() -> str:
+    """All of it, line ends as they are, U+FFFD for each byte that is not UTF-8; UserError if it is closed."""
+    if sys.stdin is None:
+        raise common.UserError("standard input is closed — give the prompt itself, --prompt TEXT")
+    return sys.stdin.buffer.read().decode(errors="replace")
 
 
 def temperature(text: str) -> float:

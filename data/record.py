@@ -366,26 +366,39 @@ def write_folder(folder: Path, runs: list[Run], content: dict[str, Any], encoded
             write_atomic(partial / name, data)
 
 
+def placeholder() -> dict[str, Any]:
+    """The repository's submission.json, from which come authors and the settings of a protocol; UserError if they are
+    not there."""
+    try:
+        content = json.loads(PLACEHOLDER.read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{PLACEHOLDER} is no JSON ({error}) — restore it") from error
+    for name in (*ABOUT, "protocol"):
+        if not isinstance(content, dict) or name not in content:
+            raise UserError(f"{PLACEHOLDER} has no {name} — restore it")
+    if not isinstance(content["protocol"], dict):
+        raise UserError(f"{PLACEHOLDER} has a protocol without settings — restore it")
+    return content
+
+
 def main(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("results", nargs="+", type=place, metavar="RUN", help="a run's folder")
     add("--baseline-loss", type=number(float, 0), metavar="NATS", help="per token: val_loss of the record to beat")
     add("--out", type=place, metavar="FILE", help="write the JSON there (default: print it)")
     add("--folder", type=place, help="make the folder of a pull request instead")
-    placeholder = json.loads(PLACEHOLDER.read_bytes())
     for name in ABOUT:
         default = "the author in submission.json" if name in ("author", "github_id") else "by the first run's settings"
         add("--" + name.replace("_", "-"), help=f"default: {default}")
     options = parser.parse_args()
+    known = placeholder()
     runs = [read_run(path) for path in options.results]
     for run in runs:
         read_log(run)  # is it this run's?
     given = {name: value for name in ABOUT if (value := getattr(options, name)) is not None}
     own = {} if {"name", "blurb"} <= given.keys() else describe(runs[0])
-    about = {name: (placeholder | own | given)[name] for name in ABOUT} | {
-        "date": f"{datetime.now(UTC):%Y-%m-%dT%H:%M:%SZ}"
-    }
-    content = submission(runs, options.baseline_loss, about, list(placeholder["protocol"]))
+    about = {name: (known | own | given)[name] for name in ABOUT} | {"date": f"{datetime.now(UTC):%Y-%m-%dT%H:%M:%SZ}"}
+    content = submission(runs, options.baseline_loss, about, list(known["protocol"]))
     encoded = (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode(errors="backslashreplace")
     if options.folder:
         write_folder(options.folder, runs, content, encoded)

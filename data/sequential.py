@@ -7,6 +7,7 @@ train_gpt.py's own evaluation: Sequential is a DocumentBatch that predicts what 
 import contextlib
 import hashlib
 import math
+import os
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -34,15 +35,37 @@ def user_errors() -> Iterator[None]:
         raise common.UserError(str(error)) from error
 
 
+def located(left: common.Run, path: str) -> str:
+    """Where a path of a run's settings leads, as it is if nowhere. A relative one was meant from where the run was
+    started, which no result says: it is tried from here, then from each folder above the run's."""
+    tried = (str(folder / path) for folder in (Path(), *left.path.resolve().parents))
+    return next(filter(os.path.exists, tried), path)
+
+
+def require(left: common.Run, run: train_gpt.Run, name: str) -> None:
+    """UserError where the path in a setting that the run had leads nowhere."""
+    path = getattr(run.s, name)
+    if os.path.exists(path) or not left.result["settings"].get(name):
+        return
+    what = f"{name.upper()}={path}, as {left.path} has it,"
+    if os.path.isabs(path):
+        raise common.UserError(f"{what} is not there any more — put it back")
+    where = "leads nowhere from here or from a folder above the run's"
+    raise common.UserError(f"{what} {where} — put it back, or run this where the run was started")
+
+
 def open_run(left: common.Run, device: str = "auto") -> tuple[train_gpt.GPT, train_gpt.Run]:
     """The model that a run scored, frozen, and its settings; UserError if the weights are not what they were."""
     known = train_gpt.Settings.__dataclass_fields__
     kept = {name: value for name, value in left.result["settings"].items() if name in known}
     kept["eval_only"] = kept.get("eval_only") or str(left.path.with_name("final_model.ptz"))
+    paths = {"eval_only", "data_path", "tokenizer_path"} & kept.keys()
+    kept |= {name: located(left, str(kept[name])) for name in paths}
     kept |= {"output_dir": str(left.path.parent), "resume": False, "compile": 0, "device": device}
     texts = {name.upper(): str(int(value) if isinstance(value, bool) else value) for name, value in kept.items()}
     with user_errors():
         run = train_gpt.Run(train_gpt.Settings.from_env(texts))
+        require(left, run, "eval_only")
         weights = train_gpt.read_weights(Path(run.s.eval_only), run)
         if weights.sha256 != left.result["weights_sha256"]:
             raise common.UserError(
@@ -56,6 +79,8 @@ def open_run(left: common.Run, device: str = "auto") -> tuple[train_gpt.GPT, tra
 
 def open_stream(left: common.Run, run: train_gpt.Run) -> train_gpt.Stream:
     """The text that a run scored; UserError if it is not what it was."""
+    require(left, run, "data_path")
+    require(left, run, "tokenizer_path")
     with user_errors():
         stream = train_gpt.load_validation(run)
     if stream.fingerprint != left.result["data"]["validation"]:
@@ -65,6 +90,7 @@ def open_stream(left: common.Run, run: train_gpt.Run) -> train_gpt.Stream:
 
 def open_tokenizer(left: common.Run, run: train_gpt.Run) -> sentencepiece.SentencePieceProcessor:
     """The tokenizer of a run; UserError if it is not what it was."""
+    require(left, run, "tokenizer_path")
     with user_errors():
         tokenizer = train_gpt.load_tokenizer(run.s.tokenizer_path, run.s.vocab_size)
     if hashlib.sha256(Path(run.s.tokenizer_path).read_bytes()).hexdigest() != left.result["data"]["tokenizer"]:

@@ -31,6 +31,7 @@ import common
 PAD, BOS, EOS, UNK = range(4)
 RESERVED = 4 + 256  # the four ids above and one piece for every byte
 SHARD_TOKENS = 100_000_000
+MAX_SHARD_TOKENS = 2**31 - 1  # that the header's int32 can count
 MAX_DOCUMENT_BYTES = 16 << 20  # SentencePiece needs about 50 bytes of memory per byte of one document
 SAMPLE_CHARS = 32 << 20
 PIECE_CHARS = 1000  # SentencePiece skips training sentences of more than 4192 bytes; this is at most 4000
@@ -40,7 +41,6 @@ PARQUET_ROWS = 16  # read at once: each may have MAX_DOCUMENT_BYTES
 SPACE = "\u2581"  # SentencePiece's sign for a space
 # SentencePiece passes over what it trains on where it meets its own sign for the unknown, or NUL.
 UNTRAINABLE = "\u2585\0"
-ESCAPES = {"\\n": "\n", "\\r": "\r", "\\t": "\t"}
 
 # 16 bytes that depend on text and seed alone, the document's identity and its place in the draw; and the text.
 Document = tuple[bytes, str]
@@ -349,24 +349,24 @@ def build(files: list[Path], directory: Path, name: str, options: argparse.Names
     tqdm.monitor_interval = 0  # no thread of its own
 
     def read(label: str, counts: Counter, total: int | None = None) -> Iterable[Document]:
-        documents = read_documents(files, delimiter, options.seed, counts)
+        documents = read_documents(files, options.delimiter, options.seed, counts)
         return tqdm(documents, label, total, unit=" documents", leave=False, disable=None)  # None: only on a terminal
 
     began = time.monotonic()
-    delimiter = re.sub(r"\\[nrt]", lambda found: ESCAPES[found[0]], options.delimiter)
     first, second, lost = Counter(), Counter(), Counter()
     digests: list[bytes] = []
+    if options.tokenizer:  # first: what comes now may take hours
+        model_name, model = options.tokenizer.stem, options.tokenizer.read_bytes()
+        tokenizer = load_tokenizer(model, model_name)
     sample = sample_pieces(read("reading", first), options.seed, SAMPLE_CHARS * (not options.tokenizer), digests)
     if len(digests) < 2 and first["uncut"]:
         raise UserError(f"{uncut(first)}, so there is no second document — choose another delimiter, or add files")
     threshold = draw_validation(digests, options.val_fraction)
 
-    if options.tokenizer:
-        model_name, model = options.tokenizer.stem, options.tokenizer.read_bytes()
-    else:
+    if not options.tokenizer:
         model_name = f"{name}_{options.vocab_size}_bpe"
         model = train_tokenizer([piece for _, digest, piece in sample if digest > threshold], options.vocab_size)
-    tokenizer = load_tokenizer(model, model_name)
+        tokenizer = load_tokenizer(model, model_name)
     common.write_atomic(directory / f"{model_name}.model", model)
 
     def encoded() -> Iterator[tuple[bool, np.ndarray]]:
@@ -419,10 +419,12 @@ def main(parser: argparse.ArgumentParser) -> None:
     add("--out", type=place, required=True, help="the dataset's folder")
     add("--vocab-size", type=number(int, RESERVED + 1, 1 << 16), default=1024, help="pieces to train (default 1024)")
     add("--tokenizer", type=place, help="use this SentencePiece model and train none")
-    add("--delimiter", default="", help="parts documents in text files; \\n, \\r, \\t understood (default: none)")
+    understood = "\\n, \\r, \\t understood (default: none)"
+    add("--delimiter", type=common.delimiter, default="", help=f"parts documents in text files; {understood}")
     add("--val-fraction", type=number(float, 0, 1), default=0.01, help="share for validation (default 0.01)")
     add("--seed", type=int, default=0, help="of the split and of the tokenizer's sample (default 0)")
-    add("--shard-tokens", type=number(int, 1), default=SHARD_TOKENS, help="tokens per shard (default 100 million)")
+    tokens = number(int, 1, MAX_SHARD_TOKENS)
+    add("--shard-tokens", type=tokens, default=SHARD_TOKENS, help="tokens per shard (default 100 million)")
     add("--threads", "--processes", type=number(int, 1), default=os.cpu_count() or 1, help="default: one per CPU")
     options = parser.parse_args()
     files, skipped = find_files(options.inputs)

@@ -117,6 +117,12 @@ def main() -> int:
         t.say(f"error: {e}", "stderr")
     except OSError as e:
         t.say(f"error: {t.system_says(e)}", "stderr")
+    except (RuntimeError, MemoryError) as e:
+        lacks_memory = isinstance(e, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(e)
+        if not lacks_memory:
+            raise
+        what = " ".join(str(e).split())[:120]
+        t.say(f"error: out of memory: {what} — set MICRO_BATCH_TOKENS, TTT_BATCH_SIZE or --documents lower", "stderr")
     except KeyboardInterrupt:
         return 130
     return 2
@@ -183,7 +189,7 @@ def show_ceilings(run: t.Run) -> float:
 
 
 def bench_train(args):
-    """Tokens per second of training: one rank's micro-batch of the largest size.
+    """Tokens per second of training: one rank's micro-batch, the largest that settings allow and that fits.
 
     Forward and backward pass, the optimiser's step, and both; model FLOP/s and their share of a matrix product's,
     which is measured first; on CUDA the peak of allocated memory."""
@@ -193,13 +199,9 @@ def bench_train(args):
     model = t.GPT(s, run.dtype, run.attention).to(run.device)
     optimizer = t.Optimizer(model, run)
     forward = run.compiled(model, dynamic=False)
-    rows = min(run.most("training_rows"), s.train_batch_tokens // s.train_seq_len)
+    rows = rows_that_fit(forward, args.shard, run)
     count = rows * s.train_seq_len
-    if args.shard:
-        tokens = speed.tokens_of(args.shard, run)
-    else:
-        tokens = np.random.default_rng(0).integers(0, s.vocab_size, count + 1)
-    batch = t.BatchLoader([tokens], run.using(train_batch_tokens=count, micro_batch_tokens=count)).batch(0)
+    batch = speed.micro_batch(args.shard, rows, run)
 
     def gradients():
         t.forward_backward(forward, batch, 1 / len(batch))
@@ -218,6 +220,16 @@ def bench_train(args):
         show_profile(run, step)
 
 
+def rows_that_fit(forward, shard: Path | None, run: t.Run) -> int:
+    """Of a micro-batch: as many as settings say, or what of that fits."""
+
+    def work(rows: int):
+        t.forward_backward(forward, speed.micro_batch(shard, rows, run), 1.0)
+
+    most = min(run.most("training_rows"), run.s.train_batch_tokens // run.s.train_seq_len)
+    return speed.most_that_fit(most, work, run)
+
+
 def bench_curve(args):
     """Losses of the same batches by three trainings: does a faster path learn the same?
 
@@ -225,6 +237,10 @@ def bench_curve(args):
     compiled; and from other weights, to tell what a seed changes. Means of 20 steps, in nats."""
     run = run_of(args)
     run = run.using(iterations=args.steps, warmdown_iters=args.steps // 2)
+    model = t.GPT(run.s, run.dtype, run.attention).to(run.device)
+    optimizer = t.Optimizer(model, run)  # takes memory, too
+    run.fits = dict(training_rows=rows_that_fit(model, args.shard, run))
+    del model, optimizer
     loader = t.BatchLoader([speed.tokens_of(args.shard, run)], run)
     ours = curve(run, loader, run.s.seed)
     plain = curve(run, loader, run.s.seed, plain=True)
@@ -274,6 +290,8 @@ def bench_ttt(args):
     run = run.using(ttt_protocol="replay", ttt_n_epochs=args.epochs)
     ceiling = show_ceilings(run)
     model = t.scoring_model(run)
+    contexts = (run.using(ttt_context=context) for context in ("cached", "recompute"))  # one batch is for both
+    run.fits = dict(documents=min(speed.largest_batch(model, one) for one in contexts))
     if run.cuda:
         run.graphs = t.rehearse_adaptation(model, run)
         print(f"CUDA graphs equal eager steps: {run.graphs}")
@@ -349,7 +367,8 @@ def bench_predict(args):
     epochs and the recommended single_pass; or, if the environment sets a TTT_ variable, what it says instead. With
     the sample's tail of lengths and a Pareto one; with kernels as assumed and half as slow again; with steps recorded
     as CUDA graphs, and launched kernel by kernel. Then the memory of a document, counted, and the batch that fits.
-    Mixing and merging are not in it: `mixture` measures the former."""
+    What the host does besides is not in it: drawing every document's adapters before each pass, which `machine`
+    measures; mixing, which `mixture` measures; and merging."""
     own = {name for name in os.environ if name.startswith("TTT_") and name.lower() in FIELDS}
     base = t.Run(t.Settings.from_env(dict(PRESET="record") | os.environ | dict(DEVICE="cpu")))
     runs = [base] if own else [base, base.using(**speed.RECOMMENDED)]

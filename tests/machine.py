@@ -30,6 +30,7 @@ from speed import seconds_of, t
 
 DEVICES = 1, 8, 16  # that predictions are made for
 FORM = 1  # of the JSON file
+PATHS = "GOLF_SHARED", "DATA_PATH", "TOKENIZER_PATH", "OUTPUT_DIR", "EVAL_ONLY"  # variables with them
 TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 1e-2}  # of golden figures, relative
 
 
@@ -68,7 +69,7 @@ class Machine:
         self.ceilings = None
         self.model = None  # that adapts
         self.steps = {}  # MeasuredSteps by protocol
-        self.mixture = 0.0  # seconds on the full split, predicted
+        self.mixture = None  # seconds on the full split, predicted
 
     def row(self, kind: str, name: str, value, unit: str = "", note: str = ""):
         """Print a figure and keep it."""
@@ -89,11 +90,11 @@ class Machine:
         except Skip as e:
             self.skip(name, str(e))
         except Exception as e:  # the next part goes on
-            what = f"{type(e).__name__}: {' '.join(str(e).split())[:200]}"
+            what = f"{type(e).__name__}: {' '.join(str(e).split())}"
             frame = traceback.extract_tb(e.__traceback__)[-1]
             where = f"{Path(frame.filename).name}:{frame.lineno} in {frame.name}"
-            self.failed.append(dict(part=name, error=what, where=where))
-            t.say(f"failed     {name}: {what} ({where})")
+            self.failed.append(dict(part=name, error=self.anonymous(what)[:220], where=where))
+            t.say(f"failed     {name}: {what[:220]} ({where})")
         self.seconds[name] = time.perf_counter() - began
         gc.collect()
         if self.run.cuda:
@@ -104,6 +105,18 @@ class Machine:
     def skip(self, name: str, why: str):
         self.skipped.append(dict(part=name, why=why))
         t.say(f"skipped    {name}: {why}")
+
+    def anonymous(self, text: str) -> str:
+        """The text with base names alone of its paths, and without the names of host and user."""
+        own = (Path.home(), Path.cwd(), tempfile.gettempdir(), self.shard, *map(os.environ.get, PATHS))
+        for path in sorted({str(path) for path in own if path}, key=len, reverse=True):  # they may have spaces
+            if path != os.sep:
+                text = text.replace(path + os.sep, "").replace(path, os.path.basename(path))
+        text = re.sub(r"""(?<=['"])([/~.]|[A-Za-z]:)[^'"]*[/\\]""", "", text)  # in quotes: with spaces, too
+        text = re.sub(r"""[^\s'"=:,()]*[/\\]""", "", re.sub(r"(?<!\w)[A-Za-z]:\\", "", text))
+        for name in (platform.node(), Path.home().name):
+            text = re.sub(rf"(?<!\w){re.escape(name)}(?!\w)", "…", text) if name else text
+        return text
 
     def write(self):
         """The JSON file: no path, no name of a user or a host is in it."""
@@ -207,26 +220,6 @@ def measure_ceilings(m: Machine):
 # ---- Parts: training
 
 
-def micro_batch(m: Machine, rows: int) -> list:
-    """One of so many rows."""
-    s = m.run.s
-    count = rows * s.train_seq_len
-    if m.shard:
-        tokens = speed.tokens_of(m.shard, m.run)
-    else:
-        tokens = np.random.default_rng(0).integers(0, s.vocab_size, count + 1)
-    run = m.run.using(train_batch_tokens=count, micro_batch_tokens=count)
-    return t.BatchLoader([tokens], run).batch(0)
-
-
-def most_that_fit(most: int, work: Callable[[int], object], run: t.Run) -> int:
-    """As the script's preflight finds it; on a CPU, which does not say when memory is short, all."""
-    if not run.cuda:
-        return most
-    with torch.compiler.set_stance("force_eager"):
-        return t.most_that_fits(most, work, run)
-
-
 def measure_training(m: Machine):
     """A micro-batch's forward and backward pass and the optimiser's step; from them a step of the whole batch."""
     run, s = m.run, m.run.s
@@ -238,10 +231,12 @@ def measure_training(m: Machine):
         began = time.perf_counter()
         wanted = min(run.most("training_rows"), s.train_batch_tokens // s.train_seq_len)
         if not run.cuda:  # rows that fit the time: memory is not what is short
-            row = seconds_of(run, lambda: t.forward_backward(forward, micro_batch(m, 1), 1.0), 1)
+            row = seconds_of(run, lambda: t.forward_backward(forward, speed.micro_batch(m.shard, 1, run), 1.0), 1)
             wanted = min(wanted, max(1, int(m.most / row)))
-        rows = most_that_fit(wanted, lambda n: t.forward_backward(forward, micro_batch(m, n), 1.0), run)
-        batch = micro_batch(m, rows)
+        rows = speed.most_that_fit(
+            wanted, lambda n: t.forward_backward(forward, speed.micro_batch(m.shard, n, run), 1.0), run
+        )
+        batch = speed.micro_batch(m.shard, rows, run)
         optimizer.step(0, 1e-6)
         run.wait()
         m.row("measured", "first training step", time.perf_counter() - began, "s", "compilation included")
@@ -303,23 +298,13 @@ def compare_graphs(m: Machine):
     if not m.run.cuda:
         raise Skip("there is no GPU")
     small = m.run.using(ttt_n_epochs=2, ttt_protocol="replay", ttt_context="cached")
-    small = small.using(ttt_batch_size=largest_batch(m, small))
+    small = small.using(ttt_batch_size=speed.largest_batch(adapting_model(m), small))
     began = time.perf_counter()
     equal = t.rehearse_adaptation(adapting_model(m), small)
     m.row("measured", "CUDA graphs equal eager steps", equal)
     m.row("measured", "compilation of test-time training", time.perf_counter() - began, "s", "rehearsal included")
     m.run.graphs = equal
     speed.randomise(m.model)
-
-
-def largest_batch(m: Machine, run: t.Run) -> int:
-    """Documents side by side: the run's own number, or as many as fit."""
-
-    def work(size: int):
-        batch, last = speed.batch_at_full_context(adapting_model(m), size, run)
-        speed.step_of(batch, last, size, True, cached=run.s.ttt_context == "cached")()
-
-    return most_that_fit(run.most("documents"), work, run)
 
 
 def count_of(number: int, what: str) -> str:
@@ -332,7 +317,7 @@ def measure_protocol(m: Machine, name: str, **changes):
     s = run.s
     chunk = s.ttt_chunk_size
     with m.peak_memory(name):
-        size = largest_batch(m, run)
+        size = speed.largest_batch(adapting_model(m), run)
         steps = m.steps[name] = speed.time_steps(adapting_model(m), size, run, 5, m.most)
     for documents, short, full in ((size, "batch", "batch_full"), (1, "one", "one_full")):
         for where, corner in (("at full context", full), ("without context", short)):
@@ -346,7 +331,7 @@ def measure_protocol(m: Machine, name: str, **changes):
     if steps.recording:
         m.row("measured", f"{name}, a new shape", steps.recording, "s", "an eager step and a recorded one")
     recompute = run.using(ttt_context="recompute")
-    for documents in (largest_batch(m, recompute), 1):
+    for documents in (speed.largest_batch(adapting_model(m), recompute), 1):
         batch, last = speed.batch_at_full_context(adapting_model(m), documents, recompute)
         seconds = seconds_of(run, speed.step_of(batch, last, documents, True, cached=False), 3, most=m.most)
         what = f"{name}, {count_of(documents, 'document')} at full context, recompute"
@@ -381,11 +366,16 @@ def predict_evaluations(m: Machine):
     for name, steps in m.steps.items():
         run = m.run.using(**asdict(steps.s)).using(ttt_batch_size=steps.documents if m.run.cuda else 0)
         plan = speed.Plan.of(steps, lengths, run)
+        what = f"{name}, drawing a document's adapters"
+        m.row("measured", what, 1000 * steps.drawing, "ms", "on the host, in each pass")
         for devices in DEVICES:
             found = plan.forecast(devices)
-            found.all += m.mixture * steps.s.ttt_mixture
+            mixed = steps.s.ttt_mixture and m.mixture is not None
+            found.all += m.mixture if mixed else 0.0
             inside = "inside" if found.inside else "OVER"
             note = f"{inside} the {speed.BUDGET:.0f} s; slowest of {found.balance:.2f} of the mean"
+            if steps.s.ttt_mixture and not mixed:
+                note += "; mixing is not in it"
             if name == "replay":  # at the deadline its later epochs are cut, not the score
                 note = f"{inside} the {speed.BUDGET:.0f} s; its score, epoch 1, is complete after {found.score:,.0f}"
             m.row(

@@ -58,6 +58,14 @@ def seconds_of(run: t.Run, work: Callable, repeats: int, warm: int = 1, most: fl
     return statistics.median(times)
 
 
+def most_that_fit(most: int, work: Callable[[int], object], run: t.Run) -> int:
+    """As the script's preflight finds it; on a CPU, which does not say when memory is short, all."""
+    if not run.cuda:
+        return most
+    with torch.compiler.set_stance("force_eager"):
+        return t.most_that_fits(most, work, run)
+
+
 class Ceilings(NamedTuple):
     """The device's own rates: FLOP/s of a matrix product in the model's dtype, bytes/s of a copy, read and written."""
 
@@ -123,6 +131,14 @@ def tokens_of(shard: Path, run: t.Run) -> np.ndarray:
     return tokens
 
 
+def micro_batch(shard: Path | None, rows: int, run: t.Run) -> list:
+    """One of so many rows, of the shard's tokens or random ones."""
+    s = run.s
+    count = rows * s.train_seq_len
+    tokens = tokens_of(shard, run) if shard else np.random.default_rng(0).integers(0, s.vocab_size, count + 1)
+    return t.BatchLoader([tokens], run.using(train_batch_tokens=count, micro_batch_tokens=count)).batch(0)
+
+
 def stream_of(shard: Path | None, run: t.Run) -> t.Stream:
     """Its documents, or random tokens in 625 documents."""
     if not shard:
@@ -180,6 +196,7 @@ class MeasuredSteps:
     train: Corners
     forward: Corners  # without adaptation
     recording: float = 0.0  # of a shape that is new, where steps are recorded as CUDA graphs
+    drawing: float = 0.0  # of a document's adapters before each pass, on the host
 
     def seconds(self, train: bool, documents: np.ndarray, context: np.ndarray) -> np.ndarray:
         """Of steps of so many documents, (n,), after so many tokens of context, (n,)."""
@@ -214,6 +231,16 @@ def batch_at_full_context(model: t.GPT, documents: int, run: t.Run) -> tuple[t.D
     return batch, last
 
 
+def largest_batch(model: t.GPT, run: t.Run) -> int:
+    """Documents side by side: the run's own number, or as many as fit."""
+
+    def work(size: int):
+        batch, last = batch_at_full_context(model, size, run)
+        step_of(batch, last, size, True, cached=run.s.ttt_context == "cached")()
+
+    return most_that_fit(run.most("documents"), work, run)
+
+
 def time_steps(model: t.GPT, documents: int, run: t.Run, repeats: int, most: float = float("inf")) -> MeasuredSteps:
     """Time single steps on synthetic documents; `most` seconds for each of the eight."""
     found = {True: {}, False: {}}
@@ -228,6 +255,7 @@ def time_steps(model: t.GPT, documents: int, run: t.Run, repeats: int, most: flo
     if run.graphs and documents > 2:  # nobody has seen this shape
         step = step_of(batch, last, documents - 1, True)
         steps.recording = 2 * seconds_of(run, step, 2, warm=0)
+    steps.drawing = seconds_of(run, lambda: t.draw_lora_a(run.s, 0), repeats)
     return steps
 
 
@@ -248,6 +276,7 @@ class H100:
     host: float = 2e-5  # seconds of a step on the host, which is one step ahead at most
     slower: float = 1.0  # factor on all of the GPU's
     recording: float = 0.0  # seconds of a shape that is new, recorded as a graph
+    drawing: float = 0.0  # seconds of a document's adapters before each pass, on the host
     full: float = 18.5e-3
     first: float = 9.6e-3
     fixed: float = 1.1e-3
@@ -364,7 +393,8 @@ class Plan:
             for batch in batches:
                 steps = steps_of_pass(label, batch, run.s)
                 sums = (times * cost.seconds(train, n, c).sum() for train, n, c, times in steps)
-                plan.seconds[label].append(float(sum(sums)))
+                drawing = len(batch) * cost.drawing * (label != "no_adaptation")  # once for all parts of a mixture
+                plan.seconds[label].append(float(sum(sums)) + drawing)
                 plan.shapes[label].append(shapes_of(label, steps) if plan.recording else set())
         return plan
 

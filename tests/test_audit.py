@@ -184,6 +184,50 @@ def test_what_cannot_be_judged_is_said(mixed: Path, data: Path, tmp_path: Path) 
     assert found.code == 0 and "not judged disjoint" in found.out, found.out
 
 
+def test_a_deadline_that_cut_off_everything_leaves_no_file_to_judge(data: Path, weights: Path, tmp_path: Path) -> None:
+    folder = scored.evaluate(tmp_path / "run", weights, data, EVAL_MAX_SECONDS=1e-6)
+    found = call(audit, folder, "--documents", 1, "--decode")
+    assert found.code == 0, found.err
+    findings = result_of(folder)["evaluation"]["certificate"]["findings"]
+    assert {findings[name]["outcome"] for name in ("repeated", "decodes")} == {"not judged"}
+    assert "deadline" in findings["decodes"]["detail"]
+    assert is_one_line_error(call(scored.tool("compress"), "check", folder), "deadline", "more EVAL_MAX_SECONDS")
+
+
+def test_a_result_that_changes_meanwhile_is_kept(mixed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path / "run"
+    shutil.copytree(mixed, folder)
+    newer = json.dumps(result_of(folder) | {"seconds_of_a_session_more": 1.0})
+
+    empty = dict(source_sha256="a", documents=1, findings={}), []
+
+    def certify(*_: object) -> tuple[dict, list]:
+        (folder / "result.json").write_text(newer)
+        return empty
+
+    monkeypatch.setattr(audit, "certify", certify)
+    assert is_one_line_error(call(audit, folder), "has changed", "again")
+    assert (folder / "result.json").read_text() == newer
+    monkeypatch.setattr(audit, "certify", lambda *_: empty)
+    assert call(audit, folder, folder).code == 0  # the second time it reads what the first has added
+
+
+def test_documents_that_begin_alike_are_counted_among_those_that_are_long_enough(
+    mixed: Path, data: Path, weights: Path, tmp_path: Path
+) -> None:
+    other = tmp_path / "data"
+    shutil.copytree(data, other)
+    begun = runs.documents([100], 5)
+    validation = np.concatenate([runs.documents([20, 30], 7), begun, runs.documents([90], 8)])
+    runs.write_shard(other / "fineweb_val_000000.bin", validation)
+    runs.write_shard(other / "fineweb_train_000001.bin", np.append(begun[:80], runs.documents([9], 9)))
+    left = audit.common.read_run(scored.evaluate(tmp_path / "run", weights, other))
+    _, run = audit.sequential.open_run(left)
+    finding = audit.disjoint(left, audit.sequential.open_stream(left, run), run)
+    assert finding.outcome and "share of 4 documents" in finding.detail
+    assert "of 1 of the 2 with 64 tokens" in finding.detail
+
+
 def test_mistakes_are_one_line(mixed: Path, weights: Path, tmp_path: Path) -> None:
     assert is_one_line_error(call(audit, tmp_path), "result.json")
     (tmp_path / "result.json").write_text("{}")

@@ -103,6 +103,62 @@ def test_predict_takes_replay_and_the_recommendation_where_nothing_is_set(call, 
     assert out.count("single_pass 5 steps chunk 64 rank 32 6 targets mixture of 3,") == 8
 
 
+def short_of_memory(monkeypatch, largest: int) -> None:
+    """As on a GPU that has room for so many rows or documents at once."""
+    work, step = t.forward_backward, t.DocumentBatch._run_step
+
+    def forward_backward(model, batch, scale):
+        if max(len(x) for x, _ in batch) > largest:
+            raise torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate")
+        return work(model, batch, scale)
+
+    def run_step(self, chunk, n, cached, **asked):
+        if n > largest:
+            raise torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate")
+        step(self, chunk, n, cached, **asked)
+
+    monkeypatch.setattr(t, "forward_backward", forward_backward)
+    monkeypatch.setattr(t.DocumentBatch, "_run_step", run_step)
+
+
+def halve(most: int, work, run: t.Run) -> int:
+    """most_that_fit() without a GPU."""
+    while most > 1:
+        try:
+            work(most)
+            return most
+        except torch.OutOfMemoryError:
+            most //= 2
+    return most
+
+
+@pytest.mark.parametrize(
+    "largest, arguments",
+    [
+        (4, ("train", "--repeats", 1, "--device", "cpu")),
+        (4, ("curve", "--shard", "train.bin", "--steps", 20, "--device", "cpu")),
+        (2, ("ttt", "--repeats", 1, "--epochs", 1, "--device", "cpu", "--shard", "val.bin")),
+    ],
+)
+def test_what_is_computed_at_once_is_what_fits(call, monkeypatch, largest, arguments):
+    runs.write_shard(Path("train.bin"), runs.documents([90] * 40, 0))
+    runs.write_shard(Path("val.bin"), runs.documents([90, 70, 30, 20], 0))
+    train = bench.curve
+
+    def train_a_step(run: t.Run, *others, **named) -> np.ndarray:
+        return np.resize(train(run.using(iterations=1), *others, **named), run.s.iterations)
+
+    monkeypatch.setattr(bench, "curve", train_a_step)
+    monkeypatch.setattr(bench, "show_ceilings", lambda run: 1e9)
+    short_of_memory(monkeypatch, largest)
+    code, _, err = call(*arguments)
+    assert code == 2 and "out of memory: CUDA" in runs.user_error(err)
+    assert "MICRO_BATCH_TOKENS" in err and "TTT_BATCH_SIZE" in err
+    monkeypatch.setattr(speed, "most_that_fit", halve)
+    code, _, err = call(*arguments)
+    assert code == 0, err
+
+
 def test_pack_and_mixture(call):
     code, out, _ = call("pack", "--repeats", 1)
     assert code == 0 and numbers_after(out, "ratio ") > 0
@@ -246,6 +302,30 @@ def test_a_part_that_fails_is_one_line_and_the_next_goes_on(call, monkeypatch):
     assert [row["part"] for row in kept["rows"]] == ["training", "mixture", "mixture", "mixture"]
 
 
+def test_its_file_has_no_path_or_name_of_what_failed(call, monkeypatch, tmp_path):
+    folder = tmp_path / "my texts"
+    monkeypatch.setenv("GOLF_SHARED", str(folder))
+    names = "/home/b o b/c.bin", "~/carol/d.bin", r"C:\Users\d a n\e.bin"
+
+    def fail(m):
+        raise RuntimeError(f"{folder} has no {folder}/x.bin, {', '.join(map(repr, names))} or /home/erin/f.bin")
+
+    monkeypatch.setitem(machine.PARTS, "training", fail)
+    code, out, _ = call("machine", "--device", "cpu", "--json", "m.json", "--parts", "golden", "training")
+    assert code == 1 and str(folder) in out
+    found = [row["error"] for row in account()["failed"]]
+    assert found[0].startswith("FileNotFoundError: ") and "inputs.py" in found[0]
+    assert found[1] == "RuntimeError: my texts has no x.bin, 'c.bin', 'd.bin', 'e.bin' or f.bin"
+
+
+def test_what_a_prediction_leaves_out_is_said(call):
+    call("machine", "--device", "cpu", "--json", "m.json", "--parts", "single_pass", "predictions")
+    rows = {row["name"]: row for row in account()["rows"] if row["part"] == "predictions"}
+    notes = [row["note"] for name, row in rows.items() if name.startswith("full split, single_pass")]
+    assert len(notes) == 3 and all("mixing is not in it" in note for note in notes)
+    assert rows["single_pass, drawing a document's adapters"]["value"] > 0
+
+
 def test_no_part_begins_after_the_limit_and_an_interruption_keeps_what_there_is(call, monkeypatch):
     def take_long(m):
         m.began -= m.limit
@@ -330,10 +410,10 @@ def test_the_assumed_seconds_are_those_of_the_assumed_settings():
 
 
 class OneSecond:
-    """A cost of one second for each step, and of ten for each new shape."""
+    """A cost of one second for each step, of `recording` for each new shape, of `drawing` for a document in a pass."""
 
-    def __init__(self, recording: float = 0.0):
-        self.recording = recording
+    def __init__(self, recording: float = 0.0, drawing: float = 0.0):
+        self.recording, self.drawing = recording, drawing
 
     def seconds(self, train, documents, context):
         return np.ones(len(documents))
@@ -349,6 +429,8 @@ def test_a_forecast_is_what_ranks_would_take(settings):
     assert (two.all, two.score) == (20, 8)
     recorded = speed.Plan.of(OneSecond(10.0), lengths, run).forecast(1)
     assert (recorded.shapes, recorded.all) == (12, 160)  # one document, four contexts, three passes
+    drawn = speed.Plan.of(OneSecond(drawing=5.0), lengths, run).forecast(1)
+    assert (drawn.score, drawn.all) == (16 + 4 * 5, 40 + 2 * 4 * 5)  # none without adaptation
     assert alone.inside and not speed.Plan.of(OneSecond(10.0), lengths * 100, run).forecast(1).inside
 
 

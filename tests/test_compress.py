@@ -230,6 +230,31 @@ def test_a_machine_that_computes_otherwise_writes_nothing(
     assert not (tmp_path / "back").exists()
 
 
+def test_bits_that_no_symbol_has_are_another_machines(mixed: Path) -> None:
+    codec = compress.Codec.open(common.read_run(mixed), "no_adaptation")
+    words = np.full(4, 2**32 - 1, np.uint32)
+    with pytest.raises(common.UserError, match="computes other probabilities"):
+        next(codec.decode([compress.Document(0, 29)], words))
+
+
+def test_what_stands_beside_the_tokens_is_no_head(replayed: Path, tmp_path: Path) -> None:
+    (tmp_path / "in").write_bytes(ODD["random"])
+    found = call(compress, "compress", replayed, tmp_path / "in", tmp_path / "file")
+    _, inserted, words = compress.unpack(tmp_path / "file")
+    rate = float(found.out.partition(" bits per byte, ")[2].split()[0])
+    assert rate * 300 / 8 == pytest.approx(300 + 13 + words.nbytes, abs=5)  # 13 of the frame
+    assert inserted == ODD["random"]
+
+
+def test_delimiters_are_text_py_s_and_one_that_is_not_there_is_said(replayed: Path, tmp_path: Path) -> None:
+    (tmp_path / "in").write_bytes(b"abc\r\nde")
+    found = call(compress, "compress", replayed, tmp_path / "in", tmp_path / "cut", "--delimiter", r"\r\n")
+    assert found.code == 0 and "--delimiter" not in found.out
+    assert len(compress.unpack(tmp_path / "cut")[0]["lengths"]) == 2
+    found = call(compress, "compress", replayed, tmp_path / "in", tmp_path / "whole", "--delimiter", r"\t")
+    assert found.code == 0 and r"--delimiter '\t' is not in" in found.out
+
+
 def test_other_runs_and_damaged_files_are_refused(
     made: Path, mixed: Path, replayed: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import io
+import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -79,6 +82,36 @@ def test_a_text_ends_with_the_next_ones_bos(folder: Path, monkeypatch: pytest.Mo
     model, run = sequential.open_run(common.read_run(folder), "cpu")
     options = type("Options", (), dict(seed=0, temperature=1.0, top_k=0, tokens=50, adapt=False))
     assert generate.generate(model, run, [train_gpt.BOS], options) == [7, 8]
+
+
+def test_a_prompt_from_standard_input_may_be_any_bytes(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"ab\xff\r\ncd"), "utf-8"))
+    found = call(generate, folder, "--prompt", "-", "--tokens", 1)
+    assert found.code == 0 and found.out.startswith("ab\ufffd\r\ncd"), found.err
+    monkeypatch.setattr("sys.stdin", None)
+    assert is_one_line_error(call(generate, folder, "--prompt", "-"), "standard input is closed", "--prompt TEXT")
+
+
+def test_a_run_whose_paths_are_relative_is_opened_from_anywhere(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(folder.parent, tmp_path / "project")
+    (tmp_path / "project" / "data" / "tokenizer.model").rename(tmp_path / "project" / "tokenizer.model")
+    path = tmp_path / "project" / "run" / "result.json"
+    result = json.loads(path.read_text())
+    result["settings"] |= dict(eval_only="weights.pt", data_path="data", tokenizer_path="tokenizer.model")
+    path.write_text(json.dumps(result))
+    monkeypatch.chdir(tmp_path)
+    assert call(generate, "project/run", "--tokens", 1).code == 0
+    check = scored.tool("compress"), "check", path.parent, "--documents", 1
+    assert call(*check).code == 0
+    for setting, name in dict(TOKENIZER_PATH="tokenizer.model", DATA_PATH="data", EVAL_ONLY="weights.pt").items():
+        (tmp_path / "project" / name).rename(tmp_path / "away")
+        assert is_one_line_error(call(*check), f"{setting}={name}", str(path), "where the run was started")
+        (tmp_path / "away").rename(tmp_path / "project" / name)
+    result["settings"]["tokenizer_path"] = str(tmp_path / "gone.model")
+    path.write_text(json.dumps(result))
+    assert is_one_line_error(call(generate, path.parent), "gone.model", str(path), "put it back")
 
 
 def test_mistakes_are_one_line(folder: Path, tmp_path: Path) -> None:

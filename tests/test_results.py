@@ -30,6 +30,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import runs as processes
+import train_gpt
 from tools import ROOT, call, compare, is_one_line_error, plot, record
 
 TARGETS, BYTES, DOCUMENTS = 62_021_845, 151_000_000, 50_000
@@ -469,6 +470,25 @@ def test_the_committed_placeholder_has_the_fields_of_a_submission(runs: Callable
         assert committed["status"] == "not measured on 8xH100"
         assert not any(committed[name] for name in committed if name.startswith(("val_", "bytes_")))
     assert [committed[name] for name in record.ABOUT] == [found[name] for name in record.ABOUT]
+
+
+def test_a_submission_has_every_setting_of_its_protocol() -> None:
+    names = {name for name in train_gpt.Settings.__dataclass_fields__ if name.startswith("ttt_")}
+    assert names - {"ttt_batch_size"} <= PLACEHOLDER["protocol"].keys()
+
+
+def test_a_damaged_placeholder_is_one_line_and_none_for_help(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(record, "PLACEHOLDER", tmp_path / "submission.json")
+    without = {name: value for name, value in PLACEHOLDER.items() if name != "author"}
+    for content, word in (
+        ('{"name": 1,}', "no JSON"),
+        ("[]", "no name"),
+        (json.dumps(without), "no author"),
+        (json.dumps(PLACEHOLDER | {"protocol": []}), "protocol"),
+    ):
+        record.PLACEHOLDER.write_text(content)
+        assert is_one_line_error(call(record, "run"), "submission.json", word, "restore it")
+    assert call(record, "--help").code == 0
 
 
 def test_name_and_blurb_are_those_of_the_model(runs: Callable[..., list[Path]], tmp_path: Path):

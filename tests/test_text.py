@@ -27,6 +27,7 @@ from types import ModuleType
 import numpy as np
 import pytest
 import sentencepiece as spm
+import torch
 import zstandard
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -134,6 +135,8 @@ def test_a_pipe_that_closes_ends_quietly(tmp_path: Path, corpus: Path) -> None:
         (OSError(errno.EDQUOT, "Disk quota exceeded", "a.bin"), ["a.bin", "space", "quota"]),
         (OSError(errno.EACCES, "Permission denied", "a"), ["a: Permission denied", "permissions"]),
         (MemoryError(), ["memory"]),
+        (torch.OutOfMemoryError("CUDA out of memory. Tried"), ["memory ran out", "less at once"]),
+        (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory"), ["memory ran out", "less at once"]),
         (RuntimeError("can't start new thread"), ["thread", "ulimit -u"]),
         (RuntimeError("Resource temporarily unavailable"), ["thread", "ulimit -u"]),
     ],
