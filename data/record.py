@@ -119,11 +119,11 @@ def killed(run: Run, stage: str) -> bool:
     """Whether a session of this stage ended without a full account, so that its seconds are a lower bound.
 
     What an evaluation did before an error or a signal is counted. A training that is resumed counts from its checkpoint
-    on: only a stop that wrote one loses nothing."""
+    on: only a stop that wrote one, and says so, loses nothing."""
     ends = [row["ended"] for row in run.result["sessions"] if row["stage"] == stage]
     if stage == "evaluation":
         return run.result["evaluation"]["at_least"] or "killed" in ends
-    return any(end != "finished" and not end.startswith("stopped by ") for end in ends)
+    return any(end != "finished" and "; its checkpoint is in " not in end for end in ends)
 
 
 def measures(run: Run) -> dict[str, float | bool | None]:

@@ -630,6 +630,14 @@ def test_a_resumed_run_with_a_whole_account_is_a_record(runs: Callable[..., list
             ),
             "train_seconds",
         ),
+        (
+            sessions(  # by a second signal, which waits for no checkpoint
+                ("training", 8, 400.0, "stopped by SIGTERM"),
+                ("training", 8, 400.0, "finished"),
+                ("evaluation", 8, 480.5, "finished"),
+            ),
+            "train_seconds",
+        ),
     ],
 )
 def test_a_lower_bound_keeps_no_limit(change: Change, rule: str, runs: Callable[..., list[Path]], tmp_path: Path):
