@@ -3278,8 +3278,9 @@ def summarise(result: dict, run: Run):
         limit = result["settings"]["max_wallclock_seconds"]
         run.log(f"training and calibration took {spent:.0f}s of MAX_WALLCLOCK_SECONDS={limit:g}")
     run.log(f"evaluation took {figures['seconds']:.0f}s; all figures are in {run.folder}")
-    folder = shlex.quote(str(run.folder))
-    run.log(f"next: python data/audit.py {folder}; python data/plot.py {folder}")
+    folder, picture = (shlex.quote(str(path)) for path in (run.folder, run.folder / "picture"))
+    audit = f"python data/audit.py {folder}; " if "curve" in figures else ""  # of test-time training
+    run.log(f"next: {audit}python data/plot.py {folder} --out {picture}")
     for line in misspelt(os.environ):
         run.log(line)
 

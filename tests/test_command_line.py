@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import importlib
 import importlib.util
 import json
 import math
 import os
 import platform
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -24,6 +26,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 import runs
+import tools
 from runs import train_gpt
 
 UserError, Settings = train_gpt.UserError, train_gpt.Settings
@@ -154,8 +157,27 @@ def test_the_figures_per_document_add_up_to_those_of_the_log(reference):
         assert nll.sum() / math.log(2) / kept["bytes"].sum() == pytest.approx(bpb, abs=1e-8)
 
 
+def what_comes_next(run: runs.Run, copy: Path) -> list[str]:
+    """Names of the tools that its last lines advise, each called as they say but on a copy of the run's folder."""
+    shutil.copytree(run.folder, copy)
+    (line,) = (line for line in run.lines if line.startswith("next: "))
+    names = []
+    for words in map(shlex.split, line.removeprefix("next: ").split("; ")):
+        assert words[0] == "python"
+        names.append(Path(words[1]).stem)
+        arguments = [word.replace(str(run.folder), str(copy)) for word in words[2:]]
+        assert tools.call(importlib.import_module(names[-1]), *arguments).code == 0
+    return names
+
+
+def test_what_it_says_to_type_next_works(tmp_path, reference):
+    assert what_comes_next(reference, tmp_path / "copy") == ["audit", "plot"]
+    assert (tmp_path / "copy" / "picture.png").exists()
+
+
 def test_without_ttt_the_sliding_window_is_the_final_figure(tmp_path):
-    done = runs.run(tmp_path, TTT_ENABLED=0)
+    done = runs.run(tmp_path / "run", TTT_ENABLED=0)
+    assert what_comes_next(done, tmp_path / "copy") == ["plot"]
     ttt = [line for line in done.lines if line.startswith(("no_adaptation", "ttt_epoch", "final_ttt"))]
     (sliding,) = (line for line in done.lines if line.startswith("final_sliding_exact "))
     last = done.lines[-1]
