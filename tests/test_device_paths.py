@@ -197,15 +197,19 @@ def test_plain_attention_is_compiled_into_the_one_graph(run, graphs):
 
 
 # ---- Test-time training ---------------------------------------------------------------------------------------------
-@pytest.mark.parametrize("context", ("cached", "recompute"))
-def test_compiled_test_time_training_equals_eager_with_few_graphs(run, graphs, tmp_path, context):
+@pytest.mark.parametrize(
+    "context, targets",
+    (("cached", "c_q,c_v"), ("recompute", "c_q,c_k,c_v,attn.proj,mlp.fc,mlp.proj")),
+    ids=("cached", "recompute, all layers"),
+)
+def test_compiled_test_time_training_equals_eager_with_few_graphs(run, graphs, tmp_path, context, targets):
     """The number of graphs is the compile time that the preflight pays for: none may come back unnoticed. What a single
     document's batch has of its own, and what the second protocol adds to the first, is part of that number."""
     known = 0
     for protocol, documents in (("replay", ALL), ("single_pass", ALL), ("single_pass", [0])):
         s = small(
             ttt_protocol=protocol, ttt_context=context, ttt_chunk_size=CHUNK, ttt_eval_seq_len=WINDOW, num_layers=2,
-            ttt_batch_size=len(documents),
+            ttt_batch_size=len(documents), ttt_lora_targets=targets, ttt_lora_alpha=7.0,
         )  # fmt: skip
         batches = [documents] if documents == [0] else [documents, documents[2:], [3]]
         eager = Evaluation(s, run, compiled=False)

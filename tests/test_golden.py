@@ -198,5 +198,3 @@ def test_everything_through_plain_attention(golden, monkeypatch):
     monkeypatch.setattr(golden, "model", model)
     first = {"replay_epochs_1_val_loss": ALL, "no_adaptation_val_loss": PLAIN}
     golden.check_test_time_training("ttt_cached", first, dict(ttt_n_epochs=1), [LONGEST_FIRST])
-    how = dict(ttt_context="recompute", ttt_n_epochs=1)
-    golden.check_test_time_training("ttt_replay", {"epochs_1_val_loss": ALL}, how, [LONGEST_FIRST])

@@ -1,11 +1,11 @@
-"""Adapters on any linear layer, against LoRA written out plainly in float64 with torch's own Adam (test_ttt.Alone)."""
+"""Adapters on any linear layer, against LoRA written out plainly in float64 with torch's own Adam (test_ttt.Alone).
+That compiled ones give the figures of these, all layers at once, is shown in test_device_paths.py."""
 
 import pytest
 import torch
 
 import train_gpt
 from conftest import batch_of, random_model, run_of, small, stream_of
-from test_device_paths import compiler, graphs  # noqa: F401 - fixtures
 from test_ttt import Alone, moved_like, shapes_of
 
 SIX = ("c_q", "c_k", "c_v", "attn.proj", "mlp.fc", "mlp.proj")
@@ -43,17 +43,6 @@ def test_any_layers_adapters_are_those_written_out(run, targets, alpha, context)
 def test_all_layers_adapt_in_a_single_pass_as_written_out(run, context):
     s = settings_of(ALL, 3.0, context, ttt_protocol="single_pass", ttt_weight_decay=0.5)
     compare(run_of(run, s), s, random_model(s), stream_of(s, [5, 41]))
-
-
-def test_compiled_adapters_of_all_layers_are_those_written_out(run, graphs):  # noqa: F811
-    """All six at once hold the code of each; test_device_paths compiles every context and protocol."""
-    s = settings_of(ALL, 7.0, "cached", ttt_n_epochs=2)
-    here = run_of(run, s)
-    here.compile = True
-    model = random_model(s)
-    model.compile_regions()
-    compare(here, s, model, stream_of(s, [5, 41]))
-    assert graphs() >= 4
 
 
 def test_other_targets_or_another_alpha_are_other_figures(run):
