@@ -195,7 +195,7 @@ class Settings(TrainSettings):
     ttt_mixture_lr = setting(0.0, "peak lr of a second adaptation, a third part of the mixture; 0: none")
     ttt_mixture_share = setting(0.1, "share of its weights dealt anew at each target", 1e-6, 1)
     ttt_n_epochs = setting(50, "epochs (replay) or steps per chunk (single_pass)", 1, 100000)
-    ttt_chunk_size = setting(256, "targets per adaptation step", 1, 1 << 20)
+    ttt_chunk_size = setting(256, "targets per adaptation step", 2, 1 << 20)
     ttt_eval_seq_len = setting(2048, "longest window, with the chunk", 2, 1 << 20, tiny=512)
     ttt_batch_size = setting(0, "most documents at once; 0: what fits", 0, 1 << 16)
 
@@ -693,10 +693,22 @@ class Run:
         if time.perf_counter() - self.spoke > 30:
             self.log(line)
 
+    def check_folder(self):
+        """Raises UserError where the locked log is not in the folder any more: what has its name is another run's."""
+        if self.log_file:
+            log = self.folder / "train.log"
+            try:
+                same = os.path.samestat(os.fstat(self.lock_file.fileno()), os.stat(log))
+            except OSError as e:
+                raise UserError(system_says(e, log)) from e
+            if not same:
+                raise UserError(f"{self.folder} is not this run's any more — leave it in its place while it runs")
+
     def write(self, name: str, content: bytes | memoryview):
         """Write a file that is whole at any time, or leave what there was. Raises UserError."""
         path = self.folder / name
         temporary = self.folder / f"{name}.tmp"
+        self.check_folder()
         try:
             with open(temporary, "wb") as f:
                 f.write(content)
@@ -772,9 +784,12 @@ def choose_folder(run: Run) -> str:
         stem = f"{stem.removesuffix(f'_{number - 1}')}_{number}"
 
 
-def claim_folder(run: Run):
+def claim_folder(text: str, run: Run):
     """Lock and open the log; on the first rank. Raises UserError if the folder holds another run, or a live one."""
     s, folder = run.s, run.folder
+    for name in FILES:
+        if (folder / name).is_fifo():  # whoever opens one waits for its other end
+            raise UserError(f"{folder / name} is a pipe — remove it, or choose another OUTPUT_DIR")
 
     def taken():
         names = [name for name in FILES if (folder / name).exists() and (folder / name).stat().st_size]
@@ -794,7 +809,7 @@ def claim_folder(run: Run):
     except OSError as e:
         raise UserError(system_says(e, f"{folder}/train.log to lock it")) from e
     names = taken()  # another run may have come and gone
-    if "result.json" in names and (note := compare_result(folder / "result.json", run)):
+    if "result.json" in names and (note := compare_result(folder / "result.json", text, run)):
         run.log(note)
     for left in folder.glob("preflight_*/"):  # by a process that was killed
         names_there = [file.name.removesuffix(".tmp") for file in left.iterdir()]
@@ -820,14 +835,20 @@ def read_sessions(folder: Path) -> list[dict]:
         ) from e
 
 
-def compare_result(path: Path, run: Run) -> str:
-    """A note of how the evaluation differs whose result RESUME=1 will replace, or nothing. Raises UserError if its
-    weights are others."""
+def compare_result(path: Path, text: str, run: Run) -> str:
+    """A note of what will be lost with the result that RESUME=1 will replace, as far as this run does not make the same
+    of the `text` with this fingerprint. Raises UserError if its weights are others."""
     s = run.s
+    decisive = scoring_settings(s) | dict(val_docs=s.val_docs)
+    if not s.eval_only:  # the artifact is made again
+        names = ("quantizer", "quant_sigmas", "prune_fraction", "calibration_tokens", "artifact_max_bytes")
+        decisive |= {name: getattr(s, name) for name in (*names, "fp16_keep_name_patterns")}
     try:
         result = json.loads(path.read_bytes())
         theirs, weights, trained = result["settings"], result["weights_sha256"], bool(result["training"])
-        others = [f"{k.upper()}={theirs.get(k)}, now {v}" for k, v in scoring_settings(s).items() if theirs.get(k) != v]
+        others = [f"{k.upper()}={theirs.get(k)}, now {v}" for k, v in decisive.items() if theirs.get(k) != v]
+        others += ["another text"] * (result["data"]["validation"] != text and s.val_docs == theirs["val_docs"])
+        certified = "certificate" in result["evaluation"]
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
         raise UserError(f"{path} is damaged or of another version — delete it to score again") from e
     if s.eval_only:
@@ -836,18 +857,20 @@ def compare_result(path: Path, run: Run) -> str:
         same = trained and path.with_name("checkpoint.pt").exists()
     if not same:
         raise UserError(f"{path} is of weights that this run would not score — choose another OUTPUT_DIR")
-    return f"note: this will replace the result of another evaluation ({others[0]})" if others else ""
+    what = f"the result of another evaluation ({'; '.join(others)})" if others else "the result"
+    what += " and its certificate" if certified else ""
+    return f"note: this will replace {what}" if others or certified else ""
 
 
-def open_folder(run: Run) -> Run:
+def open_folder(text: str, run: Run) -> Run:
     """The run with its folder: the first rank's has log, lock and results; on other machines one of that name has only
-    scores. Raises UserError, OSError."""
+    scores. `text`: the validation's fingerprint. Raises UserError, OSError."""
     folder = run.ranks.from_first(choose_folder, run)
     resume = run.s.resume or run.ranks.restarts > 0
     name = "".join(c if c.isprintable() else "?" for c in Path(folder).resolve().name)
     run = run.using(run_id=run.s.run_id or name, output_dir=folder, resume=resume)
     run.folder = Path(folder)
-    run.ranks.from_first(claim_folder, run)
+    run.ranks.from_first(claim_folder, text, run)
     run.folder.mkdir(parents=True, exist_ok=True)
     given = {f.name.upper() for f in fields(Settings)} & {*os.environ} - {"RESUME", "OUTPUT_DIR"}
     values = [f"{name}={shlex.quote(os.environ[name])}" for name in sorted(given)]
@@ -1829,7 +1852,7 @@ class Trainer:
             self.reported = skipped
         if in_a_row >= MOST_SKIPPED:
             what = f"{MOST_SKIPPED} or more steps in a row, up to {self.step}, had no finite gradient"
-            raise UserError(f"{what} — lower the learning rates, or RESUME=1 from the last checkpoint")
+            raise UserError(f"{what} — lower the learning rates")
         timing = f"train_time:{1000 * self.elapsed:.0f}ms step_avg:{1000 * self.elapsed / max(self.step, 1):.2f}ms"
         self.run.log(f"step:{self.step}/{self.run.s.iterations} {what} {timing}")
 
@@ -2914,6 +2937,8 @@ class Weights(NamedTuple):
 def read_weights(path: Path, run: Run) -> Weights:
     """A .ptz, or a .pt's state dict, read by the first rank, told to all. Raises UserError."""
     s = run.s
+    if path.is_fifo():  # who reads one waits for its other end
+        raise UserError(f"{path} is a pipe — name a run's .ptz or .pt")
     blob = run.ranks.from_first(path.read_bytes)
     digest = hashlib.sha256(blob).hexdigest()
     if path.suffix == ".pt":
@@ -3333,7 +3358,7 @@ def main(ranks: Ranks) -> int:
         data["train"] = fingerprint(shards)
     ranks.agree({f"data of {name}": value for name, value in data.items()})
     check_tokenizer(kept.get("tokenizer", stream.tokenizer), stream, run)
-    run = open_folder(run)
+    run = open_folder(stream.fingerprint, run)
     trainer = Trainer(shards, data["train"], run) if shards else None
     model = scoring_model(run)
     describe(trainer, stream, run)

@@ -65,6 +65,54 @@ def test_another_evaluation_of_a_finished_run_says_what_it_replaces(again):
     assert "note: this will replace the result of another evaluation (TTT_N_EPOCHS=3, now 2)" in done.out
 
 
+def test_what_a_resume_will_replace_is_said_whole(again, finished):
+    """Other documents, another text, another rounding of the weights, and a certificate, which must be made anew."""
+
+    def note(text=finished.result["data"]["validation"], **changes):
+        return train_gpt.compare_result(again / "result.json", text, runs.alone(again, **FOUR | changes))
+
+    assert note() == ""
+    assert note(VAL_DOCS=2, QUANTIZER="nearest").endswith("(VAL_DOCS=0, now 2; QUANTIZER=gptq, now nearest)")
+    assert note("text of another fingerprint").endswith("(another text)")
+    result = finished.result
+    result["evaluation"]["certificate"] = {}
+    (again / "result.json").write_text(json.dumps(result))
+    assert note() == "note: this will replace the result and its certificate"
+
+
+def move_when_scored() -> None:
+    """The folder gets another name before the result is written, and another run's folder takes its place."""
+
+    def report(*arguments, inner=train_gpt.report_documents):
+        folder = Path(os.environ["OUTPUT_DIR"])
+        if folder.exists() and not arguments[-1].folder.name.startswith("preflight_"):
+            folder.rename(folder.with_name("moved"))
+            folder.mkdir()
+            (folder / "train.log").write_text("another run's")
+            (folder / "scores_another_0.bin").write_text("another run's")
+        return inner(*arguments)
+
+    train_gpt.report_documents = report
+
+
+def test_a_run_whose_folder_was_moved_touches_nothing_of_what_took_its_place(tmp_path, finished):
+    scoring = dict(EVAL_ONLY=finished.folder / "final_model.ptz", OUTPUT_DIR=tmp_path / "run")
+    done = runs.run(tmp_path / "consoles", 2, before=move_when_scored, **scoring)
+    assert f"{tmp_path / 'run'} is not this run's any more" in runs.user_error(done.err)
+    assert {path.name: path.read_text() for path in (tmp_path / "run").iterdir()} == dict.fromkeys(
+        ("train.log", "scores_another_0.bin"), "another run's"
+    )
+
+
+def test_pipes_are_refused_before_anybody_waits_for_their_other_end(tmp_path):
+    os.mkfifo(tmp_path / "pipe.ptz")
+    done = runs.run(tmp_path / "run", 2, EVAL_ONLY=tmp_path / "pipe.ptz")
+    assert "pipe.ptz is a pipe" in runs.user_error(done.err)
+    os.mkfifo(tmp_path / "train.log")
+    done = runs.run(tmp_path / "consoles", 2, OUTPUT_DIR=tmp_path)
+    assert "train.log is a pipe" in runs.user_error(done.err)
+
+
 def test_what_a_run_has_not_made_is_not_removed(tmp_path):
     mine = tmp_path / "preflight_notes" / "thesis.txt"
     mine.parent.mkdir()
@@ -121,14 +169,14 @@ class Full(io.StringIO):
 
 def test_the_lock_outlives_the_log(tmp_path):
     first, second = runs.alone(tmp_path / "run"), runs.alone(tmp_path / "run", RESUME=1)
-    train_gpt.claim_folder(first)
+    train_gpt.claim_folder("", first)
     first.log_file.close()
     first.log_file = Full()
     first.log("a line on a full disk")
     with pytest.raises(train_gpt.UserError, match="is in use by a live run"):
-        train_gpt.claim_folder(second)
+        train_gpt.claim_folder("", second)
     first.lock_file.close()
-    train_gpt.claim_folder(second)
+    train_gpt.claim_folder("", second)
 
 
 def test_a_file_that_cannot_be_removed_either_is_told_as_the_first_error(tmp_path, monkeypatch):
