@@ -58,14 +58,21 @@ from datetime import timedelta
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
-import sentencepiece
-import torch
-import torch.distributed as dist
-import torch.nn.functional as F
-import zstandard
-from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
+try:
+    import numpy as np
+    import sentencepiece
+    import torch
+    import torch.distributed as dist
+    import torch.nn.functional as F
+    import zstandard
+    from torch import Tensor, nn
+    from torch.utils.checkpoint import checkpoint
+except ModuleNotFoundError as e:
+    print(
+        f"error: {sys.executable} has no {e.name} — install requirements.txt, or activate its environment",
+        file=sys.stderr,
+    )
+    sys.exit(2)
 
 SOURCE = Path(__file__).resolve()
 SOURCE_BYTES = SOURCE.read_bytes()  # read once: the file may change
@@ -3285,6 +3292,12 @@ def settings_beside(weights: str) -> dict:
         raise UserError(f"{what} — restore it, or move it away") from e
 
 
+def tokenizer_beside(env: dict[str, str]) -> dict[str, str]:
+    """TOKENIZER_PATH where the environment has only DATA_PATH, and that a single tokenizer, as data/text.py leaves it."""
+    models = [*Path(env["DATA_PATH"]).glob("*.model")] if env.get("DATA_PATH") else []
+    return dict(TOKENIZER_PATH=str(models[0])) if len(models) == 1 else {}
+
+
 def summarise(result: dict, run: Run):
     """The outcome, in a few lines of plain words."""
     figures = result["evaluation"]
@@ -3301,7 +3314,9 @@ def summarise(result: dict, run: Run):
         run.log("artifact and code: {total_bytes:,} of {max_bytes:,} bytes".format(**result["artifact"]))
         spent = result["training"]["seconds"] + result["training"]["calibration"]
         limit = result["settings"]["max_wallclock_seconds"]
-        run.log(f"training and calibration took {spent:.0f}s of MAX_WALLCLOCK_SECONDS={limit:g}")
+        run.log(
+            f"training and calibration took {spent:.0f}s of {f'MAX_WALLCLOCK_SECONDS={limit:g}' if limit else 'any'}"
+        )
     run.log(f"evaluation took {figures['seconds']:.0f}s; all figures are in {run.folder}")
     folder, picture = (shlex.quote(str(path)) for path in (run.folder, run.folder / "picture"))
     audit = f"python data/audit.py {folder}; " if "curve" in figures else ""  # of test-time training
@@ -3340,9 +3355,13 @@ def main(ranks: Ranks) -> int:
             say(line)  # first of all: what fails may fail for them
     weights = os.environ.get("EVAL_ONLY", "")
     kept = ranks.gather(settings_beside(weights))[0]
+    if weights and ranks.rank == 0:
+        if Path(weights).is_dir():
+            raise UserError(f"EVAL_ONLY={weights} is a folder — name a run's final_model.ptz or .pt")
+        Path(weights).stat()  # before a device is looked for; an error says why
     if weights and not kept and ranks.rank == 0:
         say(f"note: no result.json beside {weights}: data and settings are the environment's, or the defaults")
-    run = Run(Settings.from_env(kept.get("settings", {}) | os.environ), ranks)
+    run = Run(Settings.from_env(kept.get("settings", {}) | tokenizer_beside(os.environ) | os.environ), ranks)
     agree_on_start(run)
     ranks.connect(run.device)
     if ranks.local == 0:  # each machine has its own

@@ -277,6 +277,18 @@ def test_an_artifact_in_its_runs_folder_is_scored_as_that_run_did_where_the_envi
     assert done.result["evaluation"]["sliding"]["targets"] == sum(runs.LENGTHS[:5])
 
 
+def test_data_with_a_tokenizer_of_its_own_is_read_by_that(tmp_path):
+    done = runs.run(tmp_path, TOKENIZER_PATH=None, PRESET="tiny", ITERATIONS=1, TTT_ENABLED=0)
+    assert done.result["settings"]["tokenizer_path"] == str(runs.data() / "tokenizer.model")
+    assert f"TOKENIZER_PATH={runs.data() / 'tokenizer.model'}" in done.out  # of tiny the bundled one is usual
+
+
+def test_a_package_that_is_missing_is_one_line(tmp_path):
+    (tmp_path / "sentencepiece.py").write_text("raise ModuleNotFoundError('No module', name='sentencepiece')")
+    done = command(tmp_path / "out", PYTHONPATH=tmp_path)
+    assert done.returncode == 2 and "has no sentencepiece — install" in runs.user_error(done.stderr)
+
+
 def test_a_state_dict_is_scored_as_it_is_and_labelled_unquantised(tmp_path, reference):
     done = runs.run(tmp_path, EVAL_ONLY=reference.folder / "final_model.pt", SEED=5)
     assert done.result["quantised"] is False and "unquantised" in done.out
@@ -298,9 +310,9 @@ def test_eval_only_of_a_missing_or_damaged_file_is_a_one_line_error(tmp_path, su
         path.write_bytes(content)
         assert str(path) in error_of(lambda path=path: train_gpt.read_weights(path, run))
     for folder in (".", "/"):
-        assert f"cannot use {folder}: Is a directory" in runs.user_error(runs.run(tmp_path, 2, EVAL_ONLY=folder).err)
+        assert f"EVAL_ONLY={folder} is a folder" in runs.user_error(runs.run(tmp_path, 2, EVAL_ONLY=folder).err)
     path.unlink()
-    missing = runs.run(tmp_path / "out", 2, EVAL_ONLY=path)
+    missing = runs.run(tmp_path / "out", 2, EVAL_ONLY=path, DEVICE="cuda")  # which is looked for later
     assert f"cannot use {path}: No such file" in runs.user_error(missing.err)
 
 
