@@ -3293,7 +3293,7 @@ def settings_beside(weights: str) -> dict:
 
 
 def tokenizer_beside(env: dict[str, str]) -> dict[str, str]:
-    """TOKENIZER_PATH where the environment has only DATA_PATH, and that a single tokenizer, as data/text.py leaves it."""
+    """TOKENIZER_PATH where the environment has only a DATA_PATH with a single tokenizer, as data/text.py leaves it."""
     models = [*Path(env["DATA_PATH"]).glob("*.model")] if env.get("DATA_PATH") else []
     return dict(TOKENIZER_PATH=str(models[0])) if len(models) == 1 else {}
 
@@ -3314,9 +3314,8 @@ def summarise(result: dict, run: Run):
         run.log("artifact and code: {total_bytes:,} of {max_bytes:,} bytes".format(**result["artifact"]))
         spent = result["training"]["seconds"] + result["training"]["calibration"]
         limit = result["settings"]["max_wallclock_seconds"]
-        run.log(
-            f"training and calibration took {spent:.0f}s of {f'MAX_WALLCLOCK_SECONDS={limit:g}' if limit else 'any'}"
-        )
+        limit = f" of MAX_WALLCLOCK_SECONDS={limit:g}" if limit else ""
+        run.log(f"training and calibration took {spent:.0f}s{limit}")
     run.log(f"evaluation took {figures['seconds']:.0f}s; all figures are in {run.folder}")
     folder, picture = (shlex.quote(str(path)) for path in (run.folder, run.folder / "picture"))
     audit = f"python data/audit.py {folder}; " if "curve" in figures else ""  # of test-time training
@@ -3407,7 +3406,8 @@ def take_arguments(arguments: list[str]):
         name, equals, value = argument.removeprefix("--").partition("=")
         name = name.replace("-", "_").upper()
         if name not in known or not equals or not argument.startswith("--"):
-            raise UserError(f"{argument} is no setting as --name=value — see --help")
+            cure = f"write {argument}=value, or " if name in known and not equals else ""
+            raise UserError(f"{argument} is no setting as --name=value — {cure}see --help")
         os.environ[name] = value
 
 
