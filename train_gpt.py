@@ -3037,14 +3037,12 @@ def score_file(model: GPT, stream, run: Run, **known) -> Score:
             figures = time_spent(began, run)
             figures["sliding"] = score.figure("sliding", f"stride {s.eval_stride}", figures["seconds"])
         run.tick(0.0)
-        sessions = [
-            *run.sessions[:-1],
-            run.sessions[-1] | dict(ended="finished"),
-        ]  # as it will be, once this is written
+        ended = run.sessions[-1] | dict(ended="finished")  # as it will be, once this is written
         result = dict(schema_version=3, run_id=s.run_id, seed=s.seed, settings=asdict(s), source_sha256=SOURCE_SHA256)
         result["overridden"] = sorted(f.name for f in fields(s) if f.name.upper() in os.environ)
         result |= dict(source_bytes=len(SOURCE_BYTES), environment=environment(run), weights_sha256=weights.sha256)
-        result |= dict(quantised=quantised, world_size=run.ranks.world, sessions=sessions, evaluation=figures) | known
+        result |= dict(quantised=quantised, world_size=run.ranks.world, evaluation=figures) | known
+        result["sessions"] = [*run.sessions[:-1], ended]
         result |= dict(val_loss=finite(score.loss), val_bpb=finite(score.bpb))
         run.ranks.from_first(run.write, "result.json", json.dumps(result, indent=1).encode())
         if not scores and run.ranks.rank == 0:
@@ -3347,19 +3345,35 @@ def npz(arrays: dict[str, np.ndarray]) -> bytes:
     return content.getvalue()
 
 
-def main(ranks: Ranks) -> int:
-    """Train, export and evaluate, or evaluate EVAL_ONLY's file. Returns the exit code."""
+def look_around(ranks: Ranks) -> dict:
+    """Warn of misspelt settings, look for EVAL_ONLY's file, and return settings_beside() it, all by the first rank."""
+    weights = os.environ.get("EVAL_ONLY", "")
     if ranks.rank == 0:
         for line in misspelt(os.environ):
             say(line)  # first of all: what fails may fail for them
-    weights = os.environ.get("EVAL_ONLY", "")
-    kept = ranks.gather(settings_beside(weights))[0]
-    if weights and ranks.rank == 0:
-        if Path(weights).is_dir():
+        if weights and Path(weights).is_dir():
             raise UserError(f"EVAL_ONLY={weights} is a folder — name a run's final_model.ptz or .pt")
-        Path(weights).stat()  # before a device is looked for; an error says why
+        if weights:
+            Path(weights).stat()  # before a device is looked for; an error says why
+    kept = ranks.gather(settings_beside(weights))[0]
     if weights and not kept and ranks.rank == 0:
         say(f"note: no result.json beside {weights}: data and settings are the environment's, or the defaults")
+    return kept
+
+
+def exit_code(artifact: dict | None, run: Run) -> int:
+    """0, or 3 with a line of what an artifact has too much."""
+    if not artifact or artifact["fits"]:
+        return 0
+    if run.ranks.rank == 0:
+        what = "artifact and code have {total_bytes} bytes, more than ARTIFACT_MAX_BYTES={max_bytes}".format(**artifact)
+        say(f"error: {what} — lower MODEL_DIM, NUM_LAYERS or MLP_MULT; everything is written", "stderr")
+    return 3
+
+
+def main(ranks: Ranks) -> int:
+    """Train, export and evaluate, or evaluate EVAL_ONLY's file. Returns the exit code."""
+    kept = look_around(ranks)
     run = Run(Settings.from_env(kept.get("settings", {}) | tokenizer_beside(os.environ) | os.environ), ranks)
     agree_on_start(run)
     ranks.connect(run.device)
@@ -3390,13 +3404,7 @@ def main(ranks: Ranks) -> int:
     # From here on nothing is known but the file.
     score = score_file(model, stream, run, **known)
     run.log(f"final_int8_zlib_roundtrip_exact {score}")  # the name that the field's tools look for
-    if trainer and not known["artifact"]["fits"]:
-        what = "artifact and code have {total_bytes} bytes, more than ARTIFACT_MAX_BYTES={max_bytes}"
-        cure = "lower MODEL_DIM, NUM_LAYERS or MLP_MULT; everything is written"
-        if ranks.rank == 0:
-            say(f"error: {what.format(**known['artifact'])} — {cure}", "stderr")
-        return 3
-    return 0
+    return exit_code(known["artifact"], run)
 
 
 def take_arguments(arguments: list[str]):
