@@ -296,6 +296,11 @@ def progress_bar(label: str, tokens: int) -> tqdm:
     return tqdm(desc=label, total=tokens, unit=" tokens", disable=None, leave=False)  # None: only at a terminal
 
 
+def report(options: argparse.Namespace, text: str) -> None:
+    """Prints what was done; on stderr where OUTPUT is a pipe or a device, which may be stdout itself."""
+    print(text, file=sys.stderr if common.is_special(options.output) else sys.stdout)
+
+
 def compress(left: common.Run, options: argparse.Namespace) -> None:
     began = time.monotonic()
     data = options.input.read_bytes()
@@ -306,7 +311,7 @@ def compress(left: common.Run, options: argparse.Namespace) -> None:
     except UnicodeEncodeError as error:
         raise UserError(f"--delimiter {ascii(delimiter)} is not UTF-8 — choose another") from error
     if delimiter and len(parts) == 1:
-        print(f"--delimiter {ascii(delimiter)} is not in {options.input}: it is one document")
+        report(options, f"--delimiter {ascii(delimiter)} is not in {options.input}: it is one document")
     done = [tokenize(part, codec.tokenizer) for part in parts]
     documents = [Document(i, len(tokens), np.array(tokens)) for i, (tokens, _, _) in enumerate(done)]
     count = sum(document.length for document in documents)
@@ -322,8 +327,8 @@ def compress(left: common.Run, options: argparse.Namespace) -> None:
     rate = count / (time.monotonic() - began)
     rates = [8 * size / max(len(data), 1) for size in (len(blob), of_the_text)]
     share = "{:.4f} bits per byte, {:.4f} without the head".format(*rates)
-    print(f"{len(data):,} bytes, {count:,} tokens, {len(inserted):,} bytes beside them: {len(blob):,} bytes ({share})")
-    print(f"{rate:.0f} tokens/s; wrote {options.output}")
+    sizes = f"{len(data):,} bytes, {count:,} tokens, {len(inserted):,} bytes beside them: {len(blob):,} bytes ({share})"
+    report(options, f"{sizes}\n{rate:.0f} tokens/s; wrote {options.output}")
 
 
 def expand(left: common.Run, options: argparse.Namespace) -> None:
@@ -348,7 +353,7 @@ def expand(left: common.Run, options: argparse.Namespace) -> None:
         raise UserError(f"{options.input}: what came out is not what went in — expand it where it was made")
     common.write_atomic(options.output, data)
     rate = sum(head["lengths"]) / (time.monotonic() - began)
-    print(f"{len(data):,} bytes, {rate:.0f} tokens/s; wrote {options.output}")
+    report(options, f"{len(data):,} bytes, {rate:.0f} tokens/s; wrote {options.output}")
 
 
 # ---- The score's documents

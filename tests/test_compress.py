@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import os
 import random
 from pathlib import Path
 
@@ -150,6 +151,21 @@ def test_a_file_comes_back(made: Path, mixed: Path, tmp_path: Path) -> None:
     assert (tmp_path / "back").read_bytes() == made.with_suffix(".txt").read_bytes()
     assert "tokens/s" in found.out
     assert is_one_line_error(call(compress, "expand", mixed, made, tmp_path / "back"), "already")
+
+
+def test_a_pipe_gets_the_data_alone(replayed: Path, tmp_path: Path) -> None:
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    (tmp_path / "in").write_bytes(b"abc")
+    for command, name in (("compress", "in"), ("expand", "file")):
+        reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
+        options = ["--delimiter", "|"] if command == "compress" else []
+        found = call(compress, command, replayed, tmp_path / name, pipe, *options)
+        data = os.read(reader, 1 << 16)
+        os.close(reader)
+        assert found.code == 0 and not found.out and "tokens/s" in found.err
+        (tmp_path / "file").write_bytes(data)
+    assert data == b"abc"
 
 
 @pytest.mark.parametrize("part", ["nothing", "not UTF-8", "random"])
