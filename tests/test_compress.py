@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import math
 import os
 import random
+import struct
+import tracemalloc
 from pathlib import Path
 
 import constriction
 import numpy as np
 import pytest
 import sentencepiece
+import zstandard
 
 import runs
 import scored
@@ -291,6 +295,52 @@ def test_other_runs_and_damaged_files_are_refused(
         assert refused(mixed, damaged, "damaged"), size
     monkeypatch.setattr(np, "__version__", "1.0")
     assert refused(mixed, made, "numpy")
+
+
+def forge(path: Path, made: Path, damage: str) -> Path:
+    """A file with a right hash whose content is none of compress.py's."""
+    head, inserted, words = compress.unpack(made)
+    squeeze = zstandard.ZstdCompressor().compress
+    changes = {
+        "lengths": ([-1], ["a"], [10**9], [True], 3, [], [1], None),
+        "patches": ([[1]] * 3, [[0, 0, 10**6]] * 3, [[-1, 0, 1], [], []], [0, 0, 0], None),
+        "delimiter": (5, "\ud800"),
+        "settings": ([],),
+        "figure": ("last_epoch", {}),
+    }
+    name, _, which = damage.partition(" ")
+    if name in changes:
+        head[name] = changes[name][int(which)]
+    frames = [squeeze(json.dumps(head).encode()), squeeze(inserted)]
+    heads = {"no JSON": b"{", "a list": b"[]", "deep": b"[" * 10**5, "UTF-8": b'"\xff"', "bomb": bytes(1 << 28)}
+    frames[0] = squeeze(heads[damage]) if damage in heads else b"abc" * 9 if damage == "no zstd" else frames[0]
+    frames[1] = squeeze(bytes(1 << 28)) if damage == "second bomb" else frames[1]
+    sizes = [len(frames[0]), 2**32 - 1 if damage == "too long" else len(frames[1])]
+    body = struct.pack("<II", *sizes) + b"".join(frames) + words.tobytes() + bytes(damage == "half a word")
+    path.write_bytes(compress.MAGIC + struct.pack("<I", 1) + hashlib.sha256(body).digest()[:16] + body)
+    return path
+
+
+FORGED = ["no JSON", "a list", "deep", "UTF-8", "bomb", "second bomb", "no zstd", "too long", "half a word"]
+FORGED += [*(f"lengths {i}" for i in range(8)), *(f"patches {i}" for i in range(5))]
+FORGED += ["delimiter 0", "delimiter 1", "settings 0", "figure 0", "figure 1"]
+
+
+def test_a_right_hash_proves_nothing(made: Path, mixed: Path, tmp_path: Path) -> None:
+    assert call(compress, "expand", mixed, forge(tmp_path / "whole", made, "nothing"), tmp_path / "back").code == 0
+    for damage in FORGED:
+        path = forge(tmp_path / "forged", made, damage)
+        tracemalloc.start()
+        found = call(compress, "expand", mixed, path, tmp_path / "out")
+        most = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        assert is_one_line_error(found, str(path), "is damaged or no file of compress.py"), (damage, found)
+        assert most < 100 << 20 and not (tmp_path / "out").exists(), damage
+
+
+def test_what_is_very_regular_comes_back() -> None:
+    for content in (b"", b"\xff" * (20 << 20)):
+        assert compress.stretch(compress.squeeze(content)) == content
 
 
 def test_the_last_epoch_has_no_file_and_the_tool_says_why(replayed: Path, mixed: Path, tmp_path: Path) -> None:
