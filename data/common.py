@@ -241,8 +241,9 @@ def naming(path: Path) -> Iterator[None]:
         raise
 
 
-def write_atomic(path: Path, content: bytes) -> None:
-    """Writes a file that is at any moment the old one or the new one, whole; OSError naming it, and nothing left."""
+def write_atomic(path: Path, content: bytes, new: bool = False) -> None:
+    """Writes a file that is at any moment the old one or the new one, whole; OSError naming it, and nothing left. One
+    that is to be `new` replaces none: UserError."""
     if path.exists() and not path.is_file():  # a device or a pipe, which nothing can replace
         with naming(path), path.open("wb") as file:
             file.write(content)
@@ -255,13 +256,25 @@ def write_atomic(path: Path, content: bytes) -> None:
                 file.write(content)
                 file.flush()
                 os.fsync(file.fileno())
-            partial.replace(path)
+            place_new(partial, path) if new else partial.replace(path)
     except OSError as error:
         error.filename = str(path)  # not the partial file's: nobody asked for that
         raise
     finally:
         with suppress(OSError):
             partial.unlink(missing_ok=True)
+
+
+def place_new(partial: Path, path: Path) -> None:
+    """Gives a file its name; UserError if that is taken, even at this moment where the file system has hard links."""
+    try:
+        os.link(partial, path)
+        return
+    except OSError:  # the name is taken, or there are no links
+        taken = path.exists()
+    if taken:
+        raise UserError(f"{path} has been made meanwhile — delete it, or choose another name")
+    partial.replace(path)
 
 
 @contextmanager

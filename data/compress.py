@@ -371,7 +371,7 @@ def compress(left: common.Run, options: argparse.Namespace) -> None:
     head |= dict(source=train_gpt.SOURCE_SHA256[:12], sha256=hashlib.sha256(data).hexdigest()[:16])
     head |= dict(lengths=[x.length for x in documents], patches=[patches for _, patches, _ in done])
     blob, of_the_text = pack(head, inserted, words)
-    common.write_atomic(options.output, blob)
+    common.write_atomic(options.output, blob, new=True)
     rate = count / (time.monotonic() - began)
     rates = [8 * size / max(len(data), 1) for size in (len(blob), of_the_text)]
     share = "{:.4f} bits per byte, {:.4f} without the head".format(*rates)
@@ -400,7 +400,7 @@ def expand(left: common.Run, options: argparse.Namespace) -> None:
     data = head["delimiter"].encode().join(parts)
     if hashlib.sha256(data).hexdigest()[:16] != head["sha256"]:
         raise UserError(f"{options.input}: what came out is not what went in — expand it where it was made")
-    common.write_atomic(options.output, data)
+    common.write_atomic(options.output, data, new=True)
     rate = sum(head["lengths"]) / (time.monotonic() - began)
     report(options, f"{len(data):,} bytes, {rate:.0f} tokens/s; wrote {options.output}")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import hashlib
 import json
 import math
@@ -170,6 +171,30 @@ def test_a_pipe_gets_the_data_alone(replayed: Path, tmp_path: Path) -> None:
         assert found.code == 0 and not found.out and "tokens/s" in found.err
         (tmp_path / "file").write_bytes(data)
     assert data == b"abc"
+
+
+@pytest.mark.parametrize("links", [True, False])
+def test_a_file_made_meanwhile_is_left_alone(
+    links: bool, made: Path, replayed: Path, mixed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "in").write_bytes(b"abc")
+    open_run = sequential.open_run
+
+    def other_run_finishes_first(*arguments: object) -> tuple:
+        (tmp_path / "out").write_bytes(b"other")
+        return open_run(*arguments)
+
+    def no_links(*_: object) -> None:
+        raise PermissionError(errno.EPERM, "Operation not permitted")
+
+    if not links:
+        monkeypatch.setattr(os, "link", no_links)
+        assert call(compress, "expand", mixed, made, tmp_path / "alone").code == 0
+    monkeypatch.setattr(sequential, "open_run", other_run_finishes_first)
+    for command, folder, path in (("compress", replayed, tmp_path / "in"), ("expand", mixed, made)):
+        assert is_one_line_error(call(compress, command, folder, path, tmp_path / "out"), "made meanwhile", "delete it")
+        assert (tmp_path / "out").read_bytes() == b"other" and not list(tmp_path.glob("*.tmp-*"))
+        (tmp_path / "out").unlink()
 
 
 @pytest.mark.parametrize("part", ["nothing", "not UTF-8", "random"])
