@@ -335,11 +335,12 @@ def walk(folder: Path) -> list[Path]:
 
 
 def check_shard(path: Path) -> int:
-    """Returns the number of tokens in a shard; UserError unless magic, version, count and size agree."""
+    """Returns the number of tokens in a shard; UserError unless magic, version, count and size agree, and it
+    has some."""
     with naming(path), path.open("rb") as file:
         header = file.read(12)
     magic, version, count = struct.unpack("<3i", header) if len(header) == 12 else (0, 0, 0)
-    if (magic, version) != (MAGIC, VERSION) or path.stat().st_size != HEADER_BYTES + 2 * count:
+    if (magic, version) != (MAGIC, VERSION) or count < 1 or path.stat().st_size != HEADER_BYTES + 2 * count:
         raise UserError(f"{path} is not a whole token shard — delete it and get or build it again")
     return count
 
