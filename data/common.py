@@ -67,7 +67,8 @@ def number(kind: type, low: float, high: float = math.inf) -> Callable[[str], An
     def number(text: str) -> Any:  # argparse says "invalid number value" for what is none
         value = kind(text)
         if not (low <= value <= high if kind is int else low < value < high):
-            raise argparse.ArgumentTypeError(f"{text} is not between {low:,} and {high:,}")
+            ends = "" if kind is int else ", both excluded"
+            raise argparse.ArgumentTypeError(f"{text} is not between {low:,} and {high:,}{ends}")
         return value
 
     return number

@@ -362,7 +362,8 @@ MISTAKES = {
     "no such model, known before the input is read": (["bad.jsonl", "--tokenizer", "no.model"], ["no.model"]),
     "bad option": (["ok.jsonl", "--shard-tokens", 0], ["--shard-tokens", "--help"]),
     "shards too large for their header": (["ok.jsonl", "--shard-tokens", 2**31], ["--shard-tokens", "2,147,483,647"]),
-    "bad fraction": (["ok.jsonl", "--val-fraction", 1], ["--val-fraction", "between 0 and 1"]),
+    "bad fraction": (["ok.jsonl", "--val-fraction", 1], ["--val-fraction", "between 0 and 1, both excluded"]),
+    "all for validation": (["ok.jsonl", "--val-fraction", 0.999], ["--val-fraction 0.999 of 60", "lower it"]),
     "nothing to do": ([], ["INPUT"]),
     "output is a file": (["ok.jsonl", "--out", "a.pdf"], ["a.pdf", "choose another folder"]),
 }
