@@ -21,6 +21,7 @@ import math
 import re
 import shutil
 import struct
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -264,6 +265,16 @@ def write_atomic(path: Path, content: bytes, new: bool = False) -> None:
     finally:
         with suppress(OSError):
             partial.unlink(missing_ok=True)
+
+
+def require_writable(path: Path) -> None:
+    """OSError naming a file that write_atomic() could not write, for one to be written after long work."""
+    try:
+        with tempfile.TemporaryFile(dir=followed(path).parent):
+            pass
+    except OSError as error:
+        error.filename = str(path)
+        raise
 
 
 def place_new(partial: Path, path: Path) -> None:
