@@ -295,7 +295,7 @@ def main(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--decode", action="store_true", help="compress and expand K documents, too: it takes long")
     options = parser.parse_args()
     for path in options.runs:
-        scored_run(path)
+        common.require_writable(scored_run(path).path)
     failed = False
     for path in options.runs:
         left = scored_run(path)

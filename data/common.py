@@ -21,6 +21,7 @@ import math
 import re
 import shutil
 import struct
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -67,7 +68,8 @@ def number(kind: type, low: float, high: float = math.inf) -> Callable[[str], An
     def number(text: str) -> Any:  # argparse says "invalid number value" for what is none
         value = kind(text)
         if not (low <= value <= high if kind is int else low < value < high):
-            raise argparse.ArgumentTypeError(f"{text} is not between {low:,} and {high:,}")
+            ends = "" if kind is int else ", both excluded"
+            raise argparse.ArgumentTypeError(f"{text} is not between {low:,} and {high:,}{ends}")
         return value
 
     return number
@@ -241,8 +243,9 @@ def naming(path: Path) -> Iterator[None]:
         raise
 
 
-def write_atomic(path: Path, content: bytes) -> None:
-    """Writes a file that is at any moment the old one or the new one, whole; OSError naming it, and nothing left."""
+def write_atomic(path: Path, content: bytes, new: bool = False) -> None:
+    """Writes a file that is at any moment the old one or the new one, whole; OSError naming it, and nothing left. One
+    that is to be `new` replaces none: UserError."""
     if path.exists() and not path.is_file():  # a device or a pipe, which nothing can replace
         with naming(path), path.open("wb") as file:
             file.write(content)
@@ -255,13 +258,35 @@ def write_atomic(path: Path, content: bytes) -> None:
                 file.write(content)
                 file.flush()
                 os.fsync(file.fileno())
-            partial.replace(path)
+            place_new(partial, path) if new else partial.replace(path)
     except OSError as error:
         error.filename = str(path)  # not the partial file's: nobody asked for that
         raise
     finally:
         with suppress(OSError):
             partial.unlink(missing_ok=True)
+
+
+def require_writable(path: Path) -> None:
+    """OSError naming a file that write_atomic() could not write, for one to be written after long work."""
+    try:
+        with tempfile.TemporaryFile(dir=followed(path).parent):
+            pass
+    except OSError as error:
+        error.filename = str(path)
+        raise
+
+
+def place_new(partial: Path, path: Path) -> None:
+    """Gives a file its name; UserError if that is taken, even at this moment where the file system has hard links."""
+    try:
+        os.link(partial, path)
+        return
+    except OSError:  # the name is taken, or there are no links
+        taken = path.exists()
+    if taken:
+        raise UserError(f"{path} has been made meanwhile — delete it, or choose another name")
+    partial.replace(path)
 
 
 @contextmanager
@@ -322,11 +347,12 @@ def walk(folder: Path) -> list[Path]:
 
 
 def check_shard(path: Path) -> int:
-    """Returns the number of tokens in a shard; UserError unless magic, version, count and size agree."""
+    """Returns the number of tokens in a shard; UserError unless magic, version, count and size agree, and it
+    has some."""
     with naming(path), path.open("rb") as file:
         header = file.read(12)
     magic, version, count = struct.unpack("<3i", header) if len(header) == 12 else (0, 0, 0)
-    if (magic, version) != (MAGIC, VERSION) or path.stat().st_size != HEADER_BYTES + 2 * count:
+    if (magic, version) != (MAGIC, VERSION) or count < 1 or path.stat().st_size != HEADER_BYTES + 2 * count:
         raise UserError(f"{path} is not a whole token shard — delete it and get or build it again")
     return count
 

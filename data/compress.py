@@ -23,7 +23,7 @@ import struct
 import sys
 import time
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +46,9 @@ DOCUMENT_CHECK = 16  # bits, behind a document
 ALLOWED, ALLOWED_BYTES = 0.005, 16  # difference of a document's size from what its score says
 LENGTH_BYTES = 4  # counted in check for a document's length, which stands in the head
 ESCAPED = 0.25  # a document of which more than this is not its tokens' is kept as it is
+FREE, RATIO = 1 << 24, 64  # bytes that any frame may expand to, and further ones for each byte of it
+MOST_DELIMITERS = 1 << 30  # bytes, of all delimiters of a file
+HEAD = {str: "artifact tokenizer figure delimiter machine source sha256", dict: "settings versions"}
 DAMAGED = "is damaged or no file of compress.py — get it again"
 CUT_OFF = "the deadline cut off all documents"
 UNKNOWN = "\ud800", "\udfff"  # Python's characters for bytes that are not UTF-8 lie between these
@@ -102,7 +105,7 @@ class Codec:
             pass
         return coder.get_compressed()
 
-    def decode(self, documents: list[Document], words: np.ndarray, progress=int) -> Iterator[np.ndarray]:
+    def decode(self, documents: Iterable[Document], words: np.ndarray, progress=int) -> Iterator[np.ndarray]:
         """Yields the tokens of each document; UserError where this machine's numbers differ from the encoder's."""
         coder = constriction.stream.queue.RangeDecoder(words)
 
@@ -114,7 +117,7 @@ class Codec:
 
         return self.through(documents, code, progress)
 
-    def through(self, documents: list[Document], code: Callable, progress: Callable) -> Iterator[np.ndarray]:
+    def through(self, documents: Iterable[Document], code: Callable, progress: Callable) -> Iterator[np.ndarray]:
         """Yields the tokens of each document, after `code(distribution, symbol)` of each: that is where encoder and
         decoder differ, and all. The check is a sum over all counts and tokens so far, and a symbol like any other."""
         size = self.run.s.ttt_chunk_size
@@ -257,7 +260,6 @@ def restored(tokens: list[int], patches: list[int], inserted: bytes, tokenizer) 
 def pack(head: dict[str, Any], inserted: bytes, words: np.ndarray) -> tuple[bytes, int]:
     """A file: magic, format, and what follows under a SHA-256: head and inserted bytes as zstd frames, words. Beside it
     how many of its bytes are the text's: the inserted ones' frame and the words."""
-    squeeze = zstandard.ZstdCompressor(19).compress
     frames = squeeze(json.dumps(head, separators=(",", ":")).encode()), squeeze(inserted)
     body = struct.pack("<II", *map(len, frames)) + b"".join(frames) + words.astype("<u4").tobytes()
     blob = MAGIC + struct.pack("<I", FORMAT) + hashlib.sha256(body).digest()[:16] + body
@@ -274,10 +276,56 @@ def unpack(path: Path) -> tuple[dict[str, Any], bytes, np.ndarray]:
         raise UserError(f"{path} {DAMAGED}")
     if (found := struct.unpack("<I", blob[len(MAGIC) : begin])[0]) != FORMAT:
         raise UserError(f"{path} has format {found}, not {FORMAT} — expand it with the version that compressed it")
+    try:
+        return unpack_body(body)
+    except (ValueError, RecursionError, zstandard.ZstdError) as error:
+        raise UserError(f"{path} {DAMAGED}") from error
+
+
+def squeeze(content: bytes) -> bytes:
+    """A zstd frame, and zeros behind it where it would expand to more than stretch() allows."""
+    return zstandard.ZstdCompressor(19).compress(content).ljust((len(content) - FREE) // RATIO + 1, b"\0")
+
+
+def stretch(frame: bytes) -> bytes:
+    """What a frame expands to; ValueError for more than squeeze() makes, of which no more is expanded."""
+    most = FREE + RATIO * len(frame)
+    content = zstandard.ZstdDecompressor().stream_reader(frame).read(most + 1)
+    if len(content) > most:
+        raise ValueError("a frame that expands to too much")
+    return content
+
+
+def unpack_body(body: bytes) -> tuple[dict[str, Any], bytes, np.ndarray]:
+    """Head, inserted bytes and words; a hash that is right proves nothing about them: ValueError, RecursionError or
+    ZstdError for all that pack() does not write."""
     first, second = struct.unpack("<II", body[:8])
-    expand = zstandard.ZstdDecompressor().decompress
-    head = json.loads(expand(body[8 : 8 + first]))
-    return head, expand(body[8 + first : 8 + first + second]), np.frombuffer(body[8 + first + second :], "<u4")
+    if len(body) < 8 + first + second:
+        raise ValueError("frames longer than the file")
+    head = json.loads(stretch(body[8 : 8 + first]))
+    inserted = stretch(body[8 + first : 8 + first + second])
+    words = np.frombuffer(body[8 + first + second :], "<u4")
+
+    def counts(values: object) -> bool:
+        return type(values) is list and all(type(value) is int and value >= 0 for value in values)
+
+    right = type(head) is dict and all(type(head.get(x)) is kind for kind, names in HEAD.items() for x in names.split())
+    right = right and head["figure"] in (NO_ADAPTATION, ADAPTED, MIXTURE)
+    lengths, patches = (head.get(name) for name in ("lengths", "patches")) if right else (None, None)
+    right = right and counts(lengths) and type(patches) is list and len(patches) == len(lengths) > 0
+    right = right and all(counts(x) and len(x) % 3 == 0 for x in patches)
+    right = right and sum(sum(x[2::3]) for x in patches) == len(inserted)
+    if not right or len(head["delimiter"].encode()) * (len(lengths) - 1) > MOST_DELIMITERS:
+        raise ValueError("another head than pack() is given")
+    return head, inserted, words
+
+
+def require_plausible(head: dict[str, Any], words: np.ndarray, codec: Codec, path: Path) -> None:
+    """UserError unless the words can hold so many tokens, each of which takes some of a bit, and of that figure."""
+    least = -math.log2(1 - (codec.run.s.vocab_size - 1) / COUNTS)  # bits of a token whose like all others are
+    possible = sum(head["lengths"]) * least <= 32 * (len(words) + 1)
+    if not possible or (head["figure"] == MIXTURE and not codec.run.s.ttt_mixture):
+        raise UserError(f"{path} {DAMAGED}")
 
 
 def require_same(head: dict[str, Any], codec: Codec, path: Path) -> None:
@@ -287,13 +335,18 @@ def require_same(head: dict[str, Any], codec: Codec, path: Path) -> None:
         if theirs == ours:
             continue
         if isinstance(theirs, dict):
-            kind = next(name for name in [*theirs, *ours] if theirs.get(name) != ours.get(name))
+            kind = next(x for x in [*theirs, *ours] if x not in theirs or x not in ours or theirs[x] != ours[x])
             theirs, ours = theirs.get(kind), ours.get(kind)
         raise UserError(f"{path} was compressed with {kind} {theirs}, here it is {ours} — expand it with the same")
 
 
 def progress_bar(label: str, tokens: int) -> tqdm:
     return tqdm(desc=label, total=tokens, unit=" tokens", disable=None, leave=False)  # None: only at a terminal
+
+
+def report(options: argparse.Namespace, text: str) -> None:
+    """Prints what was done; on stderr where OUTPUT is a pipe or a device, which may be stdout itself."""
+    print(text, file=sys.stderr if common.is_special(options.output) else sys.stdout)
 
 
 def compress(left: common.Run, options: argparse.Namespace) -> None:
@@ -306,7 +359,7 @@ def compress(left: common.Run, options: argparse.Namespace) -> None:
     except UnicodeEncodeError as error:
         raise UserError(f"--delimiter {ascii(delimiter)} is not UTF-8 — choose another") from error
     if delimiter and len(parts) == 1:
-        print(f"--delimiter {ascii(delimiter)} is not in {options.input}: it is one document")
+        report(options, f"--delimiter {ascii(delimiter)} is not in {options.input}: it is one document")
     done = [tokenize(part, codec.tokenizer) for part in parts]
     documents = [Document(i, len(tokens), np.array(tokens)) for i, (tokens, _, _) in enumerate(done)]
     count = sum(document.length for document in documents)
@@ -318,12 +371,12 @@ def compress(left: common.Run, options: argparse.Namespace) -> None:
     head |= dict(source=train_gpt.SOURCE_SHA256[:12], sha256=hashlib.sha256(data).hexdigest()[:16])
     head |= dict(lengths=[x.length for x in documents], patches=[patches for _, patches, _ in done])
     blob, of_the_text = pack(head, inserted, words)
-    common.write_atomic(options.output, blob)
+    common.write_atomic(options.output, blob, new=True)
     rate = count / (time.monotonic() - began)
     rates = [8 * size / max(len(data), 1) for size in (len(blob), of_the_text)]
     share = "{:.4f} bits per byte, {:.4f} without the head".format(*rates)
-    print(f"{len(data):,} bytes, {count:,} tokens, {len(inserted):,} bytes beside them: {len(blob):,} bytes ({share})")
-    print(f"{rate:.0f} tokens/s; wrote {options.output}")
+    sizes = f"{len(data):,} bytes, {count:,} tokens, {len(inserted):,} bytes beside them: {len(blob):,} bytes ({share})"
+    report(options, f"{sizes}\n{rate:.0f} tokens/s; wrote {options.output}")
 
 
 def expand(left: common.Run, options: argparse.Namespace) -> None:
@@ -331,8 +384,9 @@ def expand(left: common.Run, options: argparse.Namespace) -> None:
     head, inserted, words = unpack(options.input)
     codec = Codec.open(left, None)
     require_same(head, codec, options.input)
+    require_plausible(head, words, codec, options.input)
     codec = dataclasses.replace(codec, figure=head["figure"])
-    documents = [Document(i, length) for i, length in enumerate(head["lengths"])]
+    documents = (Document(i, length) for i, length in enumerate(head["lengths"]))
     parts, taken = [], 0
     with progress_bar("expanding", sum(head["lengths"])) as bar:
         try:
@@ -346,9 +400,9 @@ def expand(left: common.Run, options: argparse.Namespace) -> None:
     data = head["delimiter"].encode().join(parts)
     if hashlib.sha256(data).hexdigest()[:16] != head["sha256"]:
         raise UserError(f"{options.input}: what came out is not what went in — expand it where it was made")
-    common.write_atomic(options.output, data)
+    common.write_atomic(options.output, data, new=True)
     rate = sum(head["lengths"]) / (time.monotonic() - began)
-    print(f"{len(data):,} bytes, {rate:.0f} tokens/s; wrote {options.output}")
+    report(options, f"{len(data):,} bytes, {rate:.0f} tokens/s; wrote {options.output}")
 
 
 # ---- The score's documents

@@ -11,6 +11,7 @@ from common import UserError, check_shard, naming, number, place, run_tool
 import argparse
 import json
 import os
+import re
 import shutil
 import sys
 from collections.abc import Iterator
@@ -27,6 +28,7 @@ from text import load_tokenizer
 
 REPO = "willdepueoai/parameter-golf"
 REMOTE = "datasets"  # the folder of the repository that holds the manifest and all it names
+MOST_SHARDS = 1_000_000  # of a split: six digits number them
 AGAIN = "run it again; if it stays so, look at what HF_ENDPOINT serves"
 
 
@@ -43,11 +45,17 @@ def find_variant(content: bytes, variant: str, train_shards: int = 1) -> list[st
         most = {split: dataset["stats"][f"files_{split}"] for split in ("val", "train")}
         if not model:
             raise UserError(f"variant {variant} has no SentencePiece model — choose an sp variant")
+        for split, count in most.items():
+            if type(count) is not int or not 1 <= count <= MOST_SHARDS:
+                raise ValueError(f"files_{split} {count!r}")
+        for path in model, f"datasets/{dataset['name']}":
+            if not re.fullmatch(r"[\w.-]+(/[\w.-]+)*", path) or {".", ".."} & set(path.split("/")):
+                raise ValueError(f"path {path!r}")
         if train_shards > most["train"]:
             raise UserError(f"{variant} has {most['train']} training shards — lower --train-shards to that")
         shards = [f"{split}_{i:06d}" for split, count in (most | {"train": train_shards}).items() for i in range(count)]
         return [model, *(f"datasets/{dataset['name']}/fineweb_{shard}.bin" for shard in shards)]
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(f"the manifest of {REPO} has another form than expected ({error!r}) — {AGAIN}") from error
 
 
@@ -119,9 +127,10 @@ def bring(paths: list[str], out: Path, commit: str) -> None:
             staged = partial / REMOTE / path
             try:
                 check_shard(staged) if staged.suffix == ".bin" else load_tokenizer(staged.read_bytes(), path)
-            except UserError:
+            except UserError as error:
                 staged.unlink()
-                raise
+                what = str(error).partition(" — ")[0].replace(str(staged), path)
+                raise UserError(f"{what}, as it came from {REPO} — {AGAIN}") from error
             staged.replace(out / path)
 
 

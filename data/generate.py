@@ -90,7 +90,10 @@ def standard_input() -> str:
 
 def temperature(text: str) -> float:
     """An argparse type: a float from 0 to 100."""
-    return 0.0 if float(text) == 0 else common.number(float, 0, 100)(text)
+    value = float(text)  # argparse says "invalid temperature value" for what is none
+    if not 0 <= value <= 100:
+        raise argparse.ArgumentTypeError(f"{text} is not from 0 to 100")
+    return value
 
 
 if __name__ == "__main__":

@@ -385,8 +385,9 @@ def main(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("results", nargs="+", type=place, metavar="RUN", help="a run's folder")
     add("--baseline-loss", type=number(float, 0), metavar="NATS", help="per token: val_loss of the record to beat")
-    add("--out", type=place, metavar="FILE", help="write the JSON there (default: print it)")
-    add("--folder", type=place, help="make the folder of a pull request instead")
+    one = parser.add_mutually_exclusive_group()
+    one.add_argument("--out", type=place, metavar="FILE", help="write the JSON there (default: print it)")
+    one.add_argument("--folder", type=place, help="make the folder of a pull request instead")
     for name in ABOUT:
         default = "the author in submission.json" if name in ("author", "github_id") else "by the first run's settings"
         add("--" + name.replace("_", "-"), help=f"default: {default}")

@@ -315,6 +315,9 @@ def batches(documents: Iterable[Document]) -> Iterator[list[Document]]:
 def draw_validation(digests: list[bytes], fraction: float) -> bytes:
     """Returns the largest digest of a validation document: those with the smallest are it. UserError for too few."""
     count = max(1, round(fraction * len(digests)))
+    if len(digests) > 1 and count >= len(digests):
+        what = f"--val-fraction {fraction:g} of {len(digests)} distinct documents leaves none to train on"
+        raise UserError(f"{what} — lower it")
     if count >= len(digests):
         raise UserError(
             f"{len(digests)} distinct documents are too few to split — add files, or cut one by --delimiter"

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
+import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -46,6 +48,16 @@ def result_of(folder: Path) -> dict:
 def failures(folder: Path) -> set[str]:
     findings = result_of(folder)["evaluation"]["certificate"]["findings"]
     return {name for name, finding in findings.items() if finding["outcome"] == "fail"}
+
+
+def test_a_folder_that_cannot_be_written_is_found_first(mixed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def read_only(*_: object, dir: Path, **__: object) -> None:
+        raise OSError(errno.EROFS, "Read-only file system", str(dir / "tmp123"))
+
+    monkeypatch.setattr(tempfile, "TemporaryFile", read_only)
+    found = call(audit, mixed)
+    assert is_one_line_error(found, f"error: {mixed / 'result.json'}: Read-only file system", "another place")
+    assert not found.out
 
 
 def test_sound_runs_pass_and_only_the_last_epoch_moves(mixed: Path, replayed: Path) -> None:

@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
+import hashlib
 import json
 import math
+import os
 import random
+import struct
+import tracemalloc
 from pathlib import Path
 
 import constriction
 import numpy as np
 import pytest
 import sentencepiece
+import zstandard
 
 import runs
 import scored
@@ -152,6 +158,45 @@ def test_a_file_comes_back(made: Path, mixed: Path, tmp_path: Path) -> None:
     assert is_one_line_error(call(compress, "expand", mixed, made, tmp_path / "back"), "already")
 
 
+def test_a_pipe_gets_the_data_alone(replayed: Path, tmp_path: Path) -> None:
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    (tmp_path / "in").write_bytes(b"abc")
+    for command, name in (("compress", "in"), ("expand", "file")):
+        reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
+        options = ["--delimiter", "|"] if command == "compress" else []
+        found = call(compress, command, replayed, tmp_path / name, pipe, *options)
+        data = os.read(reader, 1 << 16)
+        os.close(reader)
+        assert found.code == 0 and not found.out and "tokens/s" in found.err
+        (tmp_path / "file").write_bytes(data)
+    assert data == b"abc"
+
+
+@pytest.mark.parametrize("links", [True, False])
+def test_a_file_made_meanwhile_is_left_alone(
+    links: bool, made: Path, replayed: Path, mixed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "in").write_bytes(b"abc")
+    open_run = sequential.open_run
+
+    def other_run_finishes_first(*arguments: object) -> tuple:
+        (tmp_path / "out").write_bytes(b"other")
+        return open_run(*arguments)
+
+    def no_links(*_: object) -> None:
+        raise PermissionError(errno.EPERM, "Operation not permitted")
+
+    if not links:
+        monkeypatch.setattr(os, "link", no_links)
+        assert call(compress, "expand", mixed, made, tmp_path / "alone").code == 0
+    monkeypatch.setattr(sequential, "open_run", other_run_finishes_first)
+    for command, folder, path in (("compress", replayed, tmp_path / "in"), ("expand", mixed, made)):
+        assert is_one_line_error(call(compress, command, folder, path, tmp_path / "out"), "made meanwhile", "delete it")
+        assert (tmp_path / "out").read_bytes() == b"other" and not list(tmp_path.glob("*.tmp-*"))
+        (tmp_path / "out").unlink()
+
+
 @pytest.mark.parametrize("part", ["nothing", "not UTF-8", "random"])
 def test_odd_files_come_back(part: str, replayed: Path, tmp_path: Path) -> None:
     (tmp_path / "in").write_bytes(ODD[part])
@@ -275,6 +320,52 @@ def test_other_runs_and_damaged_files_are_refused(
         assert refused(mixed, damaged, "damaged"), size
     monkeypatch.setattr(np, "__version__", "1.0")
     assert refused(mixed, made, "numpy")
+
+
+def forge(path: Path, made: Path, damage: str) -> Path:
+    """A file with a right hash whose content is none of compress.py's."""
+    head, inserted, words = compress.unpack(made)
+    squeeze = zstandard.ZstdCompressor().compress
+    changes = {
+        "lengths": ([-1], ["a"], [10**9], [True], 3, [], [1], None),
+        "patches": ([[1]] * 3, [[0, 0, 10**6]] * 3, [[-1, 0, 1], [], []], [0, 0, 0], None),
+        "delimiter": (5, "\ud800"),
+        "settings": ([],),
+        "figure": ("last_epoch", {}),
+    }
+    name, _, which = damage.partition(" ")
+    if name in changes:
+        head[name] = changes[name][int(which)]
+    frames = [squeeze(json.dumps(head).encode()), squeeze(inserted)]
+    heads = {"no JSON": b"{", "a list": b"[]", "deep": b"[" * 10**5, "UTF-8": b'"\xff"', "bomb": bytes(1 << 28)}
+    frames[0] = squeeze(heads[damage]) if damage in heads else b"abc" * 9 if damage == "no zstd" else frames[0]
+    frames[1] = squeeze(bytes(1 << 28)) if damage == "second bomb" else frames[1]
+    sizes = [len(frames[0]), 2**32 - 1 if damage == "too long" else len(frames[1])]
+    body = struct.pack("<II", *sizes) + b"".join(frames) + words.tobytes() + bytes(damage == "half a word")
+    path.write_bytes(compress.MAGIC + struct.pack("<I", 1) + hashlib.sha256(body).digest()[:16] + body)
+    return path
+
+
+FORGED = ["no JSON", "a list", "deep", "UTF-8", "bomb", "second bomb", "no zstd", "too long", "half a word"]
+FORGED += [*(f"lengths {i}" for i in range(8)), *(f"patches {i}" for i in range(5))]
+FORGED += ["delimiter 0", "delimiter 1", "settings 0", "figure 0", "figure 1"]
+
+
+def test_a_right_hash_proves_nothing(made: Path, mixed: Path, tmp_path: Path) -> None:
+    assert call(compress, "expand", mixed, forge(tmp_path / "whole", made, "nothing"), tmp_path / "back").code == 0
+    for damage in FORGED:
+        path = forge(tmp_path / "forged", made, damage)
+        tracemalloc.start()
+        found = call(compress, "expand", mixed, path, tmp_path / "out")
+        most = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        assert is_one_line_error(found, str(path), "is damaged or no file of compress.py"), (damage, found)
+        assert most < 100 << 20 and not (tmp_path / "out").exists(), damage
+
+
+def test_what_is_very_regular_comes_back() -> None:
+    for content in (b"", b"\xff" * (20 << 20)):
+        assert compress.stretch(compress.squeeze(content)) == content
 
 
 def test_the_last_epoch_has_no_file_and_the_tool_says_why(replayed: Path, mixed: Path, tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ import hashlib
 import json
 import os
 import signal
+import struct
 import subprocess
 import sys
 import tempfile
@@ -139,13 +140,15 @@ def test_shards_hold_the_documents_in_order(
     assert counts[:-1] == [shard_tokens] * (len(counts) - 1) and sum(counts) == total
 
 
-@pytest.mark.parametrize("damage", [b"", b"\0" * 2000, "short", "long"])
+@pytest.mark.parametrize("damage", [b"", b"\0" * 2000, "short", "long", "empty", "negative"])
 def test_check_shard_finds_damage(tmp_path: Path, damage: bytes | str) -> None:
     with closing(text.ShardWriter(tmp_path, "val")) as writer:
         writer.write(np.ones(99, dtype=np.uint16))
     path = tmp_path / "fineweb_val_000000.bin"
     whole = path.read_bytes()
-    path.write_bytes({"short": whole[:-2], "long": whole + b"\0"}.get(damage, damage))
+    empty, negative = (whole[:8] + struct.pack("<i", n) + whole[12 : 1024 + 2 * n] for n in (0, -1))
+    damaged = {"short": whole[:-2], "long": whole + b"\0", "empty": empty, "negative": negative}
+    path.write_bytes(damaged.get(damage, damage))
     with pytest.raises(common.UserError):
         common.check_shard(path)
 
@@ -359,7 +362,8 @@ MISTAKES = {
     "no such model, known before the input is read": (["bad.jsonl", "--tokenizer", "no.model"], ["no.model"]),
     "bad option": (["ok.jsonl", "--shard-tokens", 0], ["--shard-tokens", "--help"]),
     "shards too large for their header": (["ok.jsonl", "--shard-tokens", 2**31], ["--shard-tokens", "2,147,483,647"]),
-    "bad fraction": (["ok.jsonl", "--val-fraction", 1], ["--val-fraction", "between 0 and 1"]),
+    "bad fraction": (["ok.jsonl", "--val-fraction", 1], ["--val-fraction", "between 0 and 1, both excluded"]),
+    "all for validation": (["ok.jsonl", "--val-fraction", 0.999], ["--val-fraction 0.999 of 60", "lower it"]),
     "nothing to do": ([], ["INPUT"]),
     "output is a file": (["ok.jsonl", "--out", "a.pdf"], ["a.pdf", "choose another folder"]),
 }
@@ -732,12 +736,20 @@ def test_shards_may_lie_on_another_file_system(loopback: LoopbackHub, tmp_path: 
         assert (Path(other) / "fineweb10B_sp1024" / "fineweb_train_000000.bin").stat().st_size == 1024 + 200_000
 
 
-@pytest.mark.parametrize("wrong", [b"<html>Not the file</html>" * 99, shard(50)[:-2], shard(50) + b"\0\0"])
+@pytest.mark.parametrize("wrong", [b"<html>Not the file</html>" * 99, shard(50)[:-2], shard(50) + b"\0\0", shard(0)])
 def test_download_refuses_a_wrong_file(loopback: LoopbackHub, tmp_path: Path, wrong: bytes) -> None:
     loopback.files[f"datasets/{FOLDER}/fineweb_train_000000.bin"] = wrong
     result = download(loopback.url, tmp_path / "data", "--train-shards", 1)
-    assert is_one_line_error(result, "fineweb_train_000000.bin")
+    assert is_one_line_error(result, f"error: {FOLDER}/fineweb_train_000000.bin is not", "run it again")
+    assert "partial" not in result.err and "delete" not in result.err
     assert not list(tmp_path.rglob("fineweb_train_000000.bin"))
+
+
+def test_download_refuses_a_wrong_tokenizer(loopback: LoopbackHub, tmp_path: Path) -> None:
+    loopback.files["datasets/tokenizers/fineweb_1024_bpe.model"] = b"no model"
+    result = download(loopback.url, tmp_path / "data", "--train-shards", 1)
+    assert is_one_line_error(result, "error: tokenizers/fineweb_1024_bpe.model is not", "run it again")
+    assert "--tokenizer" not in result.err and not list(tmp_path.rglob("*.model"))
 
 
 @pytest.mark.parametrize(
@@ -775,3 +787,27 @@ def test_download_without_space(loopback: LoopbackHub, tmp_path: Path) -> None:
 def test_manifest_of_another_form(manifest: object) -> None:
     with pytest.raises(common.UserError, match="another form"):
         fineweb.find_variant(json.dumps(manifest).encode(), "sp1024")
+
+
+@pytest.mark.parametrize(
+    ("place", "wrong"),
+    [
+        *(("model_path", x) for x in (5, ["a"], "/etc/x", "../x", "a/../../x", "a//x", ".", "a\\x", "*", "a\n")),
+        *(("name", "fineweb10B_sp1024" + x) for x in ("/..", "/../../..", "\0")),
+        *(("files_val", x) for x in (0, -1, "1", 1.0, True, None, 10**9)),
+        ("files_train", "80"),
+        ("files_train", 10**9),
+    ],
+)
+def test_manifest_that_names_what_no_dataset_has(place: str, wrong: object) -> None:
+    entry = {"name": "fineweb10B_sp1024", "tokenizer_name": "t"}
+    model = {"name": "t", "model_path": "tokenizers/a.model"}
+    stats = {"files_val": 1, "files_train": 9}
+    manifest = {"datasets": [entry | {"stats": stats}], "tokenizers": [model]}
+    assert len(fineweb.find_variant(json.dumps(manifest).encode(), "sp1024", 2)) == 4
+    for part in (entry, model, stats):
+        part |= {place: wrong} if place in part and (place, part) != ("name", model) else {}
+    manifest = {"datasets": [entry | {"stats": stats}], "tokenizers": [model]}
+    variant = entry["name"].removeprefix("fineweb10B_")
+    with pytest.raises(common.UserError, match="the manifest of .* another form"):
+        fineweb.find_variant(json.dumps(manifest).encode(), variant, 2)

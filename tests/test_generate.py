@@ -117,4 +117,7 @@ def test_a_run_whose_paths_are_relative_is_opened_from_anywhere(
 def test_mistakes_are_one_line(folder: Path, tmp_path: Path) -> None:
     assert is_one_line_error(call(generate, tmp_path, "--prompt", "a"), "result.json")
     assert is_one_line_error(call(generate, folder, "--tokens", 0), "--tokens")
-    assert is_one_line_error(call(generate, folder, "--temperature", -1), "--temperature")
+    for temperature in (-1, 100.5, "nan"):
+        found = call(generate, folder, "--temperature", temperature)
+        assert is_one_line_error(found, "--temperature", f"{temperature} is not from 0 to 100")
+    assert call(generate, folder, "--tokens", 1, "--temperature", 100).code == 0

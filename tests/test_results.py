@@ -836,6 +836,9 @@ def test_files_of_another_kind_are_refused(runs: Callable[..., list[Path]], tmp_
     assert is_one_line_error(call(record, tmp_path / "missing.json"), "missing.json")
     assert is_one_line_error(call(record, tmp_path, "--baseline-loss", "-1"), "baseline-loss")
     assert is_one_line_error(call(record, "--out", tmp_path / "s.json"), "RUN")
+    pair = "--folder", tmp_path / "folder", "--out", tmp_path / "s.json"
+    assert is_one_line_error(call(record, path.parent, *pair), "--out", "--folder")
+    assert not (tmp_path / "folder").exists()
     assert not (tmp_path / "s.json").exists()
 
 
