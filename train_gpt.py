@@ -3272,6 +3272,13 @@ def describe(trainer: Trainer | None, stream, run: Run):
     run.log("preflight: every stage to come, once and in small")
 
 
+def located(path: str, run_file: Path) -> str:
+    """Where a path of a run's settings leads, as it is if nowhere. A relative one was meant from where the run was
+    started, which no result says: it is tried from here, then from each folder above the run's file."""
+    tried = (str(folder / path) for folder in (Path(), *run_file.resolve().parents))
+    return next(filter(os.path.exists, tried), path)
+
+
 def settings_beside(weights: str) -> dict:
     """Data, tokenizer and the settings of model and evaluation, as variables, of the run whose weights EVAL_ONLY names,
     for where the environment is silent; nothing where its result.json is not beside them."""
@@ -3283,6 +3290,7 @@ def settings_beside(weights: str) -> dict:
     try:
         result = json.loads(path.read_bytes())
         kept = {name: value for name, value in result["settings"].items() if name.startswith(kinds)}
+        kept |= {name: located(kept[name], path) for name in ("data_path", "tokenizer_path")}
         values = {name.upper(): str(int(v) if isinstance(v, bool) else v) for name, v in kept.items()}
         return dict(settings=values, tokenizer=str(result["data"]["tokenizer"]))
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:

@@ -21,7 +21,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from tqdm import tqdm
 
 import sequential
 from sequential import train_gpt
@@ -129,16 +128,19 @@ def normalised(model, run, sample: Sample, scored: list[np.ndarray], figure: str
     drawn = np.zeros(int(sample.lengths.sum()), bool)
     drawn[rng.choice(len(drawn), count, replace=False)] = True
     errors, differences = [], []
-    for i, here in enumerate(np.split(drawn, np.cumsum(sample.lengths)[:-1])):
-        if not here.any():
+    parts = np.split(drawn, np.cumsum(sample.lengths)[:-1])
+    ends = [int(np.flatnonzero(here)[-1]) if here.any() else -1 for here in parts]
+    bar = common.progress_bar("recomputing token after token", sum(ends) + len(ends))
+    for i, (here, last) in enumerate(zip(parts, ends, strict=True)):
+        if last < 0:
             continue
-        last = int(np.flatnonzero(here)[-1])
         document = sample.tokens[sample.starts[i] :]
 
         def choose(position: int, nll: np.ndarray, i=i, here=here, document=document, last=last) -> int:
             if position > last:
                 raise sequential.Enough
             token = int(document[position + 1])
+            bar.update()
             if here[position]:
                 errors.append(np.exp(-nll.astype(np.float64)).sum() - 1)
                 differences.append(nll[token] - scored[i][position])
@@ -146,6 +148,7 @@ def normalised(model, run, sample: Sample, scored: list[np.ndarray], figure: str
 
         reader = sequential.Sequential(model, run, int(sample.lengths[i]), choose, figure, int(document[0]))
         reader.read(int(sample.numbers[i]))
+    bar.close()
     error, difference = largest(np.array(errors)), largest(np.array(differences))
     allowed = NATS[str(run.dtype).split(".")[1]]
     detail = f"nats by which a score differs from its recomputed probability, at {count} targets; their sums are 1"
@@ -182,9 +185,7 @@ def counted_bytes(stream, tokenizer) -> Finding:
 def documents_of(shards: list) -> Iterator[np.ndarray]:
     """The documents of a stream of shards or arrays, without BOS."""
     held = np.array([train_gpt.BOS], "<u2")  # what comes before the first is a document, too
-    with tqdm(
-        desc="reading training shards", total=sum(map(len, shards)), unit=" tokens", disable=None, leave=False
-    ) as bar:
+    with common.progress_bar("reading training shards", sum(map(len, shards))) as bar:
         for shard in shards:
             for first in range(0, len(shard), BLOCK):
                 block = shard[first : first + BLOCK]

@@ -32,6 +32,7 @@ from typing import TYPE_CHECKING, Any, NoReturn, TextIO
 
 if TYPE_CHECKING:
     import numpy as np
+    from tqdm import tqdm
 
 MAGIC, VERSION, HEADER_BYTES = 20240520, 1, 1024
 
@@ -48,6 +49,15 @@ class Parser(argparse.ArgumentParser):
 
     def print_help(self, file: TextIO | None = None) -> None:
         deliver(self.format_help().rstrip())
+
+
+def progress_bar(label: str, tokens: int) -> "tqdm":
+    """Of tokens, on stderr; where that is no terminal, only of what takes over half a minute, and twice a minute."""
+    from tqdm import tqdm
+
+    tqdm.monitor_interval = 0  # no thread of its own
+    pace = {} if sys.stderr and sys.stderr.isatty() else dict(delay=30, mininterval=30)
+    return tqdm(desc=label, total=tokens, unit=" tokens", leave=False, disable=sys.stderr is None, **pace)
 
 
 def place(text: str) -> Path:

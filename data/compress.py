@@ -32,7 +32,6 @@ import numpy as np
 import sentencepiece
 import torch
 import zstandard
-from tqdm import tqdm
 
 import common
 import sequential
@@ -340,10 +339,6 @@ def require_same(head: dict[str, Any], codec: Codec, path: Path) -> None:
         raise UserError(f"{path} was compressed with {kind} {theirs}, here it is {ours} — expand it with the same")
 
 
-def progress_bar(label: str, tokens: int) -> tqdm:
-    return tqdm(desc=label, total=tokens, unit=" tokens", disable=None, leave=False)  # None: only at a terminal
-
-
 def report(options: argparse.Namespace, text: str) -> None:
     """Prints what was done; on stderr where OUTPUT is a pipe or a device, which may be stdout itself."""
     print(text, file=sys.stderr if common.is_special(options.output) else sys.stdout)
@@ -363,7 +358,7 @@ def compress(left: common.Run, options: argparse.Namespace) -> None:
     done = [tokenize(part, codec.tokenizer) for part in parts]
     documents = [Document(i, len(tokens), np.array(tokens)) for i, (tokens, _, _) in enumerate(done)]
     count = sum(document.length for document in documents)
-    with progress_bar("compressing", count) as bar:
+    with common.progress_bar("compressing", count) as bar:
         words = codec.encode(documents, bar.update)
     inserted = b"".join(bytes_ for _, _, bytes_ in done)
     machine = f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}"
@@ -388,7 +383,7 @@ def expand(left: common.Run, options: argparse.Namespace) -> None:
     codec = dataclasses.replace(codec, figure=head["figure"])
     documents = (Document(i, length) for i, length in enumerate(head["lengths"]))
     parts, taken = [], 0
-    with progress_bar("expanding", sum(head["lengths"])) as bar:
+    with common.progress_bar("expanding", sum(head["lengths"])) as bar:
         try:
             for tokens, patches in zip(codec.decode(documents, words, bar.update), head["patches"], strict=True):
                 size = sum(patches[2::3])
@@ -419,7 +414,7 @@ def check_documents(left: common.Run, figure: str | None, count: int) -> list[di
     drawn = rng.permutation(np.flatnonzero(np.isfinite(nll)))[:count]
     text = stream.tokens.numpy()
     rows = []
-    with progress_bar("checking", 2 * int(stream.lengths[drawn].sum())) as bar:
+    with common.progress_bar("checking", 2 * int(stream.lengths[drawn].sum())) as bar:
         for number in drawn.tolist():
             start, length = int(stream.starts[number]), int(stream.lengths[number])
             document = Document(number, length, text[start + 1 : start + length + 1], int(text[start]))

@@ -35,13 +35,6 @@ def user_errors() -> Iterator[None]:
         raise common.UserError(str(error)) from error
 
 
-def located(left: common.Run, path: str) -> str:
-    """Where a path of a run's settings leads, as it is if nowhere. A relative one was meant from where the run was
-    started, which no result says: it is tried from here, then from each folder above the run's."""
-    tried = (str(folder / path) for folder in (Path(), *left.path.resolve().parents))
-    return next(filter(os.path.exists, tried), path)
-
-
 def require(left: common.Run, run: train_gpt.Run, name: str) -> None:
     """UserError where the path in a setting that the run had leads nowhere."""
     path = getattr(run.s, name)
@@ -60,7 +53,7 @@ def open_run(left: common.Run, device: str = "auto") -> tuple[train_gpt.GPT, tra
     kept = {name: value for name, value in left.result["settings"].items() if name in known}
     kept["eval_only"] = kept.get("eval_only") or str(left.path.with_name("final_model.ptz"))
     paths = {"eval_only", "data_path", "tokenizer_path"} & kept.keys()
-    kept |= {name: located(left, str(kept[name])) for name in paths}
+    kept |= {name: train_gpt.located(str(kept[name]), left.path) for name in paths}
     kept |= {"output_dir": str(left.path.parent), "resume": False, "compile": 0, "device": device}
     texts = {name.upper(): str(int(value) if isinstance(value, bool) else value) for name, value in kept.items()}
     with user_errors():

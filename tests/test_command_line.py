@@ -277,6 +277,18 @@ def test_an_artifact_in_its_runs_folder_is_scored_as_that_run_did_where_the_envi
     assert done.result["evaluation"]["sliding"]["targets"] == sum(runs.LENGTHS[:5])
 
 
+def test_relative_paths_of_a_run_are_found_from_anywhere(tmp_path, reference, monkeypatch):
+    """From a folder above the run's, where it may have been started."""
+    result = reference.result
+    result["settings"] |= dict(data_path="data/mine", tokenizer_path="nowhere.model")
+    for folder in ("project/data/mine", "project/runs/mine", "elsewhere"):
+        (tmp_path / folder).mkdir(parents=True)
+    (tmp_path / "project/runs/mine/result.json").write_text(json.dumps(result))
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    found = train_gpt.settings_beside("../project/runs/mine/final_model.ptz")["settings"]
+    assert found["DATA_PATH"] == str(tmp_path / "project/data/mine") and found["TOKENIZER_PATH"] == "nowhere.model"
+
+
 def test_data_with_a_tokenizer_of_its_own_is_read_by_that(tmp_path):
     done = runs.run(tmp_path, TOKENIZER_PATH=None, PRESET="tiny", ITERATIONS=1, TTT_ENABLED=0)
     assert done.result["settings"]["tokenizer_path"] == str(runs.data() / "tokenizer.model")

@@ -419,6 +419,11 @@ def test_linked_folders_and_files_are_read_once(tmp_path: Path) -> None:
     assert result.code == 0 and "1 files of other kinds (broken links among them)" in result.out
 
 
+def test_a_folder_without_text_says_what_is_read(tmp_path):
+    (tmp_path / "code.py").write_text("print()")
+    assert is_one_line_error(call(text, tmp_path, "--out", tmp_path / "out"), "none of 1 files", ".jsonl")
+
+
 def test_a_folder_that_cannot_be_read_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "in" / "locked").mkdir(parents=True)
     for number, document in enumerate(written(30)):
