@@ -702,7 +702,7 @@ class Run:
 
     def check_folder(self):
         """Raises UserError where the locked log is not in the folder any more: what has its name is another run's."""
-        if self.log_file:
+        if self.log_file and self.lock_file:
             log = self.folder / "train.log"
             try:
                 same = os.path.samestat(os.fstat(self.lock_file.fileno()), os.stat(log))
@@ -2272,11 +2272,12 @@ def evaluate_sliding(forward, stream, run):
 
 
 def under_way(sessions: list[dict]) -> list[dict]:
-    """What the last one, an evaluation, goes on with: those of its tag, or killed before they had one, since an
-    evaluation finished. Their scores are still there."""
-    *rows, now = [row for row in sessions if row["stage"] == "evaluation"]
+    """What the last one, an evaluation, goes on with: those of its tag, or killed before they had one, since one of
+    these finished. Their scores are still there."""
+    *earlier, now = sessions or [dict(tag="")]
+    rows = [row for row in earlier if row["stage"] == "evaluation" and row["tag"] in ("", now["tag"])]
     ends = [i for i, row in enumerate(rows, 1) if row["ended"] == "finished"]
-    return [row for row in rows[ends[-1] if ends else 0 :] if row["tag"] in ("", now["tag"])]
+    return rows[ends[-1] if ends else 0 :]
 
 
 def time_spent(began: float, run: Run) -> dict:
@@ -2724,7 +2725,7 @@ class Scores:
     def remove(self):
         """Once the result is written."""
         self.file.close()
-        for path in self.run.folder.glob("scores_*.bin"):  # of other settings, too, whose seconds count no more
+        for path in self.run.folder.glob(self.pattern):
             path.unlink(missing_ok=True)  # another rank may have
         if self.run.ranks.rank > 0:
             with contextlib.suppress(OSError):  # another machine's, left empty

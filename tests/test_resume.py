@@ -351,7 +351,7 @@ def test_nothing_is_taken_over_from_an_evaluation_under_another_setting(tmp_path
     again = runs.run(tmp_path / "stopped", before=announce, RESUME=1, **settings | {name: value})
     assert announced(again, "score") == announced(again, "adapt 1") == announced(again, "adapt 4") == DOCUMENTS
     stopped, finished = again.result["sessions"]
-    assert stopped["tag"] != finished["tag"] and not list(again.folder.glob("scores_*"))
+    assert stopped["tag"] != finished["tag"]
     assert again.result["evaluation"]["seconds"] < finished["seconds"] + 0.5  # without those of the stopped one
     if name == "LOGIT_SOFTCAP":
         assert figures(again) == figures(runs.run(tmp_path / "whole", **settings | {name: value}))

@@ -187,7 +187,7 @@ def test_each_figure_scores_each_target_once(run, protocol, context):
 
 
 @settings(deadline=None, max_examples=20)
-@given(st.integers(1, 20), st.integers(0, 50), st.integers(1, 90), st.integers(0, 9))
+@given(st.integers(2, 20), st.integers(0, 50), st.integers(1, 90), st.integers(0, 9))
 def test_the_ring_holds_exactly_the_last_tokens_of_the_window(run, size, window, targets, seed):
     """Whether the window is no multiple of the chunk, shorter than it, or nothing."""
     s = small(num_layers=3, ttt_chunk_size=size, ttt_eval_seq_len=max(2, size + window))
