@@ -431,7 +431,7 @@ def main(parser: argparse.ArgumentParser) -> None:
     add("--threads", "--processes", type=number(int, 1), default=os.cpu_count() or 1, help="default: one per CPU")
     options = parser.parse_args()
     files, skipped = find_files(options.inputs)
-    if not files:
+    if skipped and not files:
         kinds = ".txt, .md, .jsonl (these also .gz or .zst) or .parquet"
         raise UserError(f"none of {skipped:,} files is text by its name — give some that end in {kinds}")
     with new_directory(options.out) as directory:
