@@ -812,7 +812,9 @@ def claim_folder(text: str, run: Run):
     try:
         lock(run.lock_file)
     except BlockingIOError as e:
-        raise UserError(f"OUTPUT_DIR={folder} is in use by a live run — wait for it, or choose another") from e
+        raise UserError(
+            f"OUTPUT_DIR={folder} is in use by a live run: it holds a run's locked log — wait for it, or choose another"
+        ) from e
     except OSError as e:
         raise UserError(system_says(e, f"{folder}/train.log to lock it")) from e
     names = taken()  # another run may have come and gone
