@@ -81,6 +81,7 @@ SAMPLE = SOURCE.parent / "data" / "sample"
 
 
 def ceil_div(a, b):
+    """a / b, rounded up."""
     return -(-a // b)
 
 
@@ -115,6 +116,8 @@ def settings(cls):
 
 @settings
 class ModelSettings:
+    """What an artifact's header holds."""
+
     vocab_size = setting(1024, "vocabulary", 260, 65536)
     num_layers = setting(10, "transformer blocks", 2, 256, tiny=4)
     model_dim = setting(512, "width", 8, 16384, tiny=96)
@@ -130,6 +133,8 @@ class ModelSettings:
 
 @settings
 class TrainSettings(ModelSettings):
+    """What a checkpoint must have been trained with."""
+
     seed = setting(42, "of weights and adapters", 0, 2**32 - 1)
     qk_gain_init = setting(1.5, "initial gain of queries", -math.inf)
     tied_embed_init_std = setting(0.005, "tied embedding's initial std", 1e-9)
@@ -159,6 +164,8 @@ class TrainSettings(ModelSettings):
 
 @settings
 class Settings(TrainSettings):
+    """All of a session."""
+
     preset = setting("record", "tiny: on the bundled sample", choices=("record", "tiny"))
     device = setting("cuda", "auto: what there is", choices=("cuda", "cpu", "auto"), tiny="auto")
     data_path = setting("./data/datasets/fineweb10B_sp1024", "folder of fineweb_*_*.bin", tiny=f"{SAMPLE}")
@@ -1161,6 +1168,7 @@ class Lora(NamedTuple):
 
 
 def norm(x):
+    """RMSNorm over the last dimension, without weights."""
     return F.rms_norm(x, (x.size(-1),), eps=RMS_EPS)
 
 
@@ -1326,6 +1334,8 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
+    """proj(relu(fc(x))²)."""
+
     def __init__(self, s):
         super().__init__()
         hidden = int(s.mlp_mult * s.model_dim)
@@ -3219,9 +3229,8 @@ def rehearse_batch(batch: DocumentBatch, a: np.ndarray, graphs: bool) -> tuple[n
 def differences(one: tuple, other: tuple) -> tuple[float, float]:
     """Of two rehearsals, relative: the largest of an NLL, and that of the movements."""
     (nll, moved, _), (other_nll, other_moved, _) = one, other
-    return float((np.abs(other_nll - nll) / np.abs(nll)).max()), (
-        (other_moved - moved).norm() / moved.norm().clamp_min(1e-30)
-    ).item()
+    movement = (other_moved - moved).norm() / moved.norm().clamp_min(1e-30)  # at TTT_LORA_LR=0 nothing moves
+    return float((np.abs(other_nll - nll) / np.abs(nll)).max()), movement.item()
 
 
 def rehearse_adaptation(model: GPT, run: Run) -> bool:
