@@ -67,6 +67,15 @@ def place(text: str) -> Path:
     return Path(text)
 
 
+def dataset_place(text: str) -> Path:
+    """An argparse type: a path that train_gpt.py takes for DATA_PATH, which is to be text that can be printed."""
+    path = place(text)
+    if not (text + os.path.basename(os.path.realpath(path))).isprintable():
+        what = f"--out {ascii(text)} has characters that cannot be printed, and train_gpt.py takes no such DATA_PATH"
+        raise UserError(f"{what} — choose another name")
+    return path
+
+
 def delimiter(text: str) -> str:
     r"""An argparse type: what parts documents; a shell passes on `\n`, `\r` and `\t` as two characters."""
     return re.sub(r"\\[nrt]", lambda found: {"n": "\n", "r": "\r", "t": "\t"}[found[0][1]], text)
@@ -143,19 +152,31 @@ ADVICE = {
 }
 
 
-def explain(error: Exception) -> str | None:
-    """What is wrong and what to do, or None for an error of the program."""
+def required() -> set[str]:
+    """The packages that the requirements files name, each as it is imported."""
+    here, found = Path(__file__).resolve().parent, set()
+    for path in (here / "requirements.txt", here.parent / "requirements.txt"):
+        with suppress(OSError):
+            found.update(re.findall(r"^([\w-]+)==", path.read_text(), re.MULTILINE))
+    return found
+
+
+def explain(error: Exception, usage: str = "") -> str | None:
+    """What is wrong and what to do, or None for an error of the program. `usage` names the tool's options."""
     if isinstance(error, UserError):
         return str(error)
     if isinstance(error, ModuleNotFoundError):
         package = (error.name or str(error)).split(".")[0]
-        return f"this needs {package}, which is not installed — pip install {package}"
+        if package in required():
+            return f"this needs {package}, which is not installed — pip install {package}"
+        return f"this needs the module {package}, which is not there — install Python and its packages anew"
     # torch's own, which it has for a GPU and, without a class of its own, for a CPU; nothing here imports it
     torchs = type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in str(error)
     if isinstance(error, MemoryError) or torchs:
         return "memory ran out — end other programs, or give less at once"
     if re.search("start new thread|^Resource temporarily unavailable", str(error)):  # Python's words, a C++ library's
-        return "no further thread can be started — allow more processes (ulimit -u), or lower --threads"
+        fewer = ", or lower --threads" if "--threads" in usage else ""
+        return f"no further thread can be started — allow more processes (ulimit -u){fewer}"
     if isinstance(error, OSError):
         advice = ADVICE.get(error.errno, "mend that, then run it again")
         return f"{error.filename or 'input/output'}: {error.strerror or error} — {advice}"
@@ -212,7 +233,7 @@ def unstopped() -> Iterator[None]:
 def run_tool(main: Callable[[argparse.ArgumentParser], None]) -> NoReturn:
     """Runs a tool's main function; what goes wrong ends in one line on stderr and exit code 2 (130 for Ctrl-C)."""
     streams = sys.stdout, sys.stderr
-    code, message = 0, None
+    code, message, parser = 0, None, None
     try:
         handle_stops()
         parser = Parser(description=main.__globals__["__doc__"], formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -224,7 +245,7 @@ def run_tool(main: Callable[[argparse.ArgumentParser], None]) -> NoReturn:
     except KeyboardInterrupt:
         code, message = 130, "interrupted — run it again"
     except Exception as error:
-        code, message = 2, explain(error)
+        code, message = 2, explain(error, parser.format_usage() if parser else "")
         if not message:
             raise
     finally:
@@ -256,8 +277,8 @@ def naming(path: Path) -> Iterator[None]:
 def write_atomic(path: Path, content: bytes, new: bool = False) -> None:
     """Writes a file that is at any moment the old one or the new one, whole; OSError naming it, and nothing left. One
     that is to be `new` replaces none: UserError."""
-    if path.exists() and not path.is_file():  # a device or a pipe, which nothing can replace
-        with naming(path), path.open("wb") as file:
+    if is_stream(path):
+        with naming(path), path.open("ab") as file:  # nothing replaces it, or what an open file has already
             file.write(content)
         return
     path = followed(path)  # a link stays one
@@ -279,6 +300,8 @@ def write_atomic(path: Path, content: bytes, new: bool = False) -> None:
 
 def require_writable(path: Path) -> None:
     """OSError naming a file that write_atomic() could not write, for one to be written after long work."""
+    if is_stream(path):
+        return
     try:
         with tempfile.TemporaryFile(dir=followed(path).parent):
             pass
@@ -304,6 +327,7 @@ def new_directory(out: Path) -> Iterator[Path]:
     """Yields an empty folder to fill, whose files become `out`'s if the block ends well; UserError if that is taken.
 
     What is there and empty may be a mount point, which cannot be renamed over: it is filled from a folder within."""
+    require_file(out, "choose another folder")
     there = out.is_dir()
     if out.is_file() or (there and set(os.listdir(out)) - {"lost+found"}):
         raise UserError(f"{out} is a file or a folder that is not empty — choose another folder, or delete it")
@@ -337,6 +361,19 @@ def is_special(path: Path) -> bool:
     return path.exists() and not path.is_file() and not path.is_dir()
 
 
+def is_stream(path: Path) -> bool:
+    """Whether what is written there goes to something that is open: a pipe, a device, or by the name of a descriptor
+    (/dev/stdout) even a file."""
+    return is_special(path) or bool(re.fullmatch(r"/dev/std(in|out|err)|(/dev|/proc/[\w/]+)/fd/\d+", str(path)))
+
+
+def require_file(path: Path, cure: str = "give a file") -> Path:
+    """The path; UserError for what may keep a reader waiting forever."""
+    if is_special(path):
+        raise UserError(f"{path} is a pipe, a socket or a device — {cure}")
+    return path
+
+
 def walk(folder: Path) -> list[Path]:
     """All that a folder holds at any depth, but folders, sorted. Links are followed, and no folder is read twice;
     OSError for one that cannot be read."""
@@ -359,7 +396,7 @@ def walk(folder: Path) -> list[Path]:
 def check_shard(path: Path) -> int:
     """Returns the number of tokens in a shard; UserError unless magic, version, count and size agree, and it
     has some."""
-    with naming(path), path.open("rb") as file:
+    with naming(path), require_file(path).open("rb") as file:
         header = file.read(12)
     magic, version, count = struct.unpack("<3i", header) if len(header) == 12 else (0, 0, 0)
     if (magic, version) != (MAGIC, VERSION) or count < 1 or path.stat().st_size != HEADER_BYTES + 2 * count:
@@ -388,6 +425,7 @@ ROWS = {
     "evaluation.curve": {int: "epoch not_finite"},
 }
 FINDING = {str: "outcome detail", float: "figure"}
+MOST = 2**63  # that a figure or a count may be; a setting may be anything that float32 holds
 UNTOUCHED = "give a finished run as it was left"
 SCORES = ("backward_looking", "mixture")  # what test-time training may name as its score
 FIGURES = ("sliding", "no_adaptation", *SCORES, "last_epoch")
@@ -448,7 +486,8 @@ def read_run(path: Path) -> Run:
             f"{path.parent} has no result.json, which a run writes at its end — give a finished run's folder"
         )
     try:
-        result = json.loads(path.read_bytes(), parse_int=bounded, parse_float=bounded, parse_constant=bounded)
+        content = require_file(path).read_bytes()
+        result = json.loads(content, parse_int=finite, parse_float=finite, parse_constant=finite)
         json.dumps(result, ensure_ascii=False).encode()  # no half of a character
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is no JSON of a run ({error}) — {UNTOUCHED}") from error
@@ -474,6 +513,8 @@ def require(path: Path, form: dict[type, str], place: str, part: Any) -> None:
             value = value_of(part, name)
             if type(value) is not kind and (type(value), kind) != (int, float):
                 raise UserError(f"{path} has no {place}{name} of type {kind.__name__} — {UNTOUCHED}")
+            if kind in (int, float) and not abs(value) < MOST:
+                raise UserError(f"{path} has {place}{name} {value:.3g}, which no run counts — {UNTOUCHED}")
 
 
 def require_figure(path: Path, place: str, figure: Any, finite: bool = False) -> None:
@@ -515,12 +556,20 @@ def check_form(path: Path, result: dict[str, Any]) -> None:
         raise UserError(f"{path} has seed {result['seed']} and another in its settings — {UNTOUCHED}")
 
 
-def bounded(digits: str) -> float:
-    """A number of JSON; ValueError for one that 64 bits could not count."""
+def finite(digits: str) -> float:
+    """A number of JSON; ValueError for one that is no finite float."""
     value = float(digits)
-    if not abs(value) < 2**63:
-        raise ValueError(f"{digits:.20} is no figure")
+    if not math.isfinite(value):
+        raise ValueError(f"{digits:.20} is no number")
     return value if set(digits) & set(".eE") else int(digits)
+
+
+def bounded(digits: str) -> float:
+    """A figure or a count; ValueError for one that 64 bits could not count."""
+    value = finite(digits)
+    if not abs(value) < MOST:
+        raise ValueError(f"{digits:.20} is no figure")
+    return value
 
 
 def value_of(value: Any, path: str) -> Any:
@@ -533,7 +582,7 @@ def value_of(value: Any, path: str) -> Any:
 def read_log(run: Run) -> tuple[bytes, bytes]:
     """Returns a run's log and the source that stands in it; UserError if the log is another run's or not there."""
     path = run.path.with_name("train.log")
-    log = path.read_bytes()
+    log = require_file(path).read_bytes()
     ids = re.findall(rb"^[* ]*RUN_ID=(.*?)\s*$", log, re.MULTILINE)
     if not ids:
         raise UserError(f"{path} names no RUN_ID — {UNTOUCHED}")
@@ -551,13 +600,13 @@ def read_arrays(path: Path, axes: dict[str, int]) -> "dict[str, np.ndarray]":
     import numpy as np
 
     try:
-        with np.load(path) as file:
+        with np.load(require_file(path)) as file:
             arrays = dict(file)
         fit = all(arrays[name].ndim == n and arrays[name].dtype.kind in "iuf" for name, n in axes.items())
         if not fit or len({arrays[name].shape[-1] for name in axes}) != 1:
             raise ValueError("shapes or types")
     except Exception as error:  # a damaged archive raises many kinds, errors of the system among them
-        if isinstance(error, OSError) and error.errno in ADVICE:
+        if isinstance(error, (UserError, MemoryError)) or (isinstance(error, OSError) and error.errno in ADVICE):
             raise
         raise UserError(f"{path} is damaged or unreadable ({type(error).__name__}: {error}) — {UNTOUCHED}") from error
     return arrays

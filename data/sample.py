@@ -3,7 +3,7 @@
 python data/sample.py
 """
 
-from common import UserError, check_shard, new_directory, place, run_tool, walk, write_atomic
+from common import UserError, check_shard, dataset_place, new_directory, run_tool, walk, write_atomic
 
 # isort: split
 import argparse
@@ -80,12 +80,12 @@ def choose_validation(candidates: list[np.ndarray]) -> set[int]:
 def build(out: Path) -> None:
     """Builds the sample dataset in the folder `out` and prints a summary."""
     began = time.monotonic()
-    texts = documents()
-    held_back = round(HELD_BACK * len(texts))
-    model = text.train_tokenizer(texts[held_back:], VOCAB_SIZE)
-    encoded = text.load_tokenizer(model, "the sample's tokenizer").encode(texts, return_type="numpy")
-    validation = choose_validation(encoded[:held_back])
     with new_directory(out) as directory:
+        texts = documents()
+        held_back = round(HELD_BACK * len(texts))
+        model = text.train_tokenizer(texts[held_back:], VOCAB_SIZE)
+        encoded = text.load_tokenizer(model, "the sample's tokenizer").encode(texts, return_type="numpy")
+        validation = choose_validation(encoded[:held_back])
         write_atomic(directory / FILES[2], model)
         lines = text.write_splits(directory, ((i in validation, tokens) for i, tokens in enumerate(encoded)))
     size = sum(len(document.encode()) for document in texts)
@@ -113,7 +113,7 @@ def is_whole(out: Path) -> bool:
 
 def main(parser: argparse.ArgumentParser) -> None:
     here = Path(__file__).resolve().parent
-    parser.add_argument("--out", type=place, default=here / "sample", help="default: %(default)s")
+    parser.add_argument("--out", type=dataset_place, default=here / "sample", help="default: %(default)s")
     out = parser.parse_args().out
     if is_whole(out):
         print(f"{out} is complete already (delete it to build it again)")

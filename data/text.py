@@ -9,11 +9,13 @@ from common import HEADER_BYTES, MAGIC, VERSION, UserError, naming, new_director
 import argparse
 import hashlib
 import heapq
-import io
 import json
 import os
 import random
 import re
+import signal
+import subprocess
+import sys
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -21,7 +23,7 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from itertools import chain
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import sentencepiece as spm
@@ -41,6 +43,15 @@ PARQUET_ROWS = 16  # read at once: each may have MAX_DOCUMENT_BYTES
 SPACE = "\u2581"  # SentencePiece's sign for a space
 # SentencePiece passes over what it trains on where it meets its own sign for the unknown, or NUL.
 UNTRAINABLE = "\u2585\0"
+# Trains in a process of its own, for SentencePiece hears no signal before it has ended: sentences come in, the model
+# goes out.
+TRAINER = """
+import io, json, sys, sentencepiece
+model = io.BytesIO()
+sentences = map(json.loads, sys.stdin.buffer)
+sentencepiece.SentencePieceTrainer.train(sentence_iterator=sentences, model_writer=model, **json.loads(sys.argv[1]))
+sys.stdout.buffer.write(model.getvalue())
+"""
 
 # 16 bytes that depend on text and seed alone, the document's identity and its place in the draw; and the text.
 Document = tuple[bytes, str]
@@ -100,8 +111,7 @@ def find_files(paths: Iterable[Path]) -> tuple[list[Path], int]:
             raise UserError(f"{path} does not exist — check the path")
         if not path.is_dir() and not kind_of(path):
             raise UserError(f"{path} is no .txt, .md, .jsonl (also .gz, .zst) or .parquet — give one")
-        if common.is_special(path):
-            raise UserError(f"{path} is a pipe, a socket or a device, and text is read twice — give a file")
+        common.require_file(path)  # text is read twice
         found += common.walk(path) if path.is_dir() else [path]
     texts = [path for path in found if kind_of(path)]
     if special := [ascii(str(path)) for path in texts if common.is_special(path)]:
@@ -199,6 +209,8 @@ def records(path: Path, separator: bytes) -> Iterator[bytes]:
     lines = re.split(rb"(?<!\r)\n", separator)
     either = re.compile(rb"\r?\n".join(map(re.escape, lines)))
     held = b""
+    if codec and not path.stat().st_size:
+        raise OSError("it is empty, which nothing compressed is")
     with naming(path), path.open("rb") as opened, pyarrow.input_stream(opened, compression=codec) as file:
         while block := file.read(READ_BYTES):
             held += block
@@ -233,17 +245,15 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> bytes:
     found = Counter(chain.from_iterable(pieces))
     frequent = [character for character, _ in found.most_common() if character not in UNTRAINABLE]
     rare = dict.fromkeys(map(ord, [*frequent[(vocab_size - RESERVED) // 2 :], *UNTRAINABLE]), " ")
-    model = io.BytesIO()
+    options = dict(
+        vocab_size=vocab_size,
+        **dict(model_type="bpe", byte_fallback=True, split_digits=True, num_threads=1, minloglevel=2),
+        **dict(normalization_rule_name="identity", remove_extra_whitespaces=False, add_dummy_prefix=False),
+        **dict(pad_id=PAD, bos_id=BOS, eos_id=EOS, unk_id=UNK),
+        required_chars=SPACE,  # else a text that begins to have spaces in validation has three bytes for each
+    )
     try:
-        spm.SentencePieceTrainer.train(
-            sentence_iterator=(piece.translate(rare) for piece in pieces),
-            model_writer=model,
-            vocab_size=vocab_size,
-            **dict(model_type="bpe", byte_fallback=True, split_digits=True, num_threads=1, minloglevel=2),
-            **dict(normalization_rule_name="identity", remove_extra_whitespaces=False, add_dummy_prefix=False),
-            **dict(pad_id=PAD, bos_id=BOS, eos_id=EOS, unk_id=UNK),
-            required_chars=SPACE,  # else a text that begins to have spaces in validation has three bytes for each
-        )
+        return train_apart((piece.translate(rare) for piece in pieces), options)
     except RuntimeError as error:
         most = re.search(r"Vocabulary size too high .* value <= (\d+)", str(error))
         if not most and "sentences_.empty" not in str(error):
@@ -252,12 +262,36 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> bytes:
         most = f"a vocabulary of {most[1]}" if most else "none"
         what = f"the training text ({count}) has too few pieces: for {most}"
         raise UserError(f"{what}, not {vocab_size} — add text, or lower --vocab-size") from error
-    return model.getvalue()
+
+
+def train_apart(sentences: Iterable[str], options: dict[str, Any]) -> bytes:
+    """The model that TRAINER makes of them, whose process ends with this call, however that ends. RuntimeError with
+    what it complained of, MemoryError, UserError if it was killed."""
+    command = [sys.executable, "-P", "-c", TRAINER, json.dumps(options)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as child:
+        try:
+            lines = (json.dumps(sentence, ensure_ascii=False) for sentence in sentences)
+            model, complaint = child.communicate("\n".join(lines).encode())
+        except BaseException:
+            child.kill()
+            child.wait()
+            raise
+    said = complaint.decode(errors="replace").strip()
+    if child.returncode and re.search("MemoryError|bad_alloc", said):
+        raise MemoryError
+    if child.returncode < 0 and not said:
+        name = signal.Signals(-child.returncode).name
+        raise UserError(f"{name} ended the process that trained the tokenizer — run it again")
+    if child.returncode:
+        raise RuntimeError(said.rpartition("RuntimeError: ")[2])
+    return model
 
 
 def load_tokenizer(model: bytes, name: str) -> spm.SentencePieceProcessor:
     """Loads a model file's content, BOS before each text; UserError naming it if its ids do not suit the shards."""
     try:
+        if not model:
+            raise RuntimeError("of an empty one SentencePiece makes a tokenizer without pieces")
         tokenizer = spm.SentencePieceProcessor(model_proto=model, add_bos=True)
     except RuntimeError as error:
         raise UserError(f"{name} is not a SentencePiece model — choose another --tokenizer") from error
@@ -419,7 +453,7 @@ def main(parser: argparse.ArgumentParser) -> None:
         metavar="INPUT",
         help="files or folders: .txt .md .jsonl (.gz .zst) .parquet",
     )
-    add("--out", type=place, required=True, help="the dataset's folder")
+    add("--out", type=common.dataset_place, required=True, help="the dataset's folder")
     add("--vocab-size", type=number(int, RESERVED + 1, 1 << 16), default=1024, help="pieces to train (default 1024)")
     add("--tokenizer", type=place, help="use this SentencePiece model and train none")
     understood = "\\n, \\r, \\t understood (default: none)"

@@ -19,6 +19,7 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -137,7 +138,9 @@ def test_a_pipe_that_closes_ends_quietly(tmp_path: Path, corpus: Path) -> None:
         (MemoryError(), ["memory"]),
         (torch.OutOfMemoryError("CUDA out of memory. Tried"), ["memory ran out", "less at once"]),
         (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory"), ["memory ran out", "less at once"]),
-        (RuntimeError("can't start new thread"), ["thread", "ulimit -u"]),
+        (RuntimeError("can't start new thread"), ["thread", "ulimit -u", "--threads"]),
+        (ModuleNotFoundError("No module named 'tqdm'", name="tqdm.std"), ["pip install tqdm"]),
+        (ModuleNotFoundError("No module named '_lzma'", name="_lzma"), ["this needs the module _lzma"]),
         (RuntimeError("Resource temporarily unavailable"), ["thread", "ulimit -u"]),
     ],
 )
@@ -146,7 +149,17 @@ def test_an_error_is_called_by_its_cause(error: Exception, words: list[str], mon
         raise error
 
     monkeypatch.setattr(text, "find_files", fail)
-    assert is_one_line_error(call(text, "a.txt", "--out", "b"), *words)
+    result = call(text, "a.txt", "--out", "b")
+    assert is_one_line_error(result, *words) and ("pip install" in result.err) == ("tqdm" in result.err)
+
+
+def test_an_option_is_advised_where_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(_: list[Path]) -> None:
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(plot, "read_runs", fail)
+    result = call(plot, "a", "--out", "b")
+    assert is_one_line_error(result, "ulimit -u") and "--threads" not in result.err
 
 
 def test_an_error_of_the_program_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -289,6 +302,47 @@ def test_a_signal_while_an_error_is_cleaned_up_leaves_nothing(tmp_path: Path, mo
     assert is_one_line_error(result, "0 distinct documents") and not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_training_a_tokenizer_is_interrupted(
+    tmp_path: Path, corpus: Path, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    """Within SentencePiece no signal is heard, so that it runs in a process of its own."""
+    started = tmp_path / "started"
+    code = f"import os, time\nopen({str(started)!r}, 'w').write(str(os.getpid()))\ntime.sleep(600)"
+    monkeypatch.setattr(text, "TRAINER", code)
+
+    def stop() -> None:
+        while not (started.exists() and started.read_text()):
+            time.sleep(0.01)
+        os.kill(os.getpid(), number)
+
+    thread = threading.Thread(target=stop)
+    thread.start()
+    began = time.monotonic()
+    result = call(text, corpus, "--out", tmp_path / "set", *OPTIONS)
+    thread.join()
+    assert result.code == 128 + number and time.monotonic() - began < 30
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["in.jsonl", "started"]
+    with pytest.raises(ProcessLookupError):
+        os.kill(int(started.read_text()), 0)
+
+
+@pytest.mark.parametrize(
+    ("trainer", "words"),
+    [
+        ("raise MemoryError", ["memory ran out"]),
+        ("import os, sys; sys.stderr.write('what(): std::bad_alloc'); sys.stderr.flush(); os.abort()", ["memory ran"]),
+        ("import os; os.kill(os.getpid(), 9)", ["SIGKILL ended the process that trained the tokenizer"]),
+    ],
+)
+def test_training_that_fails_is_one_line(
+    tmp_path: Path, corpus: Path, monkeypatch: pytest.MonkeyPatch, trainer: str, words: list[str]
+) -> None:
+    monkeypatch.setattr(text, "TRAINER", trainer)
+    assert is_one_line_error(call(text, corpus, "--out", tmp_path / "set", *OPTIONS), *words)
+    assert [path.name for path in tmp_path.iterdir()] == ["in.jsonl"]
+
+
 def test_a_signal_that_comes_later_ends_what_is_stuck(tmp_path: Path) -> None:
     code = f"""
 import common, os, signal
@@ -356,6 +410,40 @@ def test_a_device_is_written_to_and_not_replaced(tmp_path: Path) -> None:
 
 
 # ---------------------------------------------------------------------------------------------- folders
+
+
+def begun(*_: object) -> None:
+    raise AssertionError("the work has begun")
+
+
+@pytest.mark.parametrize("place", ["pipe.txt", "socket.txt", "device.txt"])
+def test_a_pipe_a_socket_or_a_device_is_no_folder(
+    tmp_path: Path, corpus: Path, monkeypatch: pytest.MonkeyPatch, place: str
+) -> None:
+    special_files(tmp_path)
+    monkeypatch.setattr(text, "build", begun)
+    assert is_one_line_error(call(text, corpus, "--out", tmp_path / place, *OPTIONS), f"{place} is a pipe", "another")
+
+
+def test_a_sample_that_cannot_be_written_is_not_built(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setattr(sample, "documents", begun)
+    assert is_one_line_error(call(sample, "--out", tmp_path / "file" / "sample"), "Not a directory")
+
+
+@pytest.mark.parametrize("tool", [text, sample, fineweb])
+def test_a_dataset_whose_name_no_setting_takes_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tool: ModuleType
+) -> None:
+    """DATA_PATH could not name it."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a\nb").mkdir()
+    inputs = ["a.txt"] if tool is text else []
+    for name in ("new\nline", "bell\a/set", "caf\udce9", "a\nb"):
+        assert is_one_line_error(call(tool, *inputs, "--out", name), ascii(name), "DATA_PATH", "another name")
+    monkeypatch.chdir(tmp_path / "a\nb")
+    assert is_one_line_error(call(tool, *inputs, "--out", "."), "DATA_PATH")
+    assert [path.name for path in tmp_path.iterdir()] == ["a\nb"]
 
 
 def test_an_empty_folder_that_cannot_be_replaced_is_filled(
@@ -603,6 +691,13 @@ def test_a_long_window_is_not_damage(tmp_path: Path) -> None:
     (tmp_path / "a.txt.zst").write_bytes(packer.compress(b"text " * 99) + packer.flush())
     result = call(text, tmp_path / "a.txt.zst", "--out", tmp_path / "set")
     assert is_one_line_error(result, "a.txt.zst", "window", "--long=31") and "damaged" not in result.err
+
+
+@pytest.mark.parametrize("suffix", [".gz", ".zst"])
+def test_an_empty_file_is_no_compressed_text(tmp_path: Path, suffix: str) -> None:
+    (tmp_path / f"a.txt{suffix}").touch()
+    result = call(text, tmp_path, "--out", tmp_path / "set")
+    assert is_one_line_error(result, f"a.txt{suffix} is damaged", "it is empty", "get it again")
 
 
 def write_table(path: Path, **columns: list) -> Path:
