@@ -5,7 +5,7 @@
 Run it again to go on after an interruption. The environment variables of huggingface_hub apply.
 """
 
-from common import UserError, check_shard, naming, number, place, run_tool
+from common import UserError, check_shard, dataset_place, naming, number, require_file, run_tool, write_atomic
 
 # isort: split
 import argparse
@@ -29,6 +29,7 @@ from text import load_tokenizer
 REPO = "willdepueoai/parameter-golf"
 REMOTE = "datasets"  # the folder of the repository that holds the manifest and all it names
 MOST_SHARDS = 1_000_000  # of a split: six digits number them
+KEPT = ".fineweb_commit"  # the name of a file beside the shards that says what they are of
 AGAIN = "run it again; if it stays so, look at what HF_ENDPOINT serves"
 
 
@@ -103,7 +104,7 @@ def fetch(paths: list[str], staging: Path, commit: str | None = None) -> str:
         with naming(staging):
             huggingface_hub.snapshot_download(REPO, **options)
     except Exception as error:  # the hub's, its HTTP library's (not the same in every release) or the system's
-        if getattr(error, "errno", None):
+        if getattr(error, "errno", None) or isinstance(error, MemoryError):
             raise
         status = getattr(getattr(error, "response", None), "status_code", None)
         if isinstance(error, errors.RepositoryNotFoundError) or status in (401, 403):
@@ -113,6 +114,33 @@ def fetch(paths: list[str], staging: Path, commit: str | None = None) -> str:
     for name in wanted:
         if not (staging / name).is_file():
             raise UserError(f"{name} did not come from {REPO} — {AGAIN}")
+    return commit
+
+
+def check(path: Path, name: str) -> None:
+    """UserError unless a file is a whole shard, or a tokenizer that suits the shards."""
+    check_shard(path) if path.suffix == ".bin" else load_tokenizer(require_file(path).read_bytes(), name)
+
+
+def check_there(paths: list[str], out: Path) -> None:
+    """UserError for one of some files that is below `out`, and damaged."""
+    for path in map(out.joinpath, paths):
+        if path.exists():
+            try:
+                check(path, str(path))
+            except UserError as error:
+                raise UserError(f"{str(error).partition(' — ')[0]} — delete it, then run this again") from error
+
+
+def kept_commit(variant: str, out: Path) -> str | None:
+    """The commit that a variant's shards below `out` are of, None if there are none; UserError if that is damaged."""
+    path = out / "datasets" / f"fineweb10B_{variant}" / KEPT
+    if not path.exists():
+        return None
+    commit = require_file(path).read_text(errors="replace").strip()
+    if not re.fullmatch("[0-9a-f]{40}", commit):
+        raise UserError(f"{path} holds no commit — delete it, then run this again")
+    print(f"commit {commit[:12]} of {REPO}, as the shards that are there (delete {path} for the newest)")
     return commit
 
 
@@ -126,7 +154,7 @@ def bring(paths: list[str], out: Path, commit: str) -> None:
         for path in missing:
             staged = partial / REMOTE / path
             try:
-                check_shard(staged) if staged.suffix == ".bin" else load_tokenizer(staged.read_bytes(), path)
+                check(staged, path)
             except UserError as error:
                 staged.unlink()
                 what = str(error).partition(" — ")[0].replace(str(staged), path)
@@ -138,18 +166,29 @@ def main(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--variant", default="sp1024", help="the tokenization (default sp1024)")
     add("--train-shards", type=number(int, 1), default=80, help="of 100 million tokens each (default 80)")
-    add("--out", type=place, default=Path(__file__).parent, help="gets datasets/, tokenizers/ (default: this folder)")
+    add(
+        "--out",
+        type=dataset_place,
+        default=Path(__file__).parent,
+        help="gets datasets/, tokenizers/ (default: this folder)",
+    )
     options = parser.parse_args()
     out = options.out
+    kept = kept_commit(options.variant, out)
     with staging(out) as partial:
-        commit = fetch(["manifest.json"], partial)
+        commit = fetch(["manifest.json"], partial, kept)
         manifest = (partial / REMOTE / "manifest.json").read_bytes()
     paths = find_variant(manifest, options.variant, options.train_shards)
+    check_there(paths, out)
+    folder = (out / paths[1]).parent
+    if not kept and not any((out / path).exists() for path in paths[1:]):  # else nobody knows what they are of
+        folder.mkdir(parents=True, exist_ok=True)
+        write_atomic(folder / KEPT, f"{commit}\n".encode())
     for some in paths[:1], paths[1:]:  # the tokenizer, the shards
         if not all((out / path).exists() for path in some):
             bring(some, out, commit)
     counts = [check_shard(out / path) for path in paths[1:]]
-    print(f"{(out / paths[1]).parent}: {sum(counts):,} tokens in {len(counts)} shards; tokenizer {out / paths[0]}")
+    print(f"{folder}: {sum(counts):,} tokens in {len(counts)} shards; tokenizer {out / paths[0]}")
 
 
 if __name__ == "__main__":

@@ -612,10 +612,8 @@ class HubHandler(BaseHTTPRequestHandler):
         self.close_connection = self.close_connection or cut
 
 
-@pytest.fixture
-def loopback(built_sample: tuple[Path, Path]) -> Iterator[LoopbackHub]:
-    """A hub with three training shards and one validation shard of the variant sp1024."""
-    pytest.importorskip("huggingface_hub", reason="huggingface_hub is not installed")
+def hub_files(model: bytes) -> dict[str, bytes]:
+    """The files of a repository with three training shards and one validation shard of the variant sp1024."""
     manifest = {
         "datasets": [
             {
@@ -635,14 +633,19 @@ def loopback(built_sample: tuple[Path, Path]) -> Iterator[LoopbackHub]:
         ],
     }
     folder = "datasets/datasets/fineweb10B_sp1024"
-    server = LoopbackHub(
-        {
-            "datasets/manifest.json": json.dumps(manifest).encode(),
-            "datasets/tokenizers/fineweb_1024_bpe.model": (built_sample[0] / "sample_1024_bpe.model").read_bytes(),
-            f"{folder}/fineweb_val_000000.bin": shard(1000),
-            **{f"{folder}/fineweb_train_{i:06d}.bin": shard(100_000 + i) for i in range(3)},
-        }
-    )
+    return {
+        "datasets/manifest.json": json.dumps(manifest).encode(),
+        "datasets/tokenizers/fineweb_1024_bpe.model": model,
+        f"{folder}/fineweb_val_000000.bin": shard(1000),
+        **{f"{folder}/fineweb_train_{i:06d}.bin": shard(100_000 + i) for i in range(3)},
+    }
+
+
+@pytest.fixture
+def loopback(built_sample: tuple[Path, Path]) -> Iterator[LoopbackHub]:
+    """A hub with hub_files()."""
+    pytest.importorskip("huggingface_hub", reason="huggingface_hub is not installed")
+    server = LoopbackHub(hub_files((built_sample[0] / "sample_1024_bpe.model").read_bytes()))
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05})
     thread.start()
     yield server
@@ -697,6 +700,63 @@ def test_download_goes_on_after_a_failure(loopback: LoopbackHub, tmp_path: Path)
     (out / name.removeprefix("datasets/")).write_bytes(shard(9)[:-1])
     result = download(loopback.url, out, "--train-shards", 3)
     assert is_one_line_error(result, "fineweb_train_000002.bin", "delete it")
+
+
+class Hub:
+    """Stands for fineweb.fetch(): a repository with hub_files(), whose newest commit can change."""
+
+    def __init__(self, files: dict[str, bytes]) -> None:
+        self.files = files
+        self.newest = "a" * 40
+        self.asked: list[tuple[str, str]] = []  # (file, commit)
+
+    def fetch(self, paths: list[str], staging: Path, commit: str | None = None) -> str:
+        commit = commit or self.newest
+        for path in paths:
+            self.asked.append((path, commit))
+            place = staging / "datasets" / path
+            place.parent.mkdir(parents=True, exist_ok=True)
+            place.write_bytes(self.files[f"datasets/{path}"])
+        return commit
+
+
+@pytest.fixture
+def hub(built_sample: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -> Hub:
+    found = Hub(hub_files((built_sample[0] / "sample_1024_bpe.model").read_bytes()))
+    monkeypatch.setattr(fineweb, "fetch", found.fetch)
+    return found
+
+
+def test_all_is_of_one_commit_over_several_runs(hub: Hub, tmp_path: Path) -> None:
+    def run(shards: int) -> Result:
+        hub.asked.clear()
+        result = call(fineweb, "--out", tmp_path, "--train-shards", shards)
+        assert result.code == 0, result.err
+        return result
+
+    note = tmp_path / FOLDER / fineweb.KEPT
+    assert str(note) not in run(1).out
+    hub.newest = "b" * 40
+    assert f"delete {note} for the newest" in run(2).out
+    assert hub.asked == [("manifest.json", "a" * 40), (f"{FOLDER}/fineweb_train_000001.bin", "a" * 40)]
+    note.unlink()
+    run(3)
+    assert {commit for _, commit in hub.asked} == {"b" * 40} and not note.exists()  # shards are of two now
+    note.write_text("x")
+    assert is_one_line_error(call(fineweb, "--out", tmp_path), str(note), "delete it")
+
+
+@pytest.mark.parametrize("content", [b"", b"no model", shard(9)])
+def test_a_tokenizer_that_is_there_and_damaged_is_found_before_the_download(
+    hub: Hub, tmp_path: Path, content: bytes
+) -> None:
+    model = tmp_path / "tokenizers" / "fineweb_1024_bpe.model"
+    model.parent.mkdir()
+    model.write_bytes(content)
+    result = call(fineweb, "--out", tmp_path, "--train-shards", 1)
+    assert is_one_line_error(result, str(model), "delete it, then run this again") and len(hub.asked) == 1
+    model.unlink()
+    assert call(fineweb, "--out", tmp_path, "--train-shards", 1).code == 0
 
 
 def test_two_downloads_into_one_folder_both_end_well(loopback: LoopbackHub, tmp_path: Path) -> None:
