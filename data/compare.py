@@ -4,7 +4,9 @@
 
 Only backward-looking figures count: single_pass's, epoch 1 of replay, or where it is the run's score their mixture with
 the prediction before adaptation. Intervals are by bootstrap over documents
-(Efron 1979), with the same draws for every run, so that the gain over the best is compared document by document.
+(Efron 1979), with the same draws for every run. How far a run is behind the best is the difference of their scores,
+document by document: the best has the lowest score, not the largest gain, and what there is without adaptation is not
+the same under other sizes of chunks and windows.
 """
 
 from common import Run, UserError, deliver, number, place, read_documents, read_run, read_scores, run_tool
@@ -13,6 +15,7 @@ from common import Run, UserError, deliver, number, place, read_documents, read_
 import argparse
 import math
 from pathlib import Path
+from warnings import catch_warnings, simplefilter
 
 import numpy as np
 
@@ -55,7 +58,8 @@ def interval(bits: np.ndarray, bytes_: np.ndarray, samples: int, seed: int) -> s
     bytes."""
     from scipy import stats
 
-    with np.errstate(divide="ignore", invalid="ignore"):
+    with np.errstate(divide="ignore", invalid="ignore"), catch_warnings():
+        simplefilter("ignore", stats.DegenerateDataWarning)  # of sets without bytes: that there is no interval says it
         found = stats.bootstrap(
             (bits, bytes_),
             lambda bits, bytes_, axis: bits.sum(axis) / bytes_.sum(axis),
@@ -106,7 +110,7 @@ def main(parser: argparse.ArgumentParser) -> None:
             shown["mixture_share"] = shown["mixture_lr"] = "–"
         totals = [figures[i].get(name) for name in ("no_adaptation", "backward_looking", "mixture")]
         rates = ["–" if bits is None else rate(bits, bytes_) for bits in totals]
-        behind = "–" if i == best else interval(gains[best] - gains[i], *draws)
+        behind = "–" if i == best else interval(scores[i] - scores[best], *draws)
         name = ascii(str(runs[i].path.parent))[1:-1].replace("|", "\\x7c")  # which would part two cells
         rows.append([name, *shown.values(), *rates, rate(gains[i], bytes_, "+"), interval(gains[i], *draws), behind])
     lines = ["| " + " | ".join(row) + " |" for row in rows]

@@ -75,7 +75,7 @@ class Run:
     epochs: dict[int, float] = field(default_factory=dict)  # of replay, from 1; NaN for what is not finite
     single_pass: float | None = None
     mixture: float | None = None  # of the one or the other with the prediction without adaptation
-    scored: tuple[str, ...] = ()  # weights and text of the result
+    scored: tuple[str, ...] = ()  # weights, text, and score of both without adaptation, as a legend shows it
     positions: dict[str, np.ndarray] = field(default_factory=dict)  # by figure, in spans of the document
     ends: tuple[int, ...] = ()  # of the spans, in tokens
     gains: dict[str, np.ndarray] = field(default_factory=dict)  # by figure, of documents with bytes, in their order
@@ -113,7 +113,7 @@ class Run:
         if "sliding" in found.figures:
             return
         bpb = {name: finite(figure["val_bpb"]) for name, figure in found.figures.items()}
-        self.scored = found.result["weights_sha256"], found.result["data"]["validation"]
+        self.scored = found.result["weights_sha256"], found.result["data"]["validation"], shown(bpb["no_adaptation"])
         self.no_adaptation, self.mixture = bpb["no_adaptation"], bpb.get("mixture")
         if found.result["settings"].get("ttt_protocol") == "single_pass":
             self.single_pass = bpb["backward_looking"]
@@ -184,7 +184,8 @@ def label_of(path: Path) -> str:
     from matplotlib import font_manager
 
     known = font_manager.get_font(font_manager.findfont(STYLE["font.family"])).get_charmap()
-    name = "".join(c if c.isprintable() and ord(c) in known else ascii(c)[1:-1] for c in "/".join(path.parts[-2:]))
+    parts = (path.parts or path.resolve().parts)[-2:]  # `.` has none
+    name = "".join(c if c.isprintable() and ord(c) in known else ascii(c)[1:-1] for c in "/".join(parts))
     if len(name) > LABEL:  # a legend would leave no room for the panels
         name = f"{name[: LABEL // 3]}…{name[1 - LABEL + LABEL // 3 :]}"
     return f" {name}" if name.startswith("_") else name
@@ -206,7 +207,7 @@ def read_runs(paths: list[Path]) -> list[Run]:
             run.read_result(path)  # a folder's, or named by itself
         if not (run.train or run.val or run.kinds or run.final):
             raise UserError(f"{path} has no figures of a run — give a log of train_gpt.py or of a reference script")
-        if run.scored and run.scored in [other.scored for other in runs]:  # without adaptation they are one
+        if run.scored and run.scored in [other.scored for other in runs]:  # whose line is drawn already
             run.no_adaptation = None
             run.positions.pop("no_adaptation", None)
         runs.append(run)
@@ -215,9 +216,7 @@ def read_runs(paths: list[Path]) -> list[Run]:
 
 def read_lines(log: Path, run: Run) -> None:
     """Takes in a log; UserError for one that is damaged."""
-    if common.is_special(log):
-        raise UserError(f"{log} is a pipe, a socket or a device — give a file")
-    with naming(log), log.open(encoding="utf-8", errors="replace") as lines:
+    with naming(log), common.require_file(log).open(encoding="utf-8", errors="replace") as lines:
         number = 0
         while line := lines.readline(LINE):
             number += 1
@@ -249,7 +248,8 @@ def draw_training(ax: Any, runs: list[Run], x: str, y: str) -> None:
 
 
 def named(runs: list[Run], run: Run) -> str:
-    """What comes before a figure in a legend: the run, unless each is another way to adapt one model."""
+    """What comes before a figure in a legend: the run, unless each is another way to adapt one model, which scores the
+    same without."""
     ways = {(run.single_pass is None, not run.epochs) for run in runs}
     return "" if len({run.scored for run in runs}) == 1 and len(ways) == len(runs) else f"{run.label}: "
 
@@ -438,9 +438,10 @@ def main(parser: argparse.ArgumentParser) -> None:
     prefix = options.out.with_suffix("") if options.out.suffix in (".png", ".svg") else options.out
     if prefix.name in ("", ".."):
         raise UserError(f"{options.out} names no file — give what the names of the pictures shall begin with")
-    prefix.parent.mkdir(parents=True, exist_ok=True)
     with matplotlib.rc_context(STYLE):
         figure = draw(runs, options.what)
+        prefix.parent.mkdir(parents=True, exist_ok=True)
+        common.require_writable(prefix)
         for suffix, metadata in ((".png", {"Software": None}), (".svg", {"Date": None, "Creator": None})):
             path, content = prefix.with_name(prefix.name + suffix), io.BytesIO()
             figure.savefig(content, format=suffix[1:], metadata=metadata)

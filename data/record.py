@@ -100,7 +100,7 @@ def describe(run: Run) -> dict[str, str]:
         [*parts, "zstd-22 in a container without pickle"] if run.result["quantised"] else ["unquantised"]
     )
     lora = f"; rank-{s['ttt_lora_rank']} LoRA adapted per document" if adapted else ""
-    rates = f" and with one at {s['ttt_mixture_lr']:g}" if s.get("ttt_mixture_lr") else ""
+    rates = f" and with one at {s['ttt_mixture_lr']}" if s.get("ttt_mixture_lr") else ""
     lora += f", mixed with the prediction without it{rates}" * (run.score_name == "mixture")
     return {
         "name": ", ".join([f"{s['num_layers']}L {s['model_dim']}d GPT", *parts, *swa, *adapted]),

@@ -6,6 +6,7 @@ numbers in its fields."""
 from __future__ import annotations
 
 import atexit
+import errno
 import functools
 import hashlib
 import io
@@ -18,11 +19,14 @@ import subprocess
 import sys
 import tempfile
 import time
+import warnings
 import xml.etree.ElementTree as ET
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
+import matplotlib.figure
 import matplotlib.image
 import numpy as np
 import pytest
@@ -763,6 +767,9 @@ def test_a_certificate_counts_only_with_its_rows_and_for_the_source_that_ran(
         (put("val_loss", math.nan), ["no JSON of a run"]),
         (put("val_loss", 10**400), ["no JSON of a run"]),
         (put("evaluation.seconds", 10**400), ["no JSON of a run"]),
+        (put("settings.grad_clip_norm", 10**400), ["no JSON of a run"]),
+        (put("evaluation.seconds", 2**63), ["evaluation.seconds 9.22e+18"]),
+        (put("val_loss", -1e300), ["val_loss -1e+300"]),
         (put("evaluation.seconds", [1]), ["evaluation.seconds"]),
         (put("seed", True), ["seed"]),
         (put("run_id", "\ud800"), ["no JSON of a run"]),
@@ -781,6 +788,32 @@ def test_refusals(change: Change, words: list[str], runs: Callable[..., list[Pat
     out.write_text("before")
     assert is_one_line_error(call(record, *runs(change), "--baseline-loss", BASELINE, "--out", out), *words)
     assert out.read_text() == "before"
+
+
+def test_a_setting_may_be_as_large_as_training_takes_it(runs: Callable[..., list[Path]], tmp_path: Path):
+    found = submit(tmp_path, *runs(*same(put("settings.grad_clip_norm", 1e20))), "--baseline-loss", BASELINE)
+    assert found["status"] == "record"
+
+
+def test_a_setting_of_an_odd_type_is_shown_as_it_is(runs: Callable[..., list[Path]], tmp_path: Path):
+    def change(result: dict[str, Any]) -> None:
+        mixture(result)
+        result["settings"]["ttt_mixture_lr"] = "0.01"
+
+    assert "and with one at 0.01" in submit(tmp_path, *runs(*same(change)))["blurb"]
+
+
+@pytest.mark.parametrize(
+    ("tool", "name"), [(record, "result.json"), (record, "train.log"), (compare, "ttt_documents.npz")]
+)
+def test_a_pipe_in_a_files_place_is_refused(
+    runs: Callable[..., list[Path]], tool: ModuleType, name: str, tmp_path: Path
+) -> None:
+    """Whoever opened it would wait forever."""
+    (path,) = runs(losses=LOSSES[:1])
+    path.with_name(name).unlink(missing_ok=True)
+    os.mkfifo(path.with_name(name))
+    assert is_one_line_error(call(tool, path.parent), f"{name} is a pipe", "give a file")
 
 
 def test_a_log_is_compared_with_its_result(runs: Callable[..., list[Path]], tmp_path: Path):
@@ -1047,7 +1080,7 @@ def test_mistakes_are_one_line(folder: Path, reference: Path, tmp_path: Path, mo
     out = "--out", tmp_path / "x"
     assert is_one_line_error(call(plot, tmp_path / "none", *out), "none")
     assert is_one_line_error(call(plot, tmp_path, *out), "train.log")
-    assert is_one_line_error(call(plot, reference, "--what", "ttt", *out), "ttt")
+    assert is_one_line_error(call(plot, reference, "--what", "ttt", "--out", tmp_path / "x" / "y"), "ttt")
     assert is_one_line_error(call(plot, folder, "--what", "pie", *out), "pie")
     assert is_one_line_error(call(plot, *[folder] * 8, *out), "8 runs")
     (tmp_path / "other.txt").write_bytes(b"\xff\xfe not a log")
@@ -1057,6 +1090,23 @@ def test_mistakes_are_one_line(folder: Path, reference: Path, tmp_path: Path, mo
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     assert is_one_line_error(call(plot, folder, *out), "pip install matplotlib")
     assert not list(tmp_path.glob("x*"))
+
+
+def test_a_picture_that_cannot_be_written_is_not_painted(
+    reference: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def read_only(*_: object, **__: object) -> None:
+        raise OSError(errno.EROFS, "Read-only file system", "tmp123")
+
+    monkeypatch.setattr(tempfile, "TemporaryFile", read_only)
+    monkeypatch.setattr(matplotlib.figure.Figure, "savefig", None)
+    found = call(plot, reference, "--what", "loss", "--out", tmp_path / "x")
+    assert is_one_line_error(found, f"error: {tmp_path / 'x'}: Read-only file system")
+
+
+def test_the_folder_at_hand_is_called_by_its_name(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(folder)
+    assert plot.label_of(Path(".")) == plot.label_of(folder) == f"{folder.parent.name}/ours"
 
 
 STEP = "step:{}/40 train_loss:{} train_time:{}ms step_avg:1ms\n"
@@ -1276,6 +1326,17 @@ def test_compare_weighs_documents_by_their_bytes(tmp_path: Path) -> None:
     assert (row["mixture"], row["mixture_share"]) == ("–", "–")
 
 
+def test_behind_the_best_is_by_the_score_whatever_there_was_without(tmp_path: Path) -> None:
+    """Other sizes of chunks and windows score otherwise without adaptation, too: the larger gain may be a worse run."""
+    bytes_ = np.full(40, 1000)
+    nats = bytes_ * math.log(2)
+    a = a_scored_run(tmp_path / "a", 2.4156 * nats, 2.3676 * nats, bytes_, ttt_chunk_size=64)
+    b = a_scored_run(tmp_path / "b", 2.3724 * nats, 2.3627 * nats, bytes_, ttt_chunk_size=256)
+    best, second = cells(call(compare, a, b, "--samples", 50).out)
+    assert (best["run"], best[BEHIND], second[BEHIND]) == (str(b), "–", "+0.0049 to +0.0049")
+    assert (best["gain"], second["gain"]) == ("+0.0097", "+0.0480")
+
+
 def test_compare_draws_a_documents_bits_together_with_its_bytes() -> None:
     """Documents of all sizes at one rate: whatever is drawn has that rate."""
     bytes_ = np.arange(1, 60) ** 2
@@ -1347,12 +1408,15 @@ def test_compare_gives_no_interval_of_documents_without_bytes(tmp_path: Path) ->
     without = np.full(60, 50.0)
     bytes_ = np.zeros(60, int)
     bytes_[:3] = 100
-    run = a_scored_run(tmp_path / "a", without, without - 1, bytes_)
-    result = call(compare, run, "--samples", 2000)
-    (row,) = cells(result.out)
-    assert (result.code, result.err, row[INTERVAL]) == (0, "", "none")
-    assert float(row["gain"]) == pytest.approx(60 / math.log(2) / 300, abs=5e-5)
-    assert "only 3 of 60 documents have bytes" in result.out and "nan" not in result.out
+    for name, gain in (("a", np.ones(60)), ("still", bytes_ / 100)):  # a set's bits without bytes are infinite, or NaN
+        run = a_scored_run(tmp_path / name, without, without - gain, bytes_)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")  # on a console they would stand above the table
+            result = call(compare, run, "--samples", 2000)
+        (row,) = cells(result.out)
+        assert (result.code, result.err, row[INTERVAL]) == (0, "", "none")
+        assert float(row["gain"]) == pytest.approx(gain.sum() / math.log(2) / 300, abs=5e-5)
+        assert "only 3 of 60 documents have bytes" in result.out and "nan" not in result.out
     bytes_[1:] = 0
     assert is_one_line_error(
         call(compare, a_scored_run(tmp_path / "b", without, without - 1, bytes_)), "fewer than two"
@@ -1372,6 +1436,15 @@ def test_compare_tells_whether_its_table_arrived(tmp_path: Path, place: str, cod
             assert b"\\u2013" in stream.buffer.getvalue()
     assert result.code == code
     assert not code or is_one_line_error(result, "standard output", "No space left")
+
+
+def test_too_little_memory_is_no_damage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(_: Path) -> None:
+        raise MemoryError
+
+    run = a_scored_run(tmp_path / "run", np.array([5.0, 6.0]), np.array([5.0, 5.5]), np.array([7, 8]))
+    monkeypatch.setattr(np, "load", fail)
+    assert is_one_line_error(call(compare, run), "memory ran out")
 
 
 @settings(deadline=None, max_examples=80, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -1407,6 +1480,21 @@ def test_two_evaluations_of_one_model_are_compared_and_drawn(tmp_path: Path) -> 
     assert legend(position) == ["no adaptation", "epoch 1, a valid score", "single pass, a valid score"]
     third = a_scored_run(tmp_path / "again", a, a - 3, b)
     assert "/again: " in legend(drawn(replay, other, third, what=("ttt",)).axes[0])[-1]
+
+
+def test_evaluations_that_differ_without_adaptation_are_both_drawn_so(tmp_path: Path) -> None:
+    a, b = np.array([50.0, 60.0]), np.array([7, 8])
+    one = a_scored_run(tmp_path / "one", a, a - 1, b)
+    other = a_scored_run(tmp_path / "other", a + 1, a - 2, b, ttt_chunk_size=64)
+    ttt, position = drawn(one, other, what=("ttt", "position")).axes
+    names = [f"{tmp_path.name}/{name}: " for name in ("one", "other")]
+    plain = [(nats.sum() / math.log(2) / 15) for nats in (a, a + 1)]
+    assert [label for label in legend(ttt) if "no adaptation" in label] == [
+        f"{name}no adaptation {bpb:.4f}" for name, bpb in zip(names, plain, strict=True)
+    ]
+    assert [label for label in legend(position) if "no adaptation" in label] == [
+        f"{name}no adaptation" for name in names
+    ]
 
 
 def test_the_mixture_is_drawn_as_a_valid_score_of_its_own(tmp_path: Path) -> None:
