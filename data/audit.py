@@ -13,6 +13,8 @@ import common
 
 # isort: split
 import argparse
+import contextlib
+import copy
 import hashlib
 import json
 import sys
@@ -32,6 +34,7 @@ NATS = {"float32": 1e-3, "bfloat16": 0.2}  # by which a target's score may diffe
 SHARE, ROUNDED = 1e-4, 5e-3  # by which a document's NLL may differ from the run's; where either is of bfloat16
 OPENING = 64  # tokens
 BLOCK = 1 << 24  # training tokens looked at together
+NO_NUMBER = 1e9  # which JSON has, for a difference that is none
 OUTCOMES = {True: "pass", False: "fail", None: "not judged"}
 
 
@@ -105,20 +108,31 @@ def causal(model, run, sample: Sample, before: dict, rng: np.random.Generator) -
     for i, (document, t) in enumerate(zip(sample.numbers.tolist(), points.tolist(), strict=True)):
         for name in before:
             seen, *others = (x[name][i][:t] for x in (before, repeat, after))  # token j is target j - 1
-            noise, change = (largest(x - seen) for x in others)
+            noise, change = (largest(seen, x) for x in others)
             row = {"document": document, "targets": int(sample.lengths[i]), "t": t, "figure": name}
             rows.append(row | {"backward_looking": not name.startswith("last"), "change": change, "repeat": noise})
-    judged = [row for row in rows if row["backward_looking"]]
-    worst = max(row["change"] for row in judged)
-    detail = f"nats by which a score of {len(sample.numbers)} documents moved"
+    return judge_causal(rows, len(sample.numbers)), rows
+
+
+def judge_causal(rows: list[dict], documents: int) -> Finding:
+    """What the rows show together. Where not even a repeat gives a number, a change cannot be told from none."""
+    scores = [row for row in rows if row["backward_looking"]]
+    judged = [row for row in scores if row["repeat"] < NO_NUMBER]
+    outcome = all(row["change"] <= row["repeat"] for row in judged)
+    detail = f"nats by which a score of {documents} documents moved"
     leak = [row["change"] for row in rows if not row["backward_looking"]]
     detail += f"; replay's last epoch, no score, by {max(leak):.3g}" if leak else ""
-    return Finding("causal", all(row["change"] <= row["repeat"] for row in judged), worst, detail), rows
+    if len(judged) < len(scores):
+        detail += f"; {len(scores) - len(judged)} of {len(scores)} scores are no numbers even when nothing is replaced"
+        outcome = None if outcome else False
+    return Finding("causal", outcome, max((row["change"] for row in judged), default=0.0), detail)
 
 
-def largest(differences: np.ndarray) -> float:
-    """The largest absolute value; 1e9, which JSON has, for what is no number."""
-    return float(np.nan_to_num(np.abs(differences), nan=1e9, posinf=1e9).max())
+def largest(ones: np.ndarray, others: np.ndarray) -> float:
+    """The largest difference; 0 of equal values, infinite ones included, and NO_NUMBER where it is no number."""
+    with np.errstate(invalid="ignore"):
+        differences = np.where(ones == others, 0.0, np.abs(np.subtract(others, ones)))
+    return float(np.nan_to_num(differences, nan=NO_NUMBER, posinf=NO_NUMBER).max())
 
 
 def normalised(model, run, sample: Sample, scored: list[np.ndarray], figure: str, rng: np.random.Generator) -> Finding:
@@ -127,7 +141,7 @@ def normalised(model, run, sample: Sample, scored: list[np.ndarray], figure: str
     count = min(DRAWN, int(sample.lengths.sum()))
     drawn = np.zeros(int(sample.lengths.sum()), bool)
     drawn[rng.choice(len(drawn), count, replace=False)] = True
-    errors, differences = [], []
+    sums, found, expected = [], [], []
     parts = np.split(drawn, np.cumsum(sample.lengths)[:-1])
     ends = [int(np.flatnonzero(here)[-1]) if here.any() else -1 for here in parts]
     bar = common.progress_bar("recomputing token after token", sum(ends) + len(ends))
@@ -142,14 +156,15 @@ def normalised(model, run, sample: Sample, scored: list[np.ndarray], figure: str
             token = int(document[position + 1])
             bar.update()
             if here[position]:
-                errors.append(np.exp(-nll.astype(np.float64)).sum() - 1)
-                differences.append(nll[token] - scored[i][position])
+                sums.append(np.exp(-nll.astype(np.float64)).sum())
+                found.append(nll[token])
+                expected.append(scored[i][position])
             return token
 
         reader = sequential.Sequential(model, run, int(sample.lengths[i]), choose, figure, int(document[0]))
         reader.read(int(sample.numbers[i]))
     bar.close()
-    error, difference = largest(np.array(errors)), largest(np.array(differences))
+    error, difference = largest(np.ones(count), np.array(sums)), largest(np.array(expected), np.array(found))
     allowed = NATS[str(run.dtype).split(".")[1]]
     detail = f"nats by which a score differs from its recomputed probability, at {count} targets; their sums are 1"
     detail += f" within {error:.1g}"
@@ -157,13 +172,14 @@ def normalised(model, run, sample: Sample, scored: list[np.ndarray], figure: str
 
 
 def repeated(left: common.Run, run, sample: Sample, scored: list[np.ndarray], figure: str) -> Finding:
-    """Whether the documents' NLL are what the run kept; where the deadline cut one off, it is not compared."""
+    """Whether the documents' NLL are what the run kept; what has none that is finite is not compared."""
     kept = common.read_scores(left)[figure][sample.numbers]
     again = np.array([nll.sum(dtype=np.float64) for nll in scored])
     finished = np.isfinite(kept)
     if not finished.any():
-        return Finding("repeated", None, 0.0, "the deadline cut off all drawn documents")
-    worst = largest((again / kept - 1)[finished])
+        why = "no drawn document has a finite score: a deadline cut it off, or it diverged"
+        return Finding("repeated", None, 0.0, why)
+    worst = largest(np.ones(finished.sum()), (again / kept)[finished])
     exact = {left.result["environment"]["dtype"], str(run.dtype).split(".")[1]} == {"float32"}
     detail = f"share by which {finished.sum()} documents' NLL differ from the run's"
     return Finding("repeated", worst <= (SHARE if exact else ROUNDED), worst, detail)
@@ -199,11 +215,19 @@ def documents_of(shards: list) -> Iterator[np.ndarray]:
 
 
 def disjoint(left: common.Run, stream, run) -> Finding:
-    """Share of validation documents that are training documents as well, and how many of the longer begin like one."""
+    """compare_with_training()'s, which cannot be judged where a shard is not there or not readable."""
     try:
-        shards = train_gpt.open_shards("train", run)
-    except train_gpt.UserError as error:
-        return Finding("disjoint", None, 0.0, str(error).split(" — ")[0])
+        with sequential.user_errors():
+            return compare_with_training(left, stream, run)
+    except (common.UserError, OSError) as error:
+        return Finding("disjoint", None, 0.0, common.explain(error).split(" — ")[0])
+
+
+def compare_with_training(left: common.Run, stream, run) -> Finding:
+    """Share of validation documents that are training documents as well, and how many of the longer begin like one."""
+    for path in Path(run.s.data_path).glob("fineweb_train_*.bin"):
+        common.require_file(path)
+    shards = train_gpt.open_shards("train", run)
     trained = left.result["data"].get("train")
     if trained and train_gpt.fingerprint(shards) != trained:
         return Finding("disjoint", None, 0.0, f"the shards in {run.s.data_path} are not those that were trained on")
@@ -244,8 +268,8 @@ def decodes(left: common.Run, documents: int) -> Finding:
     return Finding("decodes", right, float(size), detail)
 
 
-def certify(left: common.Run, documents: int, decode: bool) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """A run's findings, each printed as it is found, as result.json has them, and causal's rows."""
+def certify(left: common.Run, documents: int, decode: bool) -> bool:
+    """Whether no finding of a run fails. Each is printed and kept when it is found: what follows may take long."""
     model, run = sequential.open_run(left)
     stream = sequential.open_stream(left, run)
     tokenizer = sequential.open_tokenizer(left, run)
@@ -263,6 +287,7 @@ def certify(left: common.Run, documents: int, decode: bool) -> tuple[dict[str, A
         outcome = OUTCOMES[finding.outcome]
         print(f"{outcome:<10} {finding.name:<10} {finding.figure:.3g} {finding.detail}", flush=True)
         certificate["findings"][finding.name] = dict(outcome=outcome, figure=finding.figure, detail=finding.detail)
+        keep(left, certificate, rows)
 
     note(found)
     note(normalised(model, run, sample, scored, figure, rng))
@@ -271,14 +296,19 @@ def certify(left: common.Run, documents: int, decode: bool) -> tuple[dict[str, A
     note(disjoint(left, stream, run))
     if decode:
         note(decodes(left, documents))
-    return certificate, rows
+    return all(finding["outcome"] != "fail" for finding in certificate["findings"].values())
 
 
 def scored_run(path: Path) -> common.Run:
-    """A run with test-time training as it is now; UserError if there is none."""
+    """A run with test-time training as it is now; UserError if there is none, or if it is being scored."""
     left = common.read_run(path)
     if left.score_name == "sliding":
         raise common.UserError(f"{left.path} is of a sliding window — give runs with test-time training")
+    with contextlib.suppress(FileNotFoundError), common.require_file(left.path.with_name("train.log")).open() as log:
+        try:
+            train_gpt.lock(log)
+        except BlockingIOError as error:
+            raise common.UserError(f"{left.path.parent} is in use by a live run — wait for its end") from error
     return left
 
 
@@ -286,7 +316,7 @@ def keep(left: common.Run, certificate: dict[str, Any], rows: list[dict[str, Any
     """Adds a certificate to the run's result.json; UserError if that has changed since it was read, minutes ago."""
     if common.read_run(left.path).result != left.result:
         raise common.UserError(f"{left.path} has changed while it was examined — run it again")
-    left.result["evaluation"] |= dict(certificate=certificate, audit=rows)
+    left.result["evaluation"] |= copy.deepcopy(dict(certificate=certificate, audit=rows))
     common.write_atomic(left.path, json.dumps(left.result, indent=1).encode())
 
 
@@ -295,15 +325,12 @@ def main(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--documents", type=common.number(int, 1), default=2, metavar="K", help="default: 2")
     parser.add_argument("--decode", action="store_true", help="compress and expand K documents, too: it takes long")
     options = parser.parse_args()
+    if options.decode:
+        import compress  # noqa: F401 - it needs a package more, which is to be missed before the work
     for path in options.runs:
         common.require_writable(scored_run(path).path)
-    failed = False
-    for path in options.runs:
-        left = scored_run(path)
-        certificate, rows = certify(left, options.documents, options.decode)
-        keep(left, certificate, rows)
-        failed |= any(finding["outcome"] == "fail" for finding in certificate["findings"].values())
-    if failed:
+    passed = [certify(scored_run(path), options.documents, options.decode) for path in options.runs]
+    if not all(passed):
         sys.exit(1)
 
 

@@ -6,6 +6,7 @@ import errno
 import json
 import os
 import shutil
+import sys
 import tempfile
 from pathlib import Path
 
@@ -211,17 +212,89 @@ def test_a_result_that_changes_meanwhile_is_kept(mixed: Path, tmp_path: Path, mo
     shutil.copytree(mixed, folder)
     newer = json.dumps(result_of(folder) | {"seconds_of_a_session_more": 1.0})
 
-    empty = dict(source_sha256="a", documents=1, findings={}), []
-
-    def certify(*_: object) -> tuple[dict, list]:
+    def causal(*_: object) -> tuple:
         (folder / "result.json").write_text(newer)
-        return empty
+        return audit.Finding("causal", True, 0.0, "said"), []
 
-    monkeypatch.setattr(audit, "certify", certify)
-    assert is_one_line_error(call(audit, folder), "has changed", "again")
+    with monkeypatch.context() as patch:
+        patch.setattr(audit, "causal", causal)
+        assert is_one_line_error(call(audit, folder, "--documents", 1), "has changed", "again")
     assert (folder / "result.json").read_text() == newer
-    monkeypatch.setattr(audit, "certify", lambda *_: empty)
-    assert call(audit, folder, folder).code == 0  # the second time it reads what the first has added
+    assert call(audit, folder, folder, "--documents", 1).code == 0  # the second time it reads what the first has added
+
+
+def test_what_is_found_is_kept_before_what_follows(
+    mixed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "run"
+    shutil.copytree(mixed, folder)
+
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(audit, "normalised", interrupted)
+    assert call(audit, folder, "--documents", 1).code == 130
+    evaluation = result_of(folder)["evaluation"]
+    assert list(evaluation["certificate"]["findings"]) == ["causal"] and len(evaluation["audit"]) == 3
+
+
+def test_a_package_that_decoding_needs_is_missed_before_the_work(mixed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "constriction", None)
+    monkeypatch.delitem(sys.modules, "compress", raising=False)
+    found = call(audit, mixed, "--decode")
+    assert is_one_line_error(found, "pip install constriction") and not found.out
+
+
+def test_a_run_that_is_being_scored_is_left_alone(mixed: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    shutil.copytree(mixed, folder)
+    with (folder / "train.log").open("a") as log:
+        audit.train_gpt.lock(log)
+        found = call(audit, folder)
+    assert is_one_line_error(found, str(folder), "in use by a live run") and not found.out
+
+
+@pytest.mark.parametrize("error", [OSError(errno.EIO, "Input/output error", "a.bin"), "cut off"])
+def test_training_shards_that_cannot_be_read_are_not_judged(
+    mixed: Path, monkeypatch: pytest.MonkeyPatch, error: OSError | str
+) -> None:
+    left = audit.common.read_run(mixed)
+    _, run = audit.sequential.open_run(left)
+    stream = audit.sequential.open_stream(left, run)
+
+    def fail(*_: object) -> None:
+        raise error if isinstance(error, OSError) else audit.train_gpt.UserError(f"a.bin {error} — make it again")
+
+    monkeypatch.setattr(audit, "documents_of", fail)
+    finding = audit.disjoint(left, stream, run)
+    assert finding.outcome is None and "a.bin" in finding.detail and " — " not in finding.detail
+
+
+@pytest.mark.parametrize(
+    ("values", "outcome", "words"),  # of a target's score at first, repeated, and with other tokens later
+    [
+        ((np.inf, np.inf, np.inf), True, []),
+        ((np.inf, np.inf, 3.0), False, []),
+        ((2.0, 2.0, np.inf), False, []),
+        ((np.nan, np.nan, np.nan), None, ["1 of 3 scores are no numbers"]),
+        ((np.nan, np.nan, 3.0), None, ["1 of 3 scores are no numbers"]),
+    ],
+)
+def test_a_score_that_is_no_number_passes_only_where_it_stays_the_same(
+    mixed: Path, monkeypatch: pytest.MonkeyPatch, values: tuple[float, ...], outcome: bool | None, words: list[str]
+) -> None:
+    left = audit.common.read_run(mixed)
+    model, run = audit.sequential.open_run(left)
+    stream = audit.sequential.open_stream(left, run)
+    sample = audit.draw(stream, run, 1, np.random.default_rng(0))
+    names = "no_adaptation", "single_pass", "mixture"
+    traces = [{name: [np.ones(sample.lengths[0])] for name in names} for _ in values]
+    for found, value in zip(traces, values, strict=True):
+        found["mixture"][0][0] = value
+    before, *others = traces
+    monkeypatch.setattr(audit, "trace", lambda *_: others.pop(0))
+    finding, _ = audit.causal(model, run, sample, before, np.random.default_rng(0))
+    assert finding.outcome is outcome and all(word in finding.detail for word in words)
 
 
 def test_documents_that_begin_alike_are_counted_among_those_that_are_long_enough(
