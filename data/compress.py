@@ -49,7 +49,7 @@ FREE, RATIO = 1 << 24, 64  # bytes that any frame may expand to, and further one
 MOST_DELIMITERS = 1 << 30  # bytes, of all delimiters of a file
 HEAD = {str: "artifact tokenizer figure delimiter machine source sha256", dict: "settings versions"}
 DAMAGED = "is damaged or no file of compress.py — get it again"
-CUT_OFF = "the deadline cut off all documents"
+CUT_OFF = "no document has a finite score (a deadline cut it off, or it diverged)"
 UNKNOWN = "\ud800", "\udfff"  # Python's characters for bytes that are not UTF-8 lie between these
 
 
@@ -185,12 +185,8 @@ def chosen_figure(left: common.Run, figure: str | None) -> str:
 def quantised(nll: np.ndarray) -> np.ndarray:
     """Whole float64 numbers (vocabulary,), one for each token: its count less the one that constriction adds, so that
     counts are COUNTS together and no token is impossible. UserError for what is no distribution."""
-    probabilities = np.exp(-nll.astype(np.float64))
+    probabilities = sequential.probabilities(nll)
     total = COUNTS - len(nll)
-    if not 0 < probabilities.sum() < math.inf:
-        raise UserError(
-            "the model predicts no probabilities: their sum is 0, infinite or NaN — use a run whose score is finite"
-        )
     counts = np.floor(probabilities * (total / probabilities.sum()))
     counts[counts.argmax()] += total - counts.sum()
     return counts
@@ -341,7 +337,7 @@ def require_same(head: dict[str, Any], codec: Codec, path: Path) -> None:
 
 def report(options: argparse.Namespace, text: str) -> None:
     """Prints what was done; on stderr where OUTPUT is a pipe or a device, which may be stdout itself."""
-    print(text, file=sys.stderr if common.is_special(options.output) else sys.stdout)
+    print(text, file=sys.stderr if common.is_stream(options.output) else sys.stdout)
 
 
 def compress(left: common.Run, options: argparse.Namespace) -> None:
@@ -406,7 +402,7 @@ def expand(left: common.Run, options: argparse.Namespace) -> None:
 def check_documents(left: common.Run, figure: str | None, count: int) -> list[dict[str, Any]]:
     """Compresses and expands documents that the run scored, drawn by its seed. A row each: its number, targets and
     bytes of text, `score` and `size` in bytes, whether the size is as the score says, and the text what it was. No row
-    where a deadline cut off all documents."""
+    where no document has a finite score."""
     codec = Codec.open(left, figure)
     stream = sequential.open_stream(left, codec.run)
     nll = common.read_scores(left)[codec.figure]
@@ -433,7 +429,7 @@ def check(left: common.Run, options: argparse.Namespace) -> None:
     began = time.monotonic()
     rows = check_documents(left, options.figure, options.documents)
     if not rows:
-        raise UserError(f"{CUT_OFF} of {left.path} — score again with more EVAL_MAX_SECONDS")
+        raise UserError(f"{left.path}: {CUT_OFF} — score again with more EVAL_MAX_SECONDS, or other weights")
     lines = []
     for row in rows:
         outcome = "pass" if row["as_scored"] and row["same"] else "fail"
@@ -446,6 +442,17 @@ def check(left: common.Run, options: argparse.Namespace) -> None:
     common.deliver("\n".join(lines))
     if not all(row["as_scored"] and row["same"] for row in rows):
         sys.exit(1)
+
+
+def require_new(output: Path) -> None:
+    """UserError or OSError unless a new file can be made there, or something open takes what is written."""
+    if not output.parent.is_dir():
+        raise UserError(f"{output}: there is no folder {output.parent} — make it, or choose another")
+    if output.is_dir():
+        raise UserError(f"{output} is a folder — give the name of a new file")
+    if output.is_file() and not common.is_stream(output):
+        raise UserError(f"{output} is there already — delete it, or choose another name")
+    common.require_writable(output)
 
 
 def main(parser: argparse.ArgumentParser) -> None:
@@ -467,12 +474,8 @@ def main(parser: argparse.ArgumentParser) -> None:
             figures = NO_ADAPTATION, ADAPTED, MIXTURE, LAST_EPOCH
             sub.add_argument("--figure", choices=figures, help="whose predictions are used (default: the score's)")
     options = parser.parse_args()
-    if getattr(options, "output", None) and not options.output.parent.is_dir():
-        raise UserError(f"{options.output}: there is no folder {options.output.parent} — make it, or choose another")
-    if getattr(options, "output", None) and options.output.is_dir():
-        raise UserError(f"{options.output} is a folder — give the name of a new file")
-    if getattr(options, "output", None) and options.output.is_file():
-        raise UserError(f"{options.output} is there already — delete it, or choose another name")
+    if getattr(options, "output", None):
+        require_new(options.output)
     options.command(common.read_run(options.run), options)
 
 

@@ -18,7 +18,9 @@ from sequential import train_gpt
 
 
 def sample(nll: np.ndarray, temperature: float, top_k: int, rng: np.random.Generator) -> int:
-    """A token drawn from probabilities ∝ exp(-nll / temperature), among the `top_k` likeliest unless that is 0."""
+    """A token drawn from probabilities ∝ exp(-nll / temperature), among the `top_k` likeliest unless that is 0.
+    UserError for what is no distribution."""
+    sequential.probabilities(nll)
     order = np.argsort(nll, kind="stable")[: top_k or None]
     if temperature < 1e-6:  # float64 could not hold the difference to the likeliest
         return int(order[0])

@@ -36,8 +36,10 @@ def user_errors() -> Iterator[None]:
 
 
 def require(left: common.Run, run: train_gpt.Run, name: str) -> None:
-    """UserError where the path in a setting that the run had leads nowhere."""
+    """UserError where the path in a setting that the run had leads nowhere, or to what is no file."""
     path = getattr(run.s, name)
+    for file in (Path(path), *Path(path).glob("fineweb_val_*.bin")):  # of a dataset what is scored
+        common.require_file(file)
     if os.path.exists(path) or not left.result["settings"].get(name):
         return
     what = f"{name.upper()}={path}, as {left.path} has it,"
@@ -54,7 +56,11 @@ def open_run(left: common.Run, device: str = "auto") -> tuple[train_gpt.GPT, tra
     kept["eval_only"] = kept.get("eval_only") or str(left.path.with_name("final_model.ptz"))
     paths = {"eval_only", "data_path", "tokenizer_path"} & kept.keys()
     kept |= {name: train_gpt.located(str(kept[name]), left.path) for name in paths}
-    kept |= {"output_dir": str(left.path.parent), "resume": False, "compile": 0, "device": device}
+    for name in paths:
+        if not kept[name].isprintable():  # no setting may be so
+            what = f"{ascii(kept[name])[1:-1]} has characters that cannot be printed"
+            raise common.UserError(f"{what} — rename the file or the folder")
+    kept |= {"output_dir": "", "resume": False, "compile": 0, "device": device}  # nothing is written
     texts = {name.upper(): str(int(value) if isinstance(value, bool) else value) for name, value in kept.items()}
     with user_errors():
         run = train_gpt.Run(train_gpt.Settings.from_env(texts))
@@ -89,6 +95,15 @@ def open_tokenizer(left: common.Run, run: train_gpt.Run) -> sentencepiece.Senten
     if hashlib.sha256(Path(run.s.tokenizer_path).read_bytes()).hexdigest() != left.result["data"]["tokenizer"]:
         raise common.UserError(f"{run.s.tokenizer_path} is another tokenizer than {left.path} had — {common.UNTOUCHED}")
     return tokenizer
+
+
+def probabilities(nll: np.ndarray) -> np.ndarray:
+    """Of the tokens, float64 (vocabulary,); UserError for what is no distribution."""
+    found = np.exp(-nll.astype(np.float64))
+    if not 0 < found.sum() < math.inf:
+        what = "the model predicts no probabilities: their sum is 0, infinite or NaN"
+        raise common.UserError(f"{what} — use a run whose score is finite")
+    return found
 
 
 class Enough(Exception):

@@ -10,6 +10,7 @@ import math
 import os
 import random
 import struct
+import tempfile
 import tracemalloc
 from pathlib import Path
 
@@ -171,6 +172,35 @@ def test_a_pipe_gets_the_data_alone(replayed: Path, tmp_path: Path) -> None:
         assert found.code == 0 and not found.out and "tokens/s" in found.err
         (tmp_path / "file").write_bytes(data)
     assert data == b"abc"
+
+
+def test_standard_output_may_be_a_file(replayed: Path, tmp_path: Path) -> None:
+    (tmp_path / "in").write_bytes(b"abc")
+    assert call(compress, "compress", replayed, tmp_path / "in", tmp_path / "file").code == 0
+    kept = os.dup(1)
+    try:
+        with (tmp_path / "out").open("wb") as file:
+            os.dup2(file.fileno(), 1)
+        os.write(1, b"before ")
+        found = call(compress, "expand", replayed, tmp_path / "file", "/dev/stdout")
+    finally:
+        os.dup2(kept, 1)
+        os.close(kept)
+    assert found.code == 0 and not found.out and "wrote /dev/stdout" in found.err
+    assert (tmp_path / "out").read_bytes() == b"before abc"
+
+
+def test_a_folder_that_cannot_be_written_is_found_first(
+    made: Path, mixed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def read_only(*_: object, dir: Path, **__: object) -> None:
+        raise OSError(errno.EROFS, "Read-only file system", str(dir / "tmp123"))
+
+    monkeypatch.setattr(tempfile, "TemporaryFile", read_only)
+    monkeypatch.setattr(sequential, "open_run", None)  # no work is begun
+    for command in ("compress", "expand"):
+        found = call(compress, command, mixed, made, tmp_path / "out")
+        assert is_one_line_error(found, f"error: {tmp_path / 'out'}: Read-only file system")
 
 
 @pytest.mark.parametrize("links", [True, False])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -74,6 +75,42 @@ def test_draws_follow_temperature_and_top_k() -> None:
     shares = np.bincount([generate.sample(nll, 0.5, 2, rng) for _ in range(4000)], minlength=4) / 4000
     assert shares == pytest.approx([0, 0.64, 0, 0.36], abs=0.03)  # 0.4 and 0.3, squared
     assert generate.sample(nll, 0, 0, rng) == 1
+
+
+def test_predictions_that_are_none_are_one_line() -> None:
+    for bad in (np.nan, np.inf, -np.inf):
+        with pytest.raises(common.UserError, match="no probabilities"):
+            generate.sample(np.full(4, bad), 1.0, 0, np.random.default_rng(0))
+
+
+def with_settings(folder: Path, source: Path, **settings: str) -> Path:
+    """A copy of a run whose result has other settings."""
+    shutil.copytree(source, folder)
+    result = json.loads((folder / "result.json").read_text())
+    result["settings"] |= settings
+    (folder / "result.json").write_text(json.dumps(result))
+    return folder
+
+
+def test_a_folder_of_any_name_is_opened_unless_a_setting_would_have_to_name_it(folder: Path, tmp_path: Path) -> None:
+    """As one that was renamed: the artifact's path is the folder's, where settings name none."""
+    named = with_settings(tmp_path / "two\nlines", folder)
+    assert call(generate, named, "--tokens", 1).code == 0
+    nameless = with_settings(tmp_path / "three\nlines", folder, eval_only="")
+    found = call(generate, nameless, "--tokens", 1)
+    assert is_one_line_error(found, "three\\nlines", "cannot be printed", "rename") and "OUTPUT_DIR" not in found.err
+
+
+def test_pipes_in_the_places_of_files_are_refused(folder: Path, tmp_path: Path) -> None:
+    data = tmp_path / "data"
+    data.mkdir()
+    os.mkfifo(data / "fineweb_val_000000.bin")
+    os.mkfifo(tmp_path / "pipe.model")
+    other = with_settings(tmp_path / "a", folder, tokenizer_path=str(tmp_path / "pipe.model"))
+    assert is_one_line_error(call(generate, other), "pipe.model is a pipe")
+    other = with_settings(tmp_path / "b", folder, data_path=str(data))
+    found = call(scored.tool("compress"), "check", other)
+    assert is_one_line_error(found, "fineweb_val_000000.bin is a pipe")
 
 
 def test_a_text_ends_with_the_next_ones_bos(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
