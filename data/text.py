@@ -20,6 +20,7 @@ import time
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from functools import partial
 from itertools import chain
 from pathlib import Path
@@ -270,11 +271,14 @@ def train_apart(sentences: Iterable[str], options: dict[str, Any]) -> bytes:
     command = [sys.executable, "-P", "-c", TRAINER, json.dumps(options)]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as child:
         try:
-            lines = (json.dumps(sentence, ensure_ascii=False) for sentence in sentences)
-            model, complaint = child.communicate("\n".join(lines).encode())
+            with suppress(BrokenPipeError):  # it has ended, and says why
+                child.stdin.writelines(f"{json.dumps(x, ensure_ascii=False)}\n".encode() for x in sentences)
+            model, complaint = child.communicate()
         except BaseException:
             child.kill()
             child.wait()
+            with suppress(OSError):  # of what it has not read
+                child.stdin.close()
             raise
     said = complaint.decode(errors="replace").strip()
     if child.returncode and re.search("MemoryError|bad_alloc", said):

@@ -46,10 +46,14 @@ def written(count: int, seed: int = 0) -> list[str]:
     return [" ".join(rng.choices(words, k=30)) for _ in range(count)]
 
 
+def write_corpus(path: Path, count: int) -> None:
+    path.write_text("".join(json.dumps({"text": document}) + "\n" for document in written(count)))
+
+
 @pytest.fixture
 def corpus(tmp_path: Path) -> Path:
     path = tmp_path / "in.jsonl"
-    path.write_text("".join(json.dumps({"text": document}) + "\n" for document in written(40)))
+    write_corpus(path, 40)
     return path
 
 
@@ -302,11 +306,12 @@ def test_a_signal_while_an_error_is_cleaned_up_leaves_nothing(tmp_path: Path, mo
     assert is_one_line_error(result, "0 distinct documents") and not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize(("number", "count"), [(signal.SIGINT, 1000), (signal.SIGTERM, 1000), (signal.SIGTERM, 40)])
 def test_training_a_tokenizer_is_interrupted(
-    tmp_path: Path, corpus: Path, monkeypatch: pytest.MonkeyPatch, number: int
+    tmp_path: Path, corpus: Path, monkeypatch: pytest.MonkeyPatch, number: int, count: int
 ) -> None:
-    """Within SentencePiece no signal is heard, so that it runs in a process of its own."""
+    """Within SentencePiece no signal is heard, so that it runs in a process of its own. It may not have read all."""
+    write_corpus(corpus, count)
     started = tmp_path / "started"
     code = f"import os, time\nopen({str(started)!r}, 'w').write(str(os.getpid()))\ntime.sleep(600)"
     monkeypatch.setattr(text, "TRAINER", code)
@@ -338,6 +343,7 @@ def test_training_a_tokenizer_is_interrupted(
 def test_training_that_fails_is_one_line(
     tmp_path: Path, corpus: Path, monkeypatch: pytest.MonkeyPatch, trainer: str, words: list[str]
 ) -> None:
+    write_corpus(corpus, 1000)  # more than a pipe holds
     monkeypatch.setattr(text, "TRAINER", trainer)
     assert is_one_line_error(call(text, corpus, "--out", tmp_path / "set", *OPTIONS), *words)
     assert [path.name for path in tmp_path.iterdir()] == ["in.jsonl"]
