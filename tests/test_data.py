@@ -654,14 +654,12 @@ def loopback(built_sample: tuple[Path, Path]) -> Iterator[LoopbackHub]:
     thread.join()
 
 
-def download(
-    endpoint: str, out: Path, *arguments: object, program: tuple[str, ...] = ("fineweb.py",), **environment: str
-) -> Result:
+def download(endpoint: str, out: Path, *arguments: object, **environment: str) -> Result:
     """Runs fineweb.py against an endpoint, without the token and cache of whoever runs the tests."""
     kept = [name for name in os.environ if not name.startswith("HF_") and "proxy" not in name.lower()]
     clean = {name: os.environ[name] for name in kept}
     run = subprocess.run(
-        [sys.executable, *program, "--out", out, *map(str, arguments)],
+        [sys.executable, "fineweb.py", "--out", out, *map(str, arguments)],
         cwd=DATA,
         env={**clean, "HF_ENDPOINT": endpoint, "HF_HOME": str(out.parent / "hf"), **environment},
         capture_output=True,
@@ -797,17 +795,17 @@ def test_shards_may_lie_on_another_file_system(loopback: LoopbackHub, tmp_path: 
 
 
 @pytest.mark.parametrize("wrong", [b"<html>Not the file</html>" * 99, shard(50)[:-2], shard(50) + b"\0\0", shard(0)])
-def test_download_refuses_a_wrong_file(loopback: LoopbackHub, tmp_path: Path, wrong: bytes) -> None:
-    loopback.files[f"datasets/{FOLDER}/fineweb_train_000000.bin"] = wrong
-    result = download(loopback.url, tmp_path / "data", "--train-shards", 1)
+def test_download_refuses_a_wrong_file(hub: Hub, tmp_path: Path, wrong: bytes) -> None:
+    hub.files[f"datasets/{FOLDER}/fineweb_train_000000.bin"] = wrong
+    result = call(fineweb, "--out", tmp_path / "data", "--train-shards", 1)
     assert is_one_line_error(result, f"error: {FOLDER}/fineweb_train_000000.bin is not", "run it again")
     assert "partial" not in result.err and "delete" not in result.err
     assert not list(tmp_path.rglob("fineweb_train_000000.bin"))
 
 
-def test_download_refuses_a_wrong_tokenizer(loopback: LoopbackHub, tmp_path: Path) -> None:
-    loopback.files["datasets/tokenizers/fineweb_1024_bpe.model"] = b"no model"
-    result = download(loopback.url, tmp_path / "data", "--train-shards", 1)
+def test_download_refuses_a_wrong_tokenizer(hub: Hub, tmp_path: Path) -> None:
+    hub.files["datasets/tokenizers/fineweb_1024_bpe.model"] = b"no model"
+    result = call(fineweb, "--out", tmp_path / "data", "--train-shards", 1)
     assert is_one_line_error(result, "error: tokenizers/fineweb_1024_bpe.model is not", "run it again")
     assert "--tokenizer" not in result.err and not list(tmp_path.rglob("*.model"))
 
@@ -820,8 +818,8 @@ def test_download_refuses_a_wrong_tokenizer(loopback: LoopbackHub, tmp_path: Pat
         (["--train-shards", 4], ["3 training shards"]),
     ],
 )
-def test_download_mistakes(loopback: LoopbackHub, tmp_path: Path, arguments: list[object], words: list[str]) -> None:
-    assert is_one_line_error(download(loopback.url, tmp_path / "data", *arguments), *words)
+def test_download_mistakes(hub: Hub, tmp_path: Path, arguments: list[object], words: list[str]) -> None:
+    assert is_one_line_error(call(fineweb, "--out", tmp_path / "data", *arguments), *words)
 
 
 def test_download_needs_and_takes_a_token(loopback: LoopbackHub, tmp_path: Path) -> None:
@@ -836,11 +834,24 @@ def test_download_offline(loopback: LoopbackHub, tmp_path: Path) -> None:
     assert is_one_line_error(download(loopback.url, tmp_path / "data", HF_HUB_OFFLINE="1"), "HF_HUB_OFFLINE")
 
 
-def test_download_without_space(loopback: LoopbackHub, tmp_path: Path) -> None:
-    code = "import huggingface_hub, fineweb\ndef full(*_, **__): raise OSError(28, 'No space left on device', 'a.bin')"
-    code += "\nhuggingface_hub.snapshot_download = full\nfineweb.run_tool(fineweb.main)"
-    result = download(loopback.url, tmp_path / "data", program=("-c", code))
-    assert is_one_line_error(result, "a.bin", "No space left", "free some space")
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [
+        (OSError(errno.ENOSPC, "No space left on device", "a.bin"), ["a.bin", "No space left", "free some space"]),
+        (MemoryError(), ["memory ran out"]),
+    ],
+)
+def test_download_without_space(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception, words: list[str]
+) -> None:
+    huggingface_hub = pytest.importorskip("huggingface_hub", reason="huggingface_hub is not installed")
+
+    def full(*_: object, **__: object) -> None:
+        raise error
+
+    monkeypatch.setattr(huggingface_hub.HfApi, "dataset_info", lambda *_: huggingface_hub.DatasetInfo(id="a", sha="b"))
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", full)
+    assert is_one_line_error(call(fineweb, "--out", tmp_path / "data"), *words)
 
 
 @pytest.mark.parametrize("manifest", [{}, [], {"datasets": [{}], "tokenizers": []}, {"datasets": 1, "tokenizers": 2}])

@@ -1162,7 +1162,10 @@ def test_a_picture_is_of_no_pipe_or_device(tmp_path: Path) -> None:
         assert is_one_line_error(call(plot, path, "--out", tmp_path / "x"), "a device", "give a file")
 
 
-def test_long_names_leave_room_for_the_panels_and_like_ones_are_told_apart(tmp_path: Path) -> None:
+def test_long_names_leave_room_for_the_panels_and_like_ones_are_told_apart(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(plot.STYLE, "savefig.dpi", 20)
     paths = [tmp_path / place / ("x" * 200) / ("y" * 200) for place in "ab"]
     for path in paths:
         path.mkdir(parents=True)
@@ -1607,6 +1610,7 @@ def test_names_of_runs_are_no_grammar(tmp_path: Path, monkeypatch: pytest.Monkey
             path, without, without - 1, np.array([7, 8]), ttt_protocol="replay", weights=path.name[:1].ljust(2)
         )
     monkeypatch.setattr(plot, "WIDTH", 20.0)
+    monkeypatch.setitem(plot.STYLE, "savefig.dpi", 20)
     result = call(plot, name, "other", "--what", "loss", "ttt", "--out", "x")
     assert (result.code, result.err) == (0, "")
     ET.parse("x.svg")
