@@ -78,6 +78,7 @@ SOURCE = Path(__file__).resolve()
 SOURCE_BYTES = SOURCE.read_bytes()  # read once: the file may change
 SOURCE_SHA256 = hashlib.sha256(SOURCE_BYTES).hexdigest()
 SAMPLE = SOURCE.parent / "data" / "sample"
+SAMPLE_FILES = "fineweb_train_000000.bin", "fineweb_val_000000.bin", "sample_1024_bpe.model"
 
 
 def ceil_div(a, b):
@@ -170,7 +171,7 @@ class Settings(TrainSettings):
     device = setting("cuda", "auto: what there is", choices=("cuda", "cpu", "auto"), tiny="auto")
     data_path = setting("./data/datasets/fineweb10B_sp1024", "folder of fineweb_*_*.bin", tiny=f"{SAMPLE}")
     tokenizer_path = setting(
-        "./data/tokenizers/fineweb_1024_bpe.model", "SentencePiece model", tiny=f"{SAMPLE}/sample_1024_bpe.model"
+        "./data/tokenizers/fineweb_1024_bpe.model", "SentencePiece model", tiny=f"{SAMPLE}/{SAMPLE_FILES[2]}"
     )
     run_id = setting("", "empty: OUTPUT_DIR's name, or random")
     output_dir = setting("", "of all results; empty: runs/RUN_ID")
@@ -234,11 +235,18 @@ class Settings(TrainSettings):
             ("train_seq_len", "at least", "eval_stride"),
             ("ttt_eval_seq_len", "at least", "ttt_chunk_size"),
         ):
-            if self.eval_only and one in ("train_batch_tokens", "micro_batch_tokens"):
-                continue  # nothing is trained
+            if (self.eval_only and "batch" in one) or (self.ttt_enabled and other == "eval_stride"):
+                continue  # nothing is trained, or no window slides
             a, b = getattr(self, one), getattr(self, other)
             if 0 < a < b or ("multiple" in rule and a % (2 * b if "even" in rule else b)):
                 raise UserError(f"{one.upper()}={a} is not {rule} {other.upper()}={b} — change one of the two")
+        targets = self.ttt_lora_targets.split(",")
+        if len({*targets}) < len(targets):
+            raise UserError(f"TTT_LORA_TARGETS={self.ttt_lora_targets} names a layer twice — name each once")
+        if self.ttt_mixture_lr and not self.ttt_mixture:
+            raise UserError(
+                f"TTT_MIXTURE_LR={self.ttt_mixture_lr} but TTT_MIXTURE=0 — set the one to 0 or the other to 1"
+            )
         return self
 
     def of(self, kind: type):
@@ -258,9 +266,9 @@ class Settings(TrainSettings):
 
 
 def scoring_settings(s: Settings) -> dict:
-    """What a document's figures depend on, to the last digit, but for model and machine."""
+    """What a document's figures depend on, but for model, machine and, where they are rounded, its batch."""
     kinds = ("ttt_", "eval_stride", "beta", "seed")
-    return {name: value for name, value in asdict(s).items() if name.startswith(kinds)}
+    return {k: v for k, v in asdict(s).items() if k.startswith(kinds) and k != "ttt_batch_size"}
 
 
 def parse_setting(f: Field, raw):
@@ -362,6 +370,19 @@ def system_says(e: OSError, path: object = None) -> str:
     }
     what = f"cannot use {where}" if where else "the system refused a call"
     return f"{what}: {e.strerror or e} — {cures.get(e.errno, 'check the path and its permissions')}"
+
+
+@contextlib.contextmanager
+def reading(what: object, cure: str):
+    """Within, the errors of many kinds that libraries raise for a damaged file become a UserError; too little memory
+    is no damage."""
+    try:
+        yield
+    except Exception as e:
+        if out_of_memory(e):
+            raise
+        why = f"{type(e).__name__}: {' '.join(str(e).split())[:80]}"
+        raise UserError(f"{what} is damaged, or of another kind or version ({why}) — {cure}") from e
 
 
 class Ranks:
@@ -553,10 +574,15 @@ class Ranks:
             say(said["line"], "stderr")
         return said["code"]
 
+    def then_go_on(self) -> str:
+        """After a cure."""
+        return f", and go on with: {self.how_to_go_on}" if self.how_to_go_on else ""
+
     def lost(self, e: BaseException) -> str:
-        """Why, in words, if it is a collective that failed because another rank had left it; else empty."""
-        broken = self.world > 1 and isinstance(e, RuntimeError) and re.search("gloo|nccl|connection", str(e), re.I)
-        return "another rank is dead or out of reach" if broken else ""
+        """What failed, if it is a collective, mostly because another rank had left it; else empty."""
+        text = " ".join(str(e).split())
+        broken = self.world > 1 and isinstance(e, RuntimeError) and re.search("gloo|nccl|connection", text, re.I)
+        return f"a collective failed, as where another rank is dead or out of reach: {text[:200]}" if broken else ""
 
     def leave(self):
         """Once all are here."""
@@ -639,6 +665,7 @@ class Run:
         self.pace = {}  # seconds of a unit of batch_cost(), with and without them
         self.folder = Path(s.output_dir)
         self.log_file = self.lock_file = None  # only the first rank's; without the former a run is silent
+        self.claimed = None  # what the system knows the folder by, once it is locked
         self.spoke = 0.0  # when
         self.devices = [environment(self)["device"]]  # of all ranks, once they are asked
         self.sessions = []  # of this run in its folder, by this and earlier processes
@@ -708,13 +735,12 @@ class Run:
             self.log(line)
 
     def check_folder(self):
-        """Raises UserError where the locked log is not in the folder any more: what has its name is another run's."""
-        if self.log_file and self.lock_file:
-            log = self.folder / "train.log"
+        """Raises UserError where another folder has taken the place of the one that this run has locked."""
+        if self.log_file and self.claimed:
             try:
-                same = os.path.samestat(os.fstat(self.lock_file.fileno()), os.stat(log))
+                same = os.path.samestat(self.claimed, os.stat(self.folder))
             except OSError as e:
-                raise UserError(system_says(e, log)) from e
+                raise UserError(system_says(e, self.folder)) from e
             if not same:
                 raise UserError(f"{self.folder} is not this run's any more — leave it in its place while it runs")
 
@@ -791,64 +817,76 @@ def choose_folder(run: Run) -> str:
         )
         raise UserError(f"a run cannot be resumed without OUTPUT_DIR or RUN_ID — set {those}")
     stem = f"runs/{time.strftime('%Y-%m-%d')}_{s.preset}_seed{s.seed}"
+    Path("runs").mkdir(exist_ok=True)  # if it cannot be, its error shall end the search for a name
     for number in itertools.count(2):
         with contextlib.suppress(FileExistsError):
-            Path(stem).mkdir(parents=True)  # whoever makes it has it
+            Path(stem).mkdir()  # whoever makes it has it
             return stem
         stem = f"{stem.removesuffix(f'_{number - 1}')}_{number}"
 
 
-def claim_folder(text: str, run: Run):
-    """Lock and open the log; on the first rank. Raises UserError if the folder holds another run, or a live one."""
+def files_of_run(run: Run, resume: bool) -> list[str]:
+    """What its folder holds. Raises UserError if this run may not begin or, if it is to `resume`, go on there."""
     s, folder = run.s, run.folder
+    names = [name for name in FILES if (folder / name).exists() and (folder / name).stat().st_size]
+    holds = f"OUTPUT_DIR={folder} holds"
+    if names and (not resume or (s.eval_only and {*MODEL_FILES} & {*names})):
+        cure = "choose another" if s.eval_only or resume else "choose another, or set RESUME=1"
+        raise UserError(f"{holds} a run's {names[0]} — {cure}")
+    if not s.eval_only and "final_model.ptz" in names and "checkpoint.pt" not in names:
+        cure = f"score it by EVAL_ONLY={shlex.quote(str(folder / 'final_model.ptz'))}, or choose another"
+        raise UserError(f"{holds} an artifact, but no checkpoint to go on from — {cure}")
+    if "result.json" in names and not s.resume:
+        raise UserError(f"{holds} the result already — its train.log says how this job ended")
+    return names
+
+
+def claim_folder(text: str, run: Run) -> bool:
+    """Lock it and open the log; on the first rank. Returns whether to go on with what is there: by RESUME=1, or because
+    torchrun starts again what it had started there. Raises UserError if it holds another run, or a live one."""
+    folder, log = run.folder, run.folder / "train.log"
     for name in FILES:
         if (folder / name).is_fifo():  # whoever opens one waits for its other end
             raise UserError(f"{folder / name} is a pipe — remove it, or choose another OUTPUT_DIR")
-
-    def taken():
-        names = [name for name in FILES if (folder / name).exists() and (folder / name).stat().st_size]
-        if names and (not s.resume or (s.eval_only and {*MODEL_FILES} & {*names})):
-            cure = "choose another" if s.eval_only or s.resume else "choose another, or set RESUME=1"
-            raise UserError(f"OUTPUT_DIR={folder} holds a run's {names[0]} — {cure}")
-        return names
-
-    taken()  # before anything there is touched
+    launch = f"launch: {os.environ.get('TORCHELASTIC_RUN_ID')} {os.getppid()}"
+    again = run.ranks.restarts > 0 and log.exists() and launch in log.read_text(errors="replace").splitlines()
+    resume = run.s.resume or again
+    files_of_run(run, resume)  # before anything there is touched
     folder.mkdir(parents=True, exist_ok=True)
-    run.log_file = open(folder / "train.log", "a", encoding="utf-8", errors="replace")  # noqa: SIM115 - stays open
-    run.lock_file = open(folder / "train.log", "a")  # noqa: SIM115 - apart from the log, which may fail
+    run.log_file = open(log, "a", encoding="utf-8", errors="replace")  # noqa: SIM115 - stays open
+    run.lock_file = open(log, "a")  # noqa: SIM115 - apart from the log, which may fail
     try:
         lock(run.lock_file)
     except BlockingIOError as e:
-        raise UserError(
-            f"OUTPUT_DIR={folder} is in use by a live run: it holds a run's locked log — wait for it, or choose another"
-        ) from e
+        what = f"OUTPUT_DIR={folder} is in use by a live run: it holds a run's locked log"
+        raise UserError(f"{what} — wait for it, or choose another") from e
     except OSError as e:
-        raise UserError(system_says(e, f"{folder}/train.log to lock it")) from e
-    names = taken()  # another run may have come and gone
+        raise UserError(f"{log} cannot be locked: {e.strerror} — choose an OUTPUT_DIR whose disk can") from e
+    run.claimed = os.stat(folder)
+    names = files_of_run(run, resume)  # another run may have come and gone
+    if "TORCHELASTIC_RESTART_COUNT" in os.environ:
+        run.log(launch, console=False)
     if "result.json" in names and (note := compare_result(folder / "result.json", text, run)):
         run.log(note)
     for left in folder.glob("preflight_*/"):  # by a process that was killed
         names_there = [file.name.removesuffix(".tmp") for file in left.iterdir()]
         if all(name in FILES or name.startswith("scores_") for name in names_there):  # else it is not a run's
             shutil.rmtree(left, ignore_errors=True)
-    if s.resume and ("checkpoint.pt" not in names and not s.eval_only):
-        run.log(f"note: RESUME=1, but {folder} has no checkpoint to go on from: this run starts afresh")
+    if resume and ("checkpoint.pt" not in names and not run.s.eval_only):
+        run.log(f"note: {folder} has no checkpoint to go on from: this run starts afresh")
     run.sessions = read_sessions(folder) if "sessions.json" in names else []
+    return resume
 
 
 def read_sessions(folder: Path) -> list[dict]:
     """Raises UserError, OSError."""
     content = (folder / "sessions.json").read_bytes()
-    try:
+    with reading(folder / "sessions.json", "delete it to go on without its account"):
         rows = json.loads(content)
         names = {"stage", "tag", "world_size", "devices", "seconds", "ended"}
         if type(rows) is not list or any({*row} != names or not isinstance(row["seconds"], float) for row in rows):
             raise ValueError("another form")
-        return list(rows)
-    except (ValueError, KeyError, TypeError, RecursionError) as e:
-        raise UserError(
-            f"{folder}/sessions.json is damaged or of another version — delete it to go on without its account"
-        ) from e
+        return rows
 
 
 def compare_result(path: Path, text: str, run: Run) -> str:
@@ -859,14 +897,13 @@ def compare_result(path: Path, text: str, run: Run) -> str:
     if not s.eval_only:  # the artifact is made again
         names = ("quantizer", "quant_sigmas", "prune_fraction", "calibration_tokens", "artifact_max_bytes")
         decisive |= {name: getattr(s, name) for name in (*names, "fp16_keep_name_patterns")}
-    try:
-        result = json.loads(path.read_bytes())
+    content = path.read_bytes()
+    with reading(path, "delete it to score again"):
+        result = json.loads(content)
         theirs, weights, trained = result["settings"], result["weights_sha256"], bool(result["training"])
         others = [f"{k.upper()}={theirs.get(k)}, now {v}" for k, v in decisive.items() if theirs.get(k) != v]
         others += ["another text"] * (result["data"]["validation"] != text and s.val_docs == theirs["val_docs"])
         certified = "certificate" in result["evaluation"]
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
-        raise UserError(f"{path} is damaged or of another version — delete it to score again") from e
     if s.eval_only:
         same = weights == hashlib.sha256(Path(s.eval_only).read_bytes()).hexdigest()
     else:
@@ -882,11 +919,10 @@ def open_folder(text: str, run: Run) -> Run:
     """The run with its folder: the first rank's has log, lock and results; on other machines one of that name has only
     scores. `text`: the validation's fingerprint. Raises UserError, OSError."""
     folder = run.ranks.from_first(choose_folder, run)
-    resume = run.s.resume or run.ranks.restarts > 0
     name = "".join(c if c.isprintable() else "?" for c in Path(folder).resolve().name)
-    run = run.using(run_id=run.s.run_id or name, output_dir=folder, resume=resume)
+    run = run.using(run_id=run.s.run_id or name, output_dir=folder)
     run.folder = Path(folder)
-    run.ranks.from_first(claim_folder, text, run)
+    run = run.using(resume=run.ranks.from_first(claim_folder, text, run))
     run.folder.mkdir(parents=True, exist_ok=True)
     given = {f.name.upper() for f in fields(Settings)} & {*os.environ} - {"RESUME", "OUTPUT_DIR"}
     values = [f"{name}={shlex.quote(os.environ[name])}" for name in sorted(given)]
@@ -1019,10 +1055,8 @@ class BatchLoader:
 def load_tokenizer(path: str, vocab_size: int):
     """The SentencePieceProcessor of a file. Raises UserError, also for a BOS that is not the shards', and OSError."""
     model = Path(path).read_bytes()
-    try:
+    with reading(path, "set TOKENIZER_PATH to the dataset's .model file"):
         sp = sentencepiece.SentencePieceProcessor(model_proto=model)
-    except Exception as e:  # sentencepiece raises bare RuntimeErrors
-        raise UserError(f"{path} is not a SentencePiece model — set TOKENIZER_PATH to the dataset's .model file") from e
     if sp.vocab_size() != vocab_size:
         raise UserError(f"{path} has {sp.vocab_size()} pieces but VOCAB_SIZE={vocab_size} — set one to match the other")
     if sp.bos_id() not in (BOS, -1):
@@ -1140,8 +1174,9 @@ def synthetic_stream(lengths: list[int], run):
 
 
 def prepare_sample(run):
-    """Build the bundled sample if DATA_PATH is it and it is missing. Raises UserError."""
-    if Path(run.s.data_path).resolve() == SAMPLE and not SAMPLE.exists():
+    """Build the bundled sample if DATA_PATH is it and lacks a file. Raises UserError."""
+    whole = all((SAMPLE / name).exists() for name in SAMPLE_FILES)
+    if Path(run.s.data_path).resolve() == SAMPLE and not whole:  # of a part the builder says what to do
         code = subprocess.call([sys.executable, str(SAMPLE.parent / "sample.py")], stdout=sys.stderr)
         if code:
             raise UserError(f"data/sample.py ended with code {code} — see its message above")
@@ -1741,24 +1776,29 @@ class Trainer:
 
         self.unsaved = run.ranks.from_first(write)
 
-    def kept(self):
-        return self.unsaved or f"its checkpoint is in {self.run.folder}"
+    def keep(self) -> float:
+        """Save, with a note where that fails. Returns the seconds, which are not training's."""
+        _, seconds = self.timed(self.save, self.run)
+        if self.unsaved:
+            self.run.log(f"note: no checkpoint of step {self.step}: {self.unsaved}")
+        return seconds
+
+    def stop_on_signal(self, number: float):
+        """Raises Interrupted for one that any rank has received, once a checkpoint is written."""
+        if number:
+            self.keep()
+            where = self.unsaved or f"its checkpoint is in {self.run.folder}"
+            raise Interrupted(*stopped(int(number), f" after step {self.step}; {where}"))
 
     def resume(self, path: Path):
         """From the first rank's file. Raises UserError."""
         content = self.run.ranks.from_first(path.read_bytes)
-        try:
+        with reading(f"checkpoint {path}", "delete it to start afresh"):
             state = load_pt(content)
             theirs = state["identity"]
             others = [f"{k.upper()}: {theirs.get(k)}, now {v}" for k, v in self.identity.items() if theirs.get(k) != v]
             if not others:
                 self.restore(state)
-        except Exception as e:  # damage makes torch.load raise many kinds
-            if out_of_memory(e):
-                raise
-            raise UserError(
-                f"checkpoint {path} is damaged or of another version ({type(e).__name__}) — delete it to start afresh"
-            ) from e
         if others:
             raise UserError(f"checkpoint {path} has another {others[0]} — restore it, or change OUTPUT_DIR")
 
@@ -1841,11 +1881,14 @@ class Trainer:
         while not self.finished:
             over = self.over()
             if over or (s.val_loss_every and self.step % s.val_loss_every == 0):
+                if over:  # before what may take longer than a launcher waits for the end
+                    began += self.keep()
                 score, seconds = self.timed(evaluate_standard, self.forward, stream, run)
                 self.report(score)
                 began += seconds
                 if self.step and not over:
                     run.log(f"about {self.seconds_left():.0f}s of training left")
+                self.stop_on_signal(run.ranks.max([run.ranks.signal])[0])
             if over:
                 break
             loss = self.train_step()
@@ -1854,12 +1897,9 @@ class Trainer:
             run.tick()
             if self.step <= 10 or self.step % s.train_log_every == 0 or self.over():
                 self.report(f"train_loss:{run.ranks.sum(loss).item():.8f}")
-            if signalled or (s.checkpoint_every and self.step % s.checkpoint_every == 0):
-                self.save(run)
-                if self.unsaved:
-                    run.log(f"note: no checkpoint of step {self.step}: {self.unsaved}")
-            if signalled:
-                raise Interrupted(*stopped(int(signalled), f" after step {self.step}; {self.kept()}"))
+            self.stop_on_signal(signalled)
+            if s.checkpoint_every and self.step % s.checkpoint_every == 0:
+                began += self.keep()
         return self.finish()
 
     def report(self, what):
@@ -1899,11 +1939,9 @@ class Trainer:
         hessians, self.calibration = self.calibrate(self.step * run.s.train_batch_tokens, run.s.calibration_tokens)
         if not self.finished:
             self.finished = True
-            self.save(run)
+            self.keep()
         run.ranks.waits_for_step = False  # only now is everything kept
-        (signalled,) = run.ranks.max([run.ranks.signal]).tolist()
-        if signalled:
-            raise Interrupted(*stopped(signalled, f" after the last step; {self.kept()}"))
+        self.stop_on_signal(run.ranks.max([run.ranks.signal])[0])
         outcome = "their mean is the final model" if self.averaged >= 2 else "too few, the last weights are final"
         run.log(f"swa: {self.averaged} checkpoints: {outcome}")
         run.log(f"training {pairs(self.account())}")
@@ -2093,7 +2131,7 @@ def pack(tensors: dict[str, Stored], s):
 def unpack(blob: bytes, origin: str = "artifact"):
     """Settings with the model's configuration, and float32 state dict. Raises UserError."""
     frame = blob[HEADER_BYTES:]
-    try:
+    with reading(origin, "fetch or make it again"):
         magic, version, length, expanded, digest = struct.unpack(HEADER, blob[:HEADER_BYTES])
         if (magic, version, length) != (MAGIC, FORMAT, len(frame)) or digest != hashlib.sha256(frame).digest():
             raise ValueError(f"no header of format {FORMAT} for the {len(frame)} bytes after it")
@@ -2112,11 +2150,6 @@ def unpack(blob: bytes, origin: str = "artifact"):
         state = restored(raw[start:], s)
         if not all(weight.isfinite().all() for weight in state.values()):
             raise ValueError("a weight is not finite")
-    except Exception as e:  # damage makes libraries raise many kinds
-        if out_of_memory(e):
-            raise
-        what = f"{origin} is damaged or no artifact of this script ({type(e).__name__}: {str(e)[:80]})"
-        raise UserError(f"{what} — fetch or make it again") from e
     return s, state
 
 
@@ -2482,7 +2515,8 @@ class DocumentBatch:
 
     def target_nll(self) -> list[np.ndarray]:
         """Of the last reading, (targets,) float32 for each document, UNSCORED where cut off; for NaN +inf."""
-        rows = self.nll[: len(self.lengths)].nan_to_num(math.inf, math.inf, UNSCORED).cpu().numpy()
+        rows = self.nll[: len(self.lengths), : int(self.lengths.max())]
+        rows = rows.nan_to_num(math.inf, math.inf, UNSCORED).cpu().numpy()
         return [nll[:length] for nll, length in zip(rows, self.lengths, strict=True)]
 
     def epoch_nll(self) -> np.ndarray:
@@ -2490,7 +2524,7 @@ class DocumentBatch:
         return torch.stack(self.epochs).nan_to_num(math.inf, math.inf, UNSCORED).cpu().numpy()
 
     def _document_sums(self) -> Tensor:
-        nll = self.nll[: len(self.lengths)]
+        nll = self.nll[: len(self.lengths), : int(self.lengths.max())]
         beyond = torch.arange(nll.size(1), device=nll.device) >= self.end[: len(nll), None]
         nll = nll.masked_fill(beyond, 0.0)
         return torch.where((nll == UNSCORED).any(1), UNSCORED, nll.sum(1, dtype=torch.float64))  # whatever else it has
@@ -2756,11 +2790,12 @@ def score_documents(model, stream, scores: Scores, deadline: float, run: Run) ->
     seconds = {}
     for label, lacking in missing.items():
         if label == "replay" and time.perf_counter() < deadline:
-            known = "; what other ranks have is told at the end"  # none waits for them
+            known = "no batch is left to begin of what is to have a score"  # none waits for other ranks
             if run.ranks.world == 1:
                 score, plain = map(scores.bits_per_byte, (ADAPTED, PLAIN))
-                known = f" (epoch 1: {score:.4f} bits per byte, {plain:.4f} without adaptation)"
-            run.log(f"every document that is to have a score has it{known}; replay's other epochs follow, no scores")
+                bpb = f"epoch 1: {score:.4f} bits per byte, {plain:.4f} without adaptation"
+                known = f"every document that is to have a score has it ({bpb})"
+            run.log(f"{known}; replay's other epochs follow, no scores")
         began = time.perf_counter()
         todo = [documents for documents in batches if lacking[documents].any()]
         done = np.cumsum([batch_cost(stream.lengths[documents], run.s, 0) for documents in todo])
@@ -2962,21 +2997,16 @@ def read_weights(path: Path, run: Run) -> Weights:
     blob = run.ranks.from_first(path.read_bytes)
     digest = hashlib.sha256(blob).hexdigest()
     if path.suffix == ".pt":
-        try:
-            state = load_pt(blob)
-            state = {str(name): tensor.float() for name, tensor in state.items()}
+        with reading(path, "name a run's .ptz or .pt"):
+            state = {str(name): tensor.float() for name, tensor in load_pt(blob).items()}
             if not all(tensor.isfinite().all() for tensor in state.values()):
-                raise ValueError("not finite")
-        except Exception as e:  # damage makes it raise many kinds
-            if out_of_memory(e):
-                raise
-            raise UserError(f"{path} is no state dict of finite weights — name a run's .ptz or .pt") from e
+                raise ValueError("a weight is not finite")
         return Weights(s, state, digest)
     theirs, state = unpack(blob, str(path))
-    for name, value in theirs.of(ModelSettings).items():
+    for name, value in artifact_config(theirs).items():
         if name.upper() in os.environ and getattr(s, name) != value:
             raise UserError(f"{name.upper()}={getattr(s, name)} but {path} has {value} — unset {name.upper()}")
-    return Weights(replace(s, **theirs.of(ModelSettings)).checked(), state, digest)
+    return Weights(replace(s, **artifact_config(theirs)).checked(), state, digest)
 
 
 def scoring_model(run: Run) -> GPT:
@@ -3008,8 +3038,6 @@ def load_weights(model: GPT, state: dict[str, Tensor], origin: str, run: Run):
 def make_artifact(trainer: Trainer, hessians: dict[str, Tensor], stream, run: Run) -> dict:
     """Export, and what quantisation costs: the standard bpb of both weights. The trainer keeps the artifact's."""
     account = run.ranks.from_first(export, trainer.state_dict(), hessians, run)
-    if trainer.unsaved:  # now that what is small and matters is safe
-        raise UserError(trainer.unsaved)
     bpb = dict(float=evaluate_standard(trainer.forward, stream, run).bpb)
     path = run.folder / "final_model.ptz"
     load_weights(trainer.model, read_weights(path, run).state, "the artifact", run)
@@ -3019,17 +3047,16 @@ def make_artifact(trainer: Trainer, hessians: dict[str, Tensor], stream, run: Ru
 
 
 def evaluation_tag(weights: str, stream, run: Run) -> str:
-    """Of all that the figures depend on, so not of ranks."""
+    """Of all that the scores of targets depend on, so not of ranks, nor of how a mixture is made of them."""
     s = run.s
-    scoring = sorted(scoring_settings(s).items())
+    scoring = sorted(scoring_settings(replace(s, ttt_mixture_share=1.0)).items())
     machine = str(run.dtype), run.attention, run.compile, torch.__version__, 0 if s.ttt_enabled else s.train_seq_len
     inputs = scoring, s.of(ModelSettings), machine, SOURCE_SHA256, weights, stream.fingerprint
     return hashlib.sha256(repr(inputs).encode()).hexdigest()[:12]
 
 
 def score_file(model: GPT, stream, run: Run, **known) -> Score:
-    """Load the file, evaluate it and report; result.json takes what else is `known`. Raises UserError, once that is
-    written, for a score that is not finite."""
+    """Load the file, evaluate it and report; result.json takes what else is `known`. Raises UserError."""
     s = run.s
     began = time.perf_counter()
     path = Path(s.eval_only or run.folder / "final_model.ptz")
@@ -3063,9 +3090,8 @@ def score_file(model: GPT, stream, run: Run, **known) -> Score:
                 (run.folder / name).unlink(missing_ok=True)
     if scores:
         scores.remove()
-    if not math.isfinite(score.nll):
-        raise UserError(f"the score is {score.nll} — lower the learning rates, or score other weights")
-    run.ranks.from_first(summarise, result, run)
+    if math.isfinite(score.nll):
+        run.ranks.from_first(summarise, result, run)
     return score
 
 
@@ -3165,7 +3191,10 @@ def preflight(trainer: Trainer | None, model: GPT, run: Run) -> dict[str, float]
         small.folder = Path(folder)  # of each rank its own: nothing is shared
         if trainer and not trainer.finished:
             trainer.warm_up()
-            trainer.save(small)
+            for _ in range(1 + (s.checkpoint_every > 0)):  # a later one is written beside the one before
+                trainer.save(small)
+            if trainer.unsaved:
+                raise UserError(trainer.unsaved)
             done("training")
             evaluate_standard(trainer.forward, stream, small)
             done("validation")
@@ -3299,15 +3328,15 @@ def settings_beside(weights: str) -> dict:
         return {}
     kinds = ("device", "data_path", "tokenizer_path", "train_seq_len", "eval_s", "eval_b", "eval_m", "val_", "ttt_")
     kinds += ("beta", "seed", *(f.name for f in fields(ModelSettings)))
-    try:
-        result = json.loads(path.read_bytes())
+    content = path.read_bytes()
+    with reading(f"{path}, whose settings EVAL_ONLY takes,", "restore it, or move it away"):
+        result = json.loads(content)
         kept = {name: value for name, value in result["settings"].items() if name.startswith(kinds)}
         kept |= {name: located(kept[name], path) for name in ("data_path", "tokenizer_path")}
+        if os.environ.get("TTT_MIXTURE", str(int(kept["ttt_mixture"]))) == "0":
+            kept["ttt_mixture_lr"] = 0.0  # which belongs to the mixture
         values = {name.upper(): str(int(v) if isinstance(v, bool) else v) for name, v in kept.items()}
         return dict(settings=values, tokenizer=str(result["data"]["tokenizer"]))
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
-        what = f"{path}, whose settings EVAL_ONLY takes, is damaged or of another version"
-        raise UserError(f"{what} — restore it, or move it away") from e
 
 
 def tokenizer_beside(env: dict[str, str]) -> dict[str, str]:
@@ -3381,8 +3410,13 @@ def look_around(ranks: Ranks) -> dict:
     return kept
 
 
-def exit_code(artifact: dict | None, run: Run) -> int:
-    """0, or 3 with a line of what an artifact has too much."""
+def exit_code(score: Score, trainer: Trainer | None, artifact: dict | None, run: Run) -> int:
+    """0, or 3 with a line of what an artifact has too much, once everything is written. Raises UserError where that is
+    not worth the name."""
+    if not math.isfinite(score.nll):
+        raise UserError(f"the score is {score.nll} — lower the learning rates, or score other weights")
+    if trainer and trainer.unsaved:
+        raise UserError(f"{trainer.unsaved}; everything else is written")
     if not artifact or artifact["fits"]:
         return 0
     if run.ranks.rank == 0:
@@ -3402,7 +3436,7 @@ def main(ranks: Ranks) -> int:
     ranks.max([0])
     if run.s.eval_only:  # its header decides the vocabulary
         weights = read_weights(Path(run.s.eval_only), run)
-        run = run.using(**weights.settings.of(ModelSettings))
+        run = run.using(**artifact_config(weights.settings))
     stream = load_validation(run)
     shards = [] if run.s.eval_only else open_shards("train", run)
     data = dict(validation=stream.fingerprint, tokenizer=stream.tokenizer, train=None)
@@ -3424,7 +3458,7 @@ def main(ranks: Ranks) -> int:
     # From here on nothing is known but the file.
     score = score_file(model, stream, run, **known)
     run.log(f"final_int8_zlib_roundtrip_exact {score}")  # the name that the field's tools look for
-    return exit_code(known["artifact"], run)
+    return exit_code(score, trainer, known["artifact"], run)
 
 
 def take_arguments(arguments: list[str]):
@@ -3457,17 +3491,16 @@ def entry(arguments: list[str] = ()) -> int:
         ranks.leave()
         return code
     except UserError as e:
-        return ranks.end(2, f"error: {e}")
+        return ranks.end(2, f"error: {e}{ranks.then_go_on() if isinstance(e.__cause__, OSError) else ''}")
     except OSError as e:
-        return ranks.end(2, f"error: {system_says(e)}")
+        return ranks.end(2, f"error: {system_says(e)}{ranks.then_go_on()}")
     except Interrupted as e:
         return ranks.end(e.code, e.line)
     except Exception as e:
         if out_of_memory(e):
             stage, limit = ranks.stage
             what = f"out of memory in {stage}: {' '.join(str(e).split())[:120]} — set {limit} lower"
-            kept = f", and go on with: {ranks.how_to_go_on}" if ranks.how_to_go_on else ""
-            return ranks.end(2, f"error: {what}{kept}")
+            return ranks.end(2, f"error: {what}{ranks.then_go_on()}")
         ranks.unwinding = True
         lost = ranks.lost(e)
         if lost:

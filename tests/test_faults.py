@@ -207,7 +207,7 @@ def test_a_damaged_or_hostile_checkpoint_is_an_error_and_runs_no_code(tmp_path, 
             contents.append(path.read_bytes())
     for content in contents:
         path.write_bytes(content)
-        with pytest.raises(UserError, match="damaged .* — "):
+        with pytest.raises(UserError, match="damaged.* — "):
             trainer.resume(path)
     assert not Path("executed").exists()
 
@@ -348,7 +348,7 @@ def test_the_last_checkpoint_waits_until_training_data_have_been_read_and_a_sign
     spent = training["seconds"] + training["calibration"]
     assert f"training and calibration took {spent:.0f}s\n" in done.out  # there is no limit
     stopped = runs.run(tmp_path / "stopped", 143, before=checkpoints_after_calibration, STOP=1, TTT_ENABLED=0)
-    assert f"after the last step; its checkpoint is in {stopped.folder}" in stopped.err
+    assert f"after step 12; its checkpoint is in {stopped.folder}" in stopped.err
     again = runs.run(stopped.folder, RESUME=1, TTT_ENABLED=0)
     assert again.artifact == done.artifact and again.lines[-1] == done.lines[-1]
 
@@ -501,16 +501,17 @@ def fill_the_disk() -> None:
 
 
 def test_a_full_disk_in_training_ends_nothing_while_it_is_only_a_checkpoint_that_is_lost(tmp_path, whole):
-    """It ends once the artifact is safe: with what could not be written, code 2 and no half file."""
+    """It ends once all else is safe: with what could not be written, code 2 and no half file."""
     room = (len(whole.artifact) + (whole.folder / "checkpoint.pt").stat().st_size) // 2
     with tiny_disk(tmp_path / "disk", 1000) as disk:
-        full = dict(OUTPUT_DIR=disk, LEFT=room, MORE=room)
+        full = dict(OUTPUT_DIR=disk, LEFT=room, MORE=400_000)
         done = runs.run(tmp_path / "run", 2, before=fill_the_disk, **LONG | full)
         message = runs.user_error(done.err)
-        assert "checkpoint.pt" in message and "No space left on device — free space there" in message
+        assert "checkpoint.pt" in message and "No space left on device — free space there; everything else" in message
+        assert done.lines[-1] == whole.lines[-1] and (disk / "result.json").exists()
         assert "note: no checkpoint of step 3: cannot use" in done.out and "step:24/24 train_loss" in done.out
         assert (disk / "final_model.ptz").read_bytes() == whole.artifact and not list(disk.glob("*.tmp"))
-        assert not (disk / "checkpoint.pt").exists() and "evaluating" not in done.out and "Traceback" not in done.err
+        assert not (disk / "checkpoint.pt").exists() and "Traceback" not in done.err
         scored = runs.run(tmp_path / "scored", EVAL_ONLY=disk / "final_model.ptz", TTT_N_EPOCHS=4)
         assert scored.lines[-1] == whole.lines[-1]
 
@@ -551,6 +552,13 @@ def test_a_disk_that_fills_up_under_any_file_of_a_run_is_one_line_and_code_2(tmp
     assert f"{tmp_path / name} (" in message and "No space left" in message and "Traceback" not in done.err
     assert not list(tmp_path.glob("*.tmp"))
     assert (tmp_path / "final_model.ptz").exists() == (name != "final_model.ptz")
+    assert (tmp_path / "result.json").exists() == (name == "checkpoint.pt")  # which only a resume would need
+    again = runs.Run(tmp_path, RESUME=1, CHECKPOINT_EVERY=2, TTT_N_EPOCHS=1)
+    if name == "checkpoint.pt":
+        assert "everything else is written" in message and again.wait() == 2
+        assert f"EVAL_ONLY={tmp_path / 'final_model.ptz'}" in runs.user_error(again.err)
+    else:
+        assert "free space there, and go on with: RESUME=1 " in message and again.wait() == 0
 
 
 @needs_full

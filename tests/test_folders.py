@@ -44,7 +44,7 @@ def test_a_resume_never_trains_another_model_where_one_is_finished(again):
     (again / "checkpoint.pt").unlink()
     before = contents(again)
     done = runs.run(again, 2, RESUME=1, SEED=5, **FOUR)
-    assert "result.json is of weights that this run would not score" in runs.user_error(done.err)
+    assert "an artifact, but no checkpoint to go on from" in runs.user_error(done.err)
     scored = runs.run(again.with_name("scored"), EVAL_ONLY=again / "final_model.ptz")
     kept = contents(scored.folder)
     done = runs.run(scored.folder, 2, RESUME=1, SEED=9, **FOUR)
@@ -129,7 +129,80 @@ def test_a_resume_without_a_checkpoint_says_that_it_starts_afresh(again):
     for name in ("checkpoint.pt", "result.json", "final_model.ptz", "final_model.pt"):
         (again / name).unlink()
     done = runs.run(again, RESUME=1, **FOUR)
-    assert f"note: RESUME=1, but {again} has no checkpoint to go on from: this run starts afresh" in done.out
+    assert f"note: {again} has no checkpoint to go on from: this run starts afresh" in done.out
+
+
+def by_torchrun(attempt: int) -> dict:
+    """The variables of a single rank that --max-restarts starts for the n-th time."""
+    return dict(RANK=0, WORLD_SIZE=1, TORCHELASTIC_RUN_ID="a job", TORCHELASTIC_RESTART_COUNT=attempt)
+
+
+def test_a_restart_by_torchrun_goes_on_in_its_own_folder_alone(again, tmp_path):
+    """Where the first start was refused the second is, too; what has a result is not made again."""
+    before = contents(again)
+    for attempt in (0, 1):
+        refused = runs.run(again, 2, **FOUR, **by_torchrun(attempt))
+        assert "holds a run's" in runs.user_error(refused.err)
+    assert contents(again) == before
+    first = runs.Run(tmp_path / "own", CHECKPOINT_EVERY=1, **FOUR, **by_torchrun(0))
+    first.until("step:2/4 train")
+    first.kill()
+    first.wait()
+    second = runs.run(tmp_path / "own", CHECKPOINT_EVERY=1, **FOUR, **by_torchrun(1))
+    assert second.result["training"]["resumed"] is True
+    third = runs.run(tmp_path / "own", 2, CHECKPOINT_EVERY=1, **FOUR, **by_torchrun(2))
+    assert "holds the result already" in runs.user_error(third.err)
+
+
+def test_a_log_that_an_editor_has_replaced_costs_no_run_its_results(tmp_path):
+    run = runs.alone(tmp_path / "run")
+    train_gpt.claim_folder("", run)
+    log = run.folder / "train.log"
+    log.rename(log.with_suffix(".bak"))
+    log.write_text("as an editor saves it")
+    run.write("result.json", b"{}")
+    assert (run.folder / "result.json").read_bytes() == b"{}"
+
+
+def test_a_folder_for_new_runs_that_cannot_be_made_ends_the_search_for_a_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("runs").symlink_to(tmp_path / "not mounted")
+    with pytest.raises(FileExistsError):
+        train_gpt.choose_folder(runs.alone(None))
+
+
+def test_a_mixture_that_is_turned_off_takes_the_second_rate_with_it(again, monkeypatch):
+    """Of a run whose settings EVAL_ONLY takes."""
+    result = json.loads((again / "result.json").read_bytes())
+    result["settings"] |= dict(ttt_mixture=True, ttt_mixture_lr=0.03)
+    (again / "result.json").write_text(json.dumps(result))
+    rates = []
+    for value in ("1", "0"):
+        monkeypatch.setenv("TTT_MIXTURE", value)
+        kept = train_gpt.settings_beside(str(again / "final_model.ptz"))["settings"]
+        rates.append(train_gpt.Settings.from_env(kept | {"TTT_MIXTURE": value}).ttt_rates[1:])
+    assert rates == [(0.03,), ()]
+
+
+def test_patterns_in_an_artifacts_header_are_its_own(again, tmp_path):
+    artifact = dict(EVAL_ONLY=again / "final_model.ptz", TTT_N_EPOCHS=1)
+    refused = runs.run(tmp_path / "other", 2, FP16_KEEP_NAME_PATTERNS="smear", **artifact)
+    assert "unset FP16_KEEP_NAME_PATTERNS" in runs.user_error(refused.err)
+
+
+@pytest.mark.parametrize("missing", [None, *train_gpt.SAMPLE_FILES])
+def test_a_bundled_sample_that_lacks_a_file_is_its_builders_matter(tmp_path, monkeypatch, missing):
+    for name in train_gpt.SAMPLE_FILES:
+        (tmp_path / name).write_bytes(b"")
+    (tmp_path / (missing or "another")).unlink(missing_ok=True)
+    monkeypatch.setattr(train_gpt, "SAMPLE", tmp_path)
+    monkeypatch.setattr(train_gpt.subprocess, "call", lambda *_, **__: 2)
+    try:
+        train_gpt.prepare_sample(runs.alone(DATA_PATH=tmp_path))
+    except train_gpt.UserError as e:
+        assert missing and "see its message above" in str(e)
+    else:
+        assert not missing
 
 
 @pytest.mark.parametrize("text", ["{}", "null", "[1]", "[{}]", "5", '"x"', "[[]]", "[" * 100_000])

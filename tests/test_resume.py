@@ -199,7 +199,7 @@ def test_sessions_say_who_scored_how_long_and_how_it_ended(gone_on, waiting):
     assert [(row["stage"], row["world_size"]) for row in sessions] == [("evaluation", 2)] * 2
     assert len(first["devices"]) == len(second["devices"]) == 2 and second["ended"] == "finished"
     # Who is stuck cannot say so; who waited for it in a collective may hear of its end before it is told why.
-    assert "SIGTERM" in first["ended"] or first["ended"] in ("killed", "another rank is dead or out of reach")
+    assert "SIGTERM" in first["ended"] or first["ended"] == "killed" or "dead or out of reach" in first["ended"]
     assert evaluation["seconds"] >= first["seconds"] + second["seconds"] - 0.5 > 3  # waiting for another counts
     assert evaluation["at_least"] is (first["ended"] == "killed")
 
@@ -207,6 +207,15 @@ def test_sessions_say_who_scored_how_long_and_how_it_ended(gone_on, waiting):
 def test_a_rank_that_computes_for_longer_than_one_may_be_silent_is_not_taken_for_dead(waiting, whole):
     assert waiting["codes"]["slow"] == [0, 0], waiting["pairs"]["slow"][0].err
     assert figures(waiting["pairs"]["slow"][0]) == figures(whole)
+
+
+def test_what_a_collective_says_of_its_failure_is_told():
+    """Whatever the cause: mostly another rank that is gone, but a network, too."""
+    ranks = train_gpt.Ranks()
+    ranks.world = 2
+    error = RuntimeError("[/gloo/transport/tcp/device.cc:93] Unable to find interface for: eth7")
+    assert "dead or out of reach" in (line := ranks.lost(error)) and "Unable to find interface for: eth7" in line
+    assert ranks.lost(RuntimeError("shapes differ")) == ranks.lost(ValueError("connection")) == ""
 
 
 @pytest.mark.parametrize("every", (1, 2, 7))
@@ -363,8 +372,8 @@ def test_an_evaluation_is_known_by_all_that_its_figures_depend_on_and_by_nothing
     tag = train_gpt.evaluation_tag
     changes = dict(
         ttt_protocol="single_pass", ttt_context="recompute", ttt_lora_rank=3, ttt_lora_lr=0.02, ttt_weight_decay=0.5,
-        ttt_lora_targets="c_q", ttt_lora_alpha=9.0, ttt_mixture=True, ttt_mixture_share=0.2, ttt_mixture_lr=0.3,
-        ttt_n_epochs=3, ttt_chunk_size=8, ttt_eval_seq_len=32, ttt_batch_size=3, ttt_enabled=False, seed=1,
+        ttt_lora_targets="c_q", ttt_lora_alpha=9.0, ttt_mixture=True, ttt_mixture_lr=0.3,
+        ttt_n_epochs=3, ttt_chunk_size=8, ttt_eval_seq_len=32, ttt_enabled=False, seed=1,
         beta1=0.8, beta2=0.9, eval_stride=4, num_layers=4, mlp_mult=2.0, rope_base=100.0, logit_softcap=2.0,
     )  # fmt: skip
     tags = [tag("weights", stream, run.using(**{name: value})) for name, value in changes.items()]
@@ -372,9 +381,17 @@ def test_an_evaluation_is_known_by_all_that_its_figures_depend_on_and_by_nothing
     tags += [tag("weights", stream_of(small(), [30, 20]), run), tag("weights", stream, run)]
     assert len(set(tags)) == len(tags)
     other = run.using(eval_max_seconds=1, output_dir="x", run_id="y", resume=True, iterations=3, data_path="z")
+    other = other.using(ttt_batch_size=3, ttt_mixture_share=0.2)  # of which a target's NLL knows nothing
     other.ranks, other.folder = train_gpt.Ranks(), Path("x")
     other.ranks.rank, other.ranks.world = 2, 3
     assert tag("weights", stream, other) == tags[-1]
+
+
+def test_fewer_documents_at_once_go_on_with_what_more_have_scored(tmp_path, scoring):
+    """As a run that is out of memory says to do."""
+    runs.run(tmp_path, 143, before=partial(stop_in_adapt, 3), TTT_BATCH_SIZE=6, **scoring)
+    again = runs.run(tmp_path, before=announce, RESUME=1, TTT_BATCH_SIZE=3, **scoring)
+    assert announced(again, "score") == announced(again, "adapt 1") == [] and announced(again, "adapt 4") == DOCUMENTS
 
 
 def test_nothing_is_taken_over_from_an_evaluation_of_other_text_of_the_same_shape(tmp_path, scoring):
@@ -444,6 +461,35 @@ def test_a_checkpoint_of_another_model_is_not_called_damaged(tmp_path, whole):
     assert "another NUM_LAYERS" in runs.user_error(refused.err)
 
 
+def real_validations(act) -> None:
+    """Let act(n) precede the n-th validation of the real text, the one before training included."""
+    calls = itertools.count()
+
+    def evaluate(forward, stream, *arguments, inner=train_gpt.evaluate_standard):
+        if stream.target_count == TARGETS:
+            act(next(calls))
+        return inner(forward, stream, *arguments)
+
+    train_gpt.evaluate_standard = evaluate
+
+
+def end_in_validation(number: int, validation: int) -> None:
+    real_validations(lambda n: n == validation and os.kill(os.getpid(), number))
+
+
+def test_a_signal_in_a_validation_is_heard_when_that_ends(tmp_path):
+    stopped = runs.run(tmp_path, 143, before=partial(end_in_validation, signal.SIGTERM, 1), TRAIN_LOG_EVERY=1)
+    assert "after step 6; its checkpoint is in" in stopped.err and "step:7/" not in stopped.out
+
+
+def test_a_kill_in_the_last_validation_costs_no_training(tmp_path, whole):
+    """Which may take longer than a launcher waits for the end."""
+    runs.run(tmp_path, 137, before=partial(end_in_validation, signal.SIGKILL, 2), TTT_N_EPOCHS=4)
+    again = runs.run(tmp_path, RESUME=1, TTT_N_EPOCHS=4)
+    assert "at step 12" in again.out and "train_loss" not in again.out
+    assert again.artifact == whole.artifact and figures(again) == figures(whole)
+
+
 WEIGHTS = {
     "a number for a name": lambda state: state.update({7: torch.zeros(2)}),
     "a NaN": lambda state: state["blocks.0.mlp.fc.weight"].view(-1)[3:4].fill_(float("nan")),
@@ -489,7 +535,7 @@ def test_a_score_that_is_not_finite_is_an_error_once_the_result_is_written(tmp_p
     assert evaluation["backward_looking"]["val_bpb"] is None and evaluation["backward_looking"]["not_finite"] == 1
     assert evaluation["no_adaptation"]["val_bpb"] > 0 and (result["val_bpb"] is None) != mixes
     if not mixes:
-        assert "learning rates" in runs.one_error(ended) and FINAL not in ended[0].out
+        assert "learning rates" in runs.one_error(ended) and ended[0].lines[-1] == f"{FINAL} val_loss:inf val_bpb:inf"
 
 
 def nan_in_epoch(epoch: int) -> None:

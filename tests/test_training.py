@@ -88,13 +88,14 @@ def test_warm_up_steps_train_nothing(run):
 
 
 class Clock:
-    """Goes on by a second with every training step, and by 100 with every validation."""
+    """Goes on by a second with every training step, by 100 with every validation and by 30 with every checkpoint."""
 
     def __init__(self, monkeypatch):
         self.now, step, validate = 1000.0, train_gpt.Trainer.train_step, train_gpt.evaluate_standard
         monkeypatch.setattr(train_gpt.time, "perf_counter", lambda: self.now)
         monkeypatch.setattr(train_gpt.Trainer, "train_step", self.taking(1.0, step))
         monkeypatch.setattr(train_gpt, "evaluate_standard", self.taking(100.0, validate))
+        monkeypatch.setattr(train_gpt.Trainer, "save", self.taking(30.0, train_gpt.Trainer.save))
 
     def taking(self, seconds, work):
         def later(*arguments):
@@ -104,10 +105,10 @@ class Clock:
         return later
 
 
-def test_validation_takes_nothing_of_the_training_time(run, tmp_path, monkeypatch):
+def test_validation_and_checkpoints_take_nothing_of_the_training_time(run, tmp_path, monkeypatch):
     """Neither from the clock that is shown nor from the limit: 24 steps of a second, or the 10 that fit into 10.5 s."""
     for limit, steps in ((0, 24), (10.5, 10)):
-        trainer = trainer_of(run, tmp_path, val_loss_every=2, max_wallclock_seconds=limit)
+        trainer = trainer_of(run, tmp_path, val_loss_every=2, checkpoint_every=3, max_wallclock_seconds=limit)
         with monkeypatch.context() as patched:
             Clock(patched)
             trainer.train(stream_of(trainer.run.s, [40, 20]))
