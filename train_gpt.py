@@ -1336,11 +1336,23 @@ class Linear(nn.Linear):
     def __init__(self, inputs: int, outputs: int):
         super().__init__(inputs, outputs, bias=False)
 
+    def reset_parameters(self):
+        if not self.weight.is_meta:
+            super().reset_parameters()
+
     def forward(self, x, lora: Lora | None = None):
         y = F.linear(x, self.weight.to(x.dtype))
         if lora is None:
             return y
         return y + (x @ lora.a.to(x.dtype).mT) @ lora.b.to(x.dtype).mT
+
+
+class Embedding(nn.Embedding):
+    """A table (rows, width), float32."""
+
+    def reset_parameters(self):  # on the meta device there is nothing to draw, but seconds of imports for it
+        if not self.weight.is_meta:
+            super().reset_parameters()
 
 
 class Attention(nn.Module):
@@ -1414,7 +1426,7 @@ class BigramHash(nn.Module):
 
     def __init__(self, s):
         super().__init__()
-        self.embed = nn.Embedding(s.bigram_vocab_size, s.bigram_dim)
+        self.embed = Embedding(s.bigram_vocab_size, s.bigram_dim)
         self.proj = nn.Identity() if s.bigram_dim == s.model_dim else Linear(s.bigram_dim, s.model_dim)
         self.scale = nn.Parameter(torch.tensor(0.05))
 
@@ -1448,7 +1460,7 @@ class GPT(nn.Module):
         self.softcap = s.logit_softcap
         self.rope_base = s.rope_base
         self.dtype = dtype
-        self.tok_emb = nn.Embedding(s.vocab_size, s.model_dim)
+        self.tok_emb = Embedding(s.vocab_size, s.model_dim)
         self.bigram = BigramHash(s)
         self.smear = SmearGate(s)
         self.encoders = s.num_layers // 2
@@ -1456,7 +1468,8 @@ class GPT(nn.Module):
         self.blocks = nn.ModuleList(Block(s, attention) for _ in range(s.num_layers))
         if not s.tie_embeddings:
             self.lm_head = Linear(s.model_dim, s.vocab_size)
-        self.init_weights(s)
+        if not self.skip_weights.is_meta:
+            self.init_weights(s)
 
     @torch.no_grad()
     def init_weights(self, s):
@@ -2087,10 +2100,15 @@ def artifact_config(s):
     return s.of(ModelSettings) | dict(fp16_keep_name_patterns=s.fp16_keep_name_patterns)
 
 
+@functools.lru_cache(8)
 def layout(s):
-    """A model's tensors as its artifact holds them, on the meta device."""
+    """The kinds and shapes of a model's tensors, in order, on the meta device; nobody changes them."""
+    tensors = {}
     with torch.device("meta"):
-        return quantize_model(GPT(s).state_dict(), replace(s, prune_fraction=0.0))
+        for name, weight in GPT(s).state_dict().items():
+            kind = kind_of(name, weight.numel(), s.fp16_keep_name_patterns)
+            tensors[name] = Stored(kind, weight, torch.empty(len(weight)) if kind in LIMITS else None)
+    return tensors
 
 
 def pack(tensors: dict[str, Stored], s):
@@ -3206,7 +3224,7 @@ def preflight(trainer: Trainer | None, model: GPT, run: Run) -> dict[str, float]
         if s.ttt_enabled:
             run.graphs = small.graphs = rehearse_adaptation(model, small)
             run.rehearsed, run.pace = small.rehearsed, small.pace
-        score_file(model, stream, small)
+        exit_code(score_file(model, stream, small), None, None, small)  # raises where weights give no number
         done("evaluation")
     run.log("preflight " + " ".join(f"{name}:{value:.1f}s" for name, value in seconds.items()))
     describe_device(run)

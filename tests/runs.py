@@ -25,7 +25,6 @@ from pathlib import Path
 
 import numpy as np
 import sentencepiece
-import torch._dynamo  # noqa: F401 (2.5 s that every fork of the server would spend on its first model)
 import zstandard
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))

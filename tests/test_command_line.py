@@ -602,7 +602,8 @@ def test_no_combination_of_numbers_raises_anything_but_a_user_error(values):
     [
         dict(MODEL_DIM=100, NUM_HEADS=8), dict(NUM_HEADS=8, NUM_KV_HEADS=3),
         dict(TRAIN_BATCH_TOKENS=1000, TRAIN_SEQ_LEN=300), dict(MICRO_BATCH_TOKENS=100, TRAIN_SEQ_LEN=256),
-        dict(EVAL_STRIDE=4096, TRAIN_SEQ_LEN=2048),
+        dict(TTT_MIXTURE_LR=0.5, TTT_MIXTURE=0),
+        dict(TTT_LORA_TARGETS="c_v,c_q,c_v"),
         dict(TTT_CHUNK_SIZE=512, TTT_EVAL_SEQ_LEN=256), dict(MODEL_DIM=24, NUM_HEADS=8),
     ],
 )  # fmt: skip
@@ -611,11 +612,27 @@ def test_values_that_clash_are_refused_naming_both(values):
     assert all(f"{name}={value}" in message for name, value in values.items())
 
 
+def test_a_stride_of_windows_is_judged_only_where_they_slide():
+    values = dict(EVAL_STRIDE="4096", TRAIN_SEQ_LEN="2048")
+    assert Settings.from_env(values).eval_stride == 4096
+    message = error_of(lambda: Settings.from_env(values | dict(TTT_ENABLED="0")))
+    assert "EVAL_STRIDE=4096" in message and "TRAIN_SEQ_LEN=2048" in message
+
+
 def test_rows_that_do_not_divide_by_the_world_size_are_refused_naming_both(tmp_path):
     processes = runs.ranks(tmp_path, TRAIN_BATCH_TOKENS=32 * 7)
     assert runs.codes(processes) == [2, 2]
     message = runs.one_error(processes)
     assert "TRAIN_BATCH_TOKENS/TRAIN_SEQ_LEN=7" in message and "WORLD_SIZE=2" in message
+
+
+def no_compiler() -> None:
+    sys.modules["torch._dynamo"] = None  # to import it raises ImportError
+
+
+def test_a_run_that_compiles_nothing_does_not_wait_for_the_compilers_import(tmp_path):
+    """Two seconds and a half of a core, in each process."""
+    assert runs.run(tmp_path, before=no_compiler).lines[-1].startswith("final_int8")
 
 
 def test_misspelt_variables_are_reported_before_anything_can_fail_for_them(tmp_path):
