@@ -269,7 +269,7 @@ def test_an_artifact_has_the_same_bytes_on_any_number_of_cores(monkeypatch):
     s = small(num_layers=3, model_dim=384, mlp_mult=4)
     tensors = train_gpt.quantize_model(random_model(s).state_dict(), s)
     artifacts = []
-    for cores in (None, 3, 64):
+    for cores in (None, 3):
         monkeypatch.setattr(train_gpt.os, "cpu_count", lambda cores=cores: cores)
         artifacts.append(train_gpt.pack(tensors, s)[0])
     assert sum(tensor.values.numel() for tensor in tensors.values()) > 2 << 21 and len(set(artifacts)) == 1
@@ -334,10 +334,10 @@ CODE = len(train_gpt.SOURCE_BYTES)
 
 
 def random_hessians(state, seed=0):
-    """E[x x'] of correlated inputs for every matrix of the blocks."""
+    """E[x x'] of correlated inputs for every matrix of the first block."""
     g, hessians = torch.Generator().manual_seed(seed), {}
     for name, w in state.items():
-        if name.startswith("blocks.") and name.endswith(".weight"):
+        if name.startswith("blocks.0.") and name.endswith(".weight"):  # the others are rounded to nearest
             x = torch.randn(2 * w.shape[1], w.shape[1], generator=g, dtype=torch.float64).cumsum(1)
             hessians[name] = x.mT @ x / len(x)
     return hessians

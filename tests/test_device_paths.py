@@ -170,16 +170,16 @@ def test_compiled_training_and_evaluation_equal_eager_and_compile_once(run, grap
     results = []
     for compiled in (False, True):
         trainer = Trainer(s, run, compiled, dtype, rows)
-        figures = [trainer.step(), trainer.validate(), trainer.slide()]
+        stages = [trainer.step, trainer.validate, trainer.slide][: 3 if dtype == torch.float32 else 2]
+        figures = [stage() for stage in stages]
         warm = graphs()
         assert (warm > 0) == compiled
-        for _ in range(2):
-            figures += [trainer.step(), trainer.validate(), trainer.slide()]
+        figures += [stage() for _ in range(2) for stage in stages]
         assert graphs() == warm
         results.append(torch.stack(figures).double())
     eager, compiled = results
     torch.testing.assert_close(compiled, eager, rtol=1e-4 if dtype == torch.float32 else 5e-3, atol=0)
-    assert eager[6] < eager[0]  # it learns
+    assert eager[2 * len(stages)] < eager[0]  # it learns
 
 
 def test_plain_attention_is_compiled_into_the_one_graph(run, graphs):
@@ -230,8 +230,9 @@ def test_code_that_inductor_generates_bears_a_context_that_grows(run, compiler):
     """The one test of generated code: half a minute of a busy core, most of it g++'s."""
     s = small(num_layers=2, ttt_chunk_size=CHUNK, ttt_eval_seq_len=WINDOW)
     expected = gradients_in_growing_contexts(s, run, compiled=False)
-    # no vector code, no pool of compilers: less to generate and to start
-    with fresh_cache(), torch._inductor.config.patch({"compile_threads": 1, "cpp.simdlen": 1}):
+    # no vector code, no optimisation, no pool of compilers: less to generate and to start
+    quick = {"compile_threads": 1, "cpp.simdlen": 1, "pattern_matcher": False, "aot_inductor.debug_compile": True}
+    with fresh_cache(), torch._inductor.config.patch(quick):
         actual = gradients_in_growing_contexts(s, run, compiled=True)
     torch.testing.assert_close(actual, expected, rtol=1e-3, atol=1e-4)
     assert counters["stats"]["unique_graphs"] == 2 and not counters["graph_break"]  # before and after attention
