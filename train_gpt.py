@@ -392,7 +392,7 @@ class Ranks:
     def __init__(self):
         self.rank = self.local = self.node = self.restarts = 0  # local: on its machine, which is number `node`
         self.world = 1
-        self.store = dist.HashStore()  # alone, a dictionary
+        self.store = self.job = dist.HashStore()  # alone, a dictionary; the latter outlives torchrun's restarts
         self.queues = self.gathered = 0  # so far, and so on every rank
         self.waits_for_step = False  # in training a signal waits for the end of the step
         self.signal = 0  # the first that this process received, and when
@@ -421,11 +421,12 @@ class Ranks:
             self.restarts = int(env.get("TORCHELASTIC_RESTART_COUNT", 0))
             if not 0 <= self.rank < self.world:
                 raise ValueError
-            if self.world > 1:
+            if self.world > 1 or env.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
                 waiting.start()
-                store, _, _ = next(dist.rendezvous("env://", timeout=timedelta(days=1)))
+                self.job, _, _ = next(dist.rendezvous("env://", timeout=timedelta(days=1)))
+            if self.world > 1:
                 # torchrun --max-restarts starts all anew beside the same store, where old values still are
-                self.store = dist.PrefixStore(f"attempt {self.restarts}", store)
+                self.store = dist.PrefixStore(f"attempt {self.restarts}", self.job)
                 self.gather(None)
                 self.beats = [0] * self.world
                 # What a signal writes there arrives while its handler waits for a collective to end.
@@ -486,6 +487,14 @@ class Ranks:
         while not self.store.check(keys):  # get() would wait where no signal gets through
             time.sleep(0.02)
         return [json.loads(self.store.get(key)) for key in keys]
+
+    def begin(self, what: str, folder: Path):
+        """Let processes that torchrun --max-restarts starts in place of these know of it."""
+        self.job.set(f"{what} in {folder}", "begun")
+
+    def began(self, what: str, folder: Path) -> bool:
+        """Whether processes before these did."""
+        return self.restarts > 0 and self.job.check([f"{what} in {folder}"])
 
     def agree(self, facts: dict):
         """Raises UserError, on all ranks, with both values where a rank's differ from the first one's."""
@@ -735,14 +744,28 @@ class Run:
             self.log(line)
 
     def check_folder(self):
-        """Raises UserError where another folder has taken the place of the one that this run has locked."""
-        if self.log_file and self.claimed:
-            try:
-                same = os.path.samestat(self.claimed, os.stat(self.folder))
-            except OSError as e:
-                raise UserError(system_says(e, self.folder)) from e
-            if not same:
-                raise UserError(f"{self.folder} is not this run's any more — leave it in its place while it runs")
+        """Hold the log that is in the folder, also one that an editor has put there. Raises UserError where another
+        run's folder, or another run, has taken this one's place."""
+        if not (self.log_file and self.claimed):
+            return
+        log = self.folder / "train.log"
+        try:
+            same = os.path.samestat(self.claimed, os.stat(self.folder))
+            if same and not (log.exists() and os.path.samestat(os.fstat(self.lock_file.fileno()), os.stat(log))):
+                self.open_log()
+        except BlockingIOError:
+            same = False
+        except OSError as e:
+            raise UserError(system_says(e, log)) from e
+        if not same:
+            raise UserError(f"{self.folder} is not this run's any more — leave it in its place while it runs")
+
+    def open_log(self):
+        """Raises BlockingIOError if another process holds it."""
+        log = self.folder / "train.log"
+        self.log_file = open(log, "a", encoding="utf-8", errors="replace")  # noqa: SIM115 - stays open
+        self.lock_file = open(log, "a")  # noqa: SIM115 - apart from the log, which may fail
+        lock(self.lock_file)
 
     def write(self, name: str, content: bytes | memoryview):
         """Write a file that is whole at any time, or leave what there was. Raises UserError."""
@@ -836,36 +859,34 @@ def files_of_run(run: Run, resume: bool) -> list[str]:
     if not s.eval_only and "final_model.ptz" in names and "checkpoint.pt" not in names:
         cure = f"score it by EVAL_ONLY={shlex.quote(str(folder / 'final_model.ptz'))}, or choose another"
         raise UserError(f"{holds} an artifact, but no checkpoint to go on from — {cure}")
-    if "result.json" in names and not s.resume:
-        raise UserError(f"{holds} the result already — its train.log says how this job ended")
     return names
 
 
 def claim_folder(text: str, run: Run) -> bool:
     """Lock it and open the log; on the first rank. Returns whether to go on with what is there: by RESUME=1, or because
     torchrun starts again what it had started there. Raises UserError if it holds another run, or a live one."""
-    folder, log = run.folder, run.folder / "train.log"
+    folder = run.folder
     for name in FILES:
         if (folder / name).is_fifo():  # whoever opens one waits for its other end
             raise UserError(f"{folder / name} is a pipe — remove it, or choose another OUTPUT_DIR")
-    launch = f"launch: {os.environ.get('TORCHELASTIC_RUN_ID')} {os.getppid()}"
-    again = run.ranks.restarts > 0 and log.exists() and launch in log.read_text(errors="replace").splitlines()
-    resume = run.s.resume or again
+    resume = run.s.resume or run.ranks.began("run", folder)
+    if run.ranks.began("result", folder):
+        raise UserError(f"OUTPUT_DIR={folder} holds this job's result — see above how it ended")
     files_of_run(run, resume)  # before anything there is touched
     folder.mkdir(parents=True, exist_ok=True)
-    run.log_file = open(log, "a", encoding="utf-8", errors="replace")  # noqa: SIM115 - stays open
-    run.lock_file = open(log, "a")  # noqa: SIM115 - apart from the log, which may fail
     try:
-        lock(run.lock_file)
+        run.open_log()
     except BlockingIOError as e:
         what = f"OUTPUT_DIR={folder} is in use by a live run: it holds a run's locked log"
         raise UserError(f"{what} — wait for it, or choose another") from e
     except OSError as e:
-        raise UserError(f"{log} cannot be locked: {e.strerror} — choose an OUTPUT_DIR whose disk can") from e
+        if e.filename:  # it cannot be opened
+            raise
+        cure = "choose an OUTPUT_DIR on a disk that can lock files"
+        raise UserError(f"{folder / 'train.log'} cannot be locked: {e.strerror} — {cure}") from e
     run.claimed = os.stat(folder)
     names = files_of_run(run, resume)  # another run may have come and gone
-    if "TORCHELASTIC_RESTART_COUNT" in os.environ:
-        run.log(launch, console=False)
+    run.ranks.begin("run", folder)
     if "result.json" in names and (note := compare_result(folder / "result.json", text, run)):
         run.log(note)
     for left in folder.glob("preflight_*/"):  # by a process that was killed
@@ -1759,6 +1780,7 @@ class Trainer:
         self.step_seconds = 0.0  # of warm-up's, but for the first
         self.reported = 0  # skipped steps
         self.unsaved = ""  # why the last checkpoint could not be written
+        self.saved = -1  # step of the last that was
         path = run.folder / "checkpoint.pt"
         self.resumed = run.s.resume and run.ranks.from_first(path.exists)
         if self.resumed:
@@ -1788,18 +1810,19 @@ class Trainer:
             return ""
 
         self.unsaved = run.ranks.from_first(write)
+        self.saved = self.saved if self.unsaved else self.step
 
-    def keep(self) -> float:
-        """Save, with a note where that fails. Returns the seconds, which are not training's."""
-        _, seconds = self.timed(self.save, self.run)
+    def keep(self):
+        """Save, with a note where that fails."""
+        self.save(self.run)
         if self.unsaved:
             self.run.log(f"note: no checkpoint of step {self.step}: {self.unsaved}")
-        return seconds
 
     def stop_on_signal(self, number: float):
         """Raises Interrupted for one that any rank has received, once a checkpoint is written."""
         if number:
-            self.keep()
+            if not self.finished:
+                self.keep()
             where = self.unsaved or f"its checkpoint is in {self.run.folder}"
             raise Interrupted(*stopped(int(number), f" after step {self.step}; {where}"))
 
@@ -1842,6 +1865,15 @@ class Trainer:
         self.step_seconds = float(np.median(seconds[1:])) if steps > 1 else 0.0  # the first compiles
         self.restore(before)
         self.run.log(f"warmup_step:{steps}/{steps}")
+
+    def rehearse(self, run: Run):
+        """Warm up, and write as many checkpoints as there will be side by side. Raises UserError."""
+        self.warm_up()
+        for _ in range(1 if self.resumed or not self.run.s.checkpoint_every else 2):
+            self.save(run)
+        if self.unsaved:
+            raise UserError(self.unsaved)
+        self.saved = self.step if self.resumed else -1
 
     def calibrate(self, start, tokens):
         return self.timed(calibrate, self.model, self.loader, start, tokens, self.run)
@@ -1895,7 +1927,7 @@ class Trainer:
             over = self.over()
             if over or (s.val_loss_every and self.step % s.val_loss_every == 0):
                 if over:  # before what may take longer than a launcher waits for the end
-                    began += self.keep()
+                    self.keep()
                 score, seconds = self.timed(evaluate_standard, self.forward, stream, run)
                 self.report(score)
                 began += seconds
@@ -1905,15 +1937,22 @@ class Trainer:
             if over:
                 break
             loss = self.train_step()
-            elapsed = time.perf_counter() - began if run.ranks.rank == 0 else 0.0  # one clock counts
-            self.elapsed, signalled = run.ranks.max([elapsed, float(run.ranks.signal)]).tolist()
+            signalled = self.tell_time(began)
             run.tick()
             if self.step <= 10 or self.step % s.train_log_every == 0 or self.over():
                 self.report(f"train_loss:{run.ranks.sum(loss).item():.8f}")
             self.stop_on_signal(signalled)
             if s.checkpoint_every and self.step % s.checkpoint_every == 0:
-                began += self.keep()
+                self.keep()
+                self.tell_time(began)
         return self.finish()
+
+    def tell_time(self, began: float) -> float:
+        """Bring `elapsed` up to date. Returns the number of a signal that any rank has received, or 0."""
+        ranks = self.run.ranks
+        elapsed = time.perf_counter() - began if ranks.rank == 0 else 0.0  # one clock counts
+        self.elapsed, signalled = ranks.max([elapsed, float(ranks.signal)]).tolist()
+        return signalled
 
     def report(self, what):
         """Log a loss, and steps that changed nothing. Raises UserError after ten of those in a row."""
@@ -1951,8 +1990,11 @@ class Trainer:
         # Before the checkpoint, which takes a disk's time: training data is read within the budget.
         hessians, self.calibration = self.calibrate(self.step * run.s.train_batch_tokens, run.s.calibration_tokens)
         if not self.finished:
+            before = self.saved
             self.finished = True
             self.keep()
+            if before == self.step:
+                self.unsaved = ""  # from what precedes the last validation a resume makes the same
         run.ranks.waits_for_step = False  # only now is everything kept
         self.stop_on_signal(run.ranks.max([run.ranks.signal])[0])
         outcome = "their mean is the final model" if self.averaged >= 2 else "too few, the last weights are final"
@@ -2230,6 +2272,10 @@ def export(state: dict[str, Tensor], hessians: dict, run):
     began = time.perf_counter()
     stretch, blob, kinds = fit(state, hessians, run)
     run.write("final_model.ptz", blob)  # what is small and matters comes before what is large
+    if run.log_file and not (run.folder / "checkpoint.pt").exists():  # it could not be written
+        resume = f"RESUME=1 OUTPUT_DIR={shlex.quote(str(run.folder))}"
+        score = f"EVAL_ONLY={shlex.quote(str(run.folder / 'final_model.ptz'))}"
+        run.ranks.how_to_go_on = run.ranks.how_to_go_on.replace(resume, score)
     floats = io.BytesIO()
     torch.save(state, floats)
     run.write("final_model.pt", floats.getbuffer())
@@ -3065,7 +3111,7 @@ def make_artifact(trainer: Trainer, hessians: dict[str, Tensor], stream, run: Ru
 
 
 def evaluation_tag(weights: str, stream, run: Run) -> str:
-    """Of all that the scores of targets depend on, so not of ranks, nor of how a mixture is made of them."""
+    """Of all that the scores of targets depend on, so not of ranks, batches or a mixture's share."""
     s = run.s
     scoring = sorted(scoring_settings(replace(s, ttt_mixture_share=1.0)).items())
     machine = str(run.dtype), run.attention, run.compile, torch.__version__, 0 if s.ttt_enabled else s.train_seq_len
@@ -3103,11 +3149,13 @@ def score_file(model: GPT, stream, run: Run, **known) -> Score:
         result["sessions"] = [*run.sessions[:-1], ended]
         result |= dict(val_loss=finite(score.loss), val_bpb=finite(score.bpb))
         run.ranks.from_first(run.write, "result.json", json.dumps(result, indent=1).encode())
+        if scores:
+            scores.remove()
+        if run.log_file:
+            run.ranks.begin("result", run.folder)
         if not scores and run.ranks.rank == 0:
             for name in ("ttt_documents.npz", "ttt_positions.npz"):  # of the evaluation whose result this one replaces
                 (run.folder / name).unlink(missing_ok=True)
-    if scores:
-        scores.remove()
     if math.isfinite(score.nll):
         run.ranks.from_first(summarise, result, run)
     return score
@@ -3203,16 +3251,13 @@ def preflight(trainer: Trainer | None, model: GPT, run: Run) -> dict[str, float]
     if run.cuda:  # a CPU does not say before it is too late
         run.fits = small.fits = find_what_fits(trainer, model, small)
         done("memory")
-    longest = max(s.train_seq_len * run.ranks.world + s.eval_stride, s.ttt_eval_seq_len + s.ttt_chunk_size)
+    stride = 0 if s.ttt_enabled else s.eval_stride
+    longest = max(s.train_seq_len * run.ranks.world + stride, s.ttt_eval_seq_len + s.ttt_chunk_size)
     stream = synthetic_stream([longest, s.ttt_chunk_size + 1], run)  # rows for all ranks; more context than a window's
     with tempfile.TemporaryDirectory(prefix="preflight_", dir=run.folder, ignore_cleanup_errors=True) as folder:
         small.folder = Path(folder)  # of each rank its own: nothing is shared
         if trainer and not trainer.finished:
-            trainer.warm_up()
-            for _ in range(1 + (s.checkpoint_every > 0)):  # a later one is written beside the one before
-                trainer.save(small)
-            if trainer.unsaved:
-                raise UserError(trainer.unsaved)
+            trainer.rehearse(small)
             done("training")
             evaluate_standard(trainer.forward, stream, small)
             done("validation")
@@ -3351,7 +3396,7 @@ def settings_beside(weights: str) -> dict:
         result = json.loads(content)
         kept = {name: value for name, value in result["settings"].items() if name.startswith(kinds)}
         kept |= {name: located(kept[name], path) for name in ("data_path", "tokenizer_path")}
-        if os.environ.get("TTT_MIXTURE", str(int(kept["ttt_mixture"]))) == "0":
+        if os.environ.get("TTT_MIXTURE", str(int(kept.get("ttt_mixture", False)))) == "0":
             kept["ttt_mixture_lr"] = 0.0  # which belongs to the mixture
         values = {name.upper(): str(int(v) if isinstance(v, bool) else v) for name, v in kept.items()}
         return dict(settings=values, tokenizer=str(result["data"]["tokenizer"]))

@@ -333,7 +333,7 @@ def checkpoints_after_calibration() -> None:
 
     def save(trainer, run, inner=train_gpt.Trainer.save):
         print("saved", flush=True)
-        os.environ.get("STOP") and trainer.step == 12 and os.kill(os.getpid(), signal.SIGTERM)
+        os.environ.get("STOP") and trainer.finished and os.kill(os.getpid(), signal.SIGTERM)
         inner(trainer, run)
 
     train_gpt.calibrate, train_gpt.Trainer.save = calibrate, save
@@ -514,6 +514,25 @@ def test_a_full_disk_in_training_ends_nothing_while_it_is_only_a_checkpoint_that
         assert not (disk / "checkpoint.pt").exists() and "Traceback" not in done.err
         scored = runs.run(tmp_path / "scored", EVAL_ONLY=disk / "final_model.ptz", TTT_N_EPOCHS=4)
         assert scored.lines[-1] == whole.lines[-1]
+
+
+def test_an_artifact_without_its_checkpoint_is_what_a_full_disk_leaves_to_score(tmp_path, whole):
+    """The command that is printed works: the checkpoint did not fit, nor do the float weights."""
+    with tiny_disk(tmp_path / "disk", 1000) as disk:
+        full = dict(OUTPUT_DIR=disk, LEFT=len(whole.artifact) + 8192, MORE=len(whole.artifact) + 8192)
+        done = runs.run(tmp_path / "run", 2, before=fill_the_disk, **LONG | full)
+        assert "final_model.pt " in (message := runs.user_error(done.err))
+        assert f", and go on with: EVAL_ONLY={disk / 'final_model.ptz'} " in message
+
+
+def test_a_disk_with_room_for_one_checkpoint_is_enough_where_none_is_asked_for_in_between(tmp_path, whole):
+    """The one before the last validation, which takes the place of the last."""
+    room = int(1.5 * (whole.folder / "checkpoint.pt").stat().st_size)
+    with tiny_disk(tmp_path / "disk", 1000) as disk:
+        full = dict(OUTPUT_DIR=disk, LEFT=room, MORE=400_000)
+        done = runs.run(tmp_path / "run", before=fill_the_disk, **LONG | dict(CHECKPOINT_EVERY=0) | full)
+        assert done.lines[-1] == whole.lines[-1] and "note: no checkpoint of step 24: cannot use" in done.out
+        assert (disk / "checkpoint.pt").exists()
 
 
 def test_a_disk_that_is_full_at_the_export_keeps_the_artifact_and_the_checkpoint(tmp_path, whole):

@@ -132,36 +132,57 @@ def test_a_resume_without_a_checkpoint_says_that_it_starts_afresh(again):
     assert f"note: {again} has no checkpoint to go on from: this run starts afresh" in done.out
 
 
-def by_torchrun(attempt: int) -> dict:
-    """The variables of a single rank that --max-restarts starts for the n-th time."""
-    return dict(RANK=0, WORLD_SIZE=1, TORCHELASTIC_RUN_ID="a job", TORCHELASTIC_RESTART_COUNT=attempt)
+def started_again(run: train_gpt.Run) -> train_gpt.Run:
+    """By torchrun --max-restarts, in the place of a run that has ended."""
+    run.lock_file.close()
+    again = runs.alone(run.folder)
+    again.ranks.restarts, again.ranks.job = 1, run.ranks.job
+    return again
 
 
 def test_a_restart_by_torchrun_goes_on_in_its_own_folder_alone(again, tmp_path):
     """Where the first start was refused the second is, too; what has a result is not made again."""
-    before = contents(again)
+    first, before = runs.alone(again), contents(again)
     for attempt in (0, 1):
-        refused = runs.run(again, 2, **FOUR, **by_torchrun(attempt))
-        assert "holds a run's" in runs.user_error(refused.err)
+        first.ranks.restarts = attempt
+        with pytest.raises(train_gpt.UserError, match="holds a run's"):
+            train_gpt.claim_folder("", first)
     assert contents(again) == before
-    first = runs.Run(tmp_path / "own", CHECKPOINT_EVERY=1, **FOUR, **by_torchrun(0))
-    first.until("step:2/4 train")
-    first.kill()
-    first.wait()
-    second = runs.run(tmp_path / "own", CHECKPOINT_EVERY=1, **FOUR, **by_torchrun(1))
-    assert second.result["training"]["resumed"] is True
-    third = runs.run(tmp_path / "own", 2, CHECKPOINT_EVERY=1, **FOUR, **by_torchrun(2))
-    assert "holds the result already" in runs.user_error(third.err)
+    own = runs.alone(tmp_path / "own")
+    assert train_gpt.claim_folder("", own) is False
+    for name in ("checkpoint.pt", "final_model.ptz"):
+        (own.folder / name).write_bytes(b"of the first attempt")
+    second = started_again(own)
+    assert train_gpt.claim_folder("", second) is True
+    second.ranks.begin("result", second.folder)
+    with pytest.raises(train_gpt.UserError, match="holds this job's result"):
+        train_gpt.claim_folder("", started_again(second))
 
 
-def test_a_log_that_an_editor_has_replaced_costs_no_run_its_results(tmp_path):
+@pytest.mark.parametrize("content", ["as an editor saves it", None])
+def test_a_log_that_is_replaced_or_removed_costs_no_run_its_results_nor_its_folder(tmp_path, content):
     run = runs.alone(tmp_path / "run")
     train_gpt.claim_folder("", run)
     log = run.folder / "train.log"
     log.rename(log.with_suffix(".bak"))
-    log.write_text("as an editor saves it")
-    run.write("result.json", b"{}")
-    assert (run.folder / "result.json").read_bytes() == b"{}"
+    if content:
+        log.write_text(content)
+    run.write("sessions.json", b"[]")
+    run.log("a line")
+    assert log.read_text() == (content or "") + "a line\n"
+    with pytest.raises(train_gpt.UserError, match="in use by a live run"):
+        train_gpt.claim_folder("", runs.alone(run.folder, RESUME=1))
+
+
+def test_a_log_that_another_run_holds_ends_the_first_one(tmp_path):
+    first = runs.alone(tmp_path / "run")
+    train_gpt.claim_folder("", first)
+    (first.folder / "train.log").unlink()
+    second = runs.alone(first.folder)
+    train_gpt.claim_folder("", second)
+    with pytest.raises(train_gpt.UserError, match="is not this run's any more"):
+        first.write("result.json", b"{}")
+    assert not (first.folder / "result.json").exists()
 
 
 def test_a_folder_for_new_runs_that_cannot_be_made_ends_the_search_for_a_name(tmp_path, monkeypatch):

@@ -105,14 +105,22 @@ class Clock:
         return later
 
 
-def test_validation_and_checkpoints_take_nothing_of_the_training_time(run, tmp_path, monkeypatch):
+def test_validation_takes_nothing_of_the_training_time(run, tmp_path, monkeypatch):
     """Neither from the clock that is shown nor from the limit: 24 steps of a second, or the 10 that fit into 10.5 s."""
     for limit, steps in ((0, 24), (10.5, 10)):
-        trainer = trainer_of(run, tmp_path, val_loss_every=2, checkpoint_every=3, max_wallclock_seconds=limit)
+        trainer = trainer_of(run, tmp_path, val_loss_every=2, max_wallclock_seconds=limit)
         with monkeypatch.context() as patched:
             Clock(patched)
             trainer.train(stream_of(trainer.run.s, [40, 20]))
         assert (trainer.step, trainer.elapsed) == (steps, steps)
+
+
+def test_a_checkpoint_between_two_steps_takes_training_time_but_the_last_takes_none(run, tmp_path, monkeypatch):
+    """3 steps and 30 s, then 3 steps and 30 s: no step of 11 s on average fits into 75."""
+    trainer = trainer_of(run, tmp_path, checkpoint_every=3, max_wallclock_seconds=75)
+    Clock(monkeypatch)
+    trainer.train(stream_of(trainer.run.s, [40, 20]))
+    assert (trainer.step, trainer.elapsed) == (6, 66)
 
 
 @pytest.mark.parametrize(
