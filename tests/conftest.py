@@ -26,7 +26,7 @@ torch.set_num_threads(1)  # the small models below gain nothing from more
 SMALL = {name.lower(): value for name, value in MICRO.items()} | dict(  # every branch of the model matters
     num_layers=3, model_dim=32, num_heads=4, num_kv_heads=2, mlp_mult=3, bigram_vocab_size=61, bigram_dim=16,
     train_batch_tokens=64, iterations=20_000, warmdown_iters=3_500, eval_stride=8, eval_batch_seqs=5, val_batch_size=96,
-    ttt_n_epochs=2, ttt_lora_rank=4, ttt_batch_size=0, eval_max_seconds=0, calibration_tokens=96,
+    ttt_chunk_size=16, ttt_n_epochs=2, ttt_lora_rank=4, ttt_batch_size=0, eval_max_seconds=0, calibration_tokens=96,
     output_dir=os.devnull,
 )  # fmt: skip
 

@@ -29,7 +29,9 @@ def micro(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     for name in t.Settings.__dataclass_fields__:
         monkeypatch.delenv(name.upper(), raising=False)
     monkeypatch.delenv("GOLF_SHARED", raising=False)
-    for name, value in runs.environment("", MICRO_BATCH_TOKENS=256, OUTPUT_DIR=None, DEVICE=None).items():
+    for name, value in runs.environment(
+        "", MICRO_BATCH_TOKENS=256, TTT_CHUNK_SIZE=16, OUTPUT_DIR=None, DEVICE=None
+    ).items():
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(speed, "FULL_SPLIT_DOCUMENTS", 400)
     monkeypatch.setattr(speed, "FULL_SPLIT_TARGETS", 40_000)

@@ -83,7 +83,7 @@ def test_half_a_minute_of_silence_in_an_evaluation_ends_with_a_line(monkeypatch,
     batch = batch_of(random_model(run.s), stream_of(run.s, [40]), [0], run)
     batch.score()
     lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("part ")]
-    assert lines == ["part 1 reading 1: chunk 1 of 3"] * said
+    assert lines == ["part 1 reading 1: chunk 1 of 2"] * said
 
 
 def test_the_score_is_said_as_soon_as_it_is_known(tmp_path):
