@@ -303,19 +303,23 @@ def help_text() -> str:
     return text.replace("=True", "=1").replace("=False", "=0")
 
 
-def misspelt(env: dict[str, str]) -> list[str]:
-    """Warnings of variables spelt almost like a setting, or of its words with some left out or added."""
+@functools.cache  # asked at the start, in the log and at the end
+def resembling(name: str) -> list[str]:
+    """Settings that a variable is spelt almost like, or that have its words with some left out or added."""
     known = {f.name.upper(): set(f.name.upper().split("_")) for f in fields(Settings)}
+    parts = set(name.upper().split("_"))
+    near = difflib.get_close_matches(name.upper(), known, 1, 0.85)
     words = set().union(*known.values())  # other programs' variables have others, too
-    lines = []
-    for name in sorted(env.keys() - known):
-        parts = set(name.upper().split("_"))
-        near = difflib.get_close_matches(name.upper(), known, 1, 0.85)
-        if not near and len(parts) > 1 and parts <= words:
-            near = [other for other in sorted(known) if parts <= known[other] or parts >= known[other]]
-        if near:
-            lines.append(f"warning: {name} is not a setting — did you mean {' or '.join(near)}?")
-    return lines
+    if not near and len(parts) > 1 and parts <= words:
+        near = [other for other in sorted(known) if parts <= known[other] or parts >= known[other]]
+    return near
+
+
+def misspelt(env: dict[str, str]) -> list[str]:
+    """Warnings of variables that resemble settings and are none."""
+    unknown = sorted(env.keys() - {f.name.upper() for f in fields(Settings)})
+    near = {name: " or ".join(resembling(name)) for name in unknown}
+    return [f"warning: {name} is not a setting — did you mean {other}?" for name, other in near.items() if other]
 
 
 # ======== Ranks ========
@@ -678,7 +682,7 @@ class Run:
         self.spoke = 0.0  # when
         self.devices = [environment(self)["device"]]  # of all ranks, once they are asked
         self.sessions = []  # of this run in its folder, by this and earlier processes
-        self.session_kept = 0.0  # when they were last written
+        self.session_kept = self.session_cost = 0.0  # when they were last written, and seconds that it took
         self.unaccounted = False  # once they could not be
         if self.cuda:
             torch.cuda.set_device(self.device)
@@ -804,8 +808,10 @@ class Run:
             self.tick(0.0)
 
     def tick(self, every: float = 5.0):
-        """Bring the session's seconds up to date, on the first rank's clock and disk."""
+        """Bring the session's seconds up to date, on the first rank's clock and disk: a slow one gets a hundredth of
+        the time."""
         now = time.perf_counter()
+        every = every and max(every, 100 * self.session_cost)
         if self.ranks.rank == 0 and self.sessions and now - self.session_kept >= every:
             self.session_kept = now
             self.sessions[-1]["seconds"] = now - self.session_began
@@ -815,6 +821,7 @@ class Run:
                 if not self.unaccounted:
                     self.log(f"note: {e}; the run goes on")
                 self.unaccounted = True
+            self.session_cost = time.perf_counter() - now
 
 
 def environment(run: Run) -> dict:

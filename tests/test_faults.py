@@ -600,6 +600,23 @@ def test_an_account_of_sessions_is_never_older_than_5_seconds_nor_written_more_o
     assert len(kept) == 1 + 10 + 1 and kept[-1][0]["seconds"] == 50 and kept[-1][0]["ended"] == "finished"
 
 
+def test_an_account_of_sessions_on_a_slow_disk_takes_a_hundredth_of_the_time(monkeypatch):
+    now, written = [1000.0], []
+
+    def write(run, name, content):
+        now[0] += 2.0
+        written.append(name)
+
+    monkeypatch.setattr(time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(train_gpt.Run, "write", write)
+    run = runs.alone()
+    with run.session("training"):
+        for _ in range(1200):
+            now[0] += 0.5
+            run.tick()
+    assert 2 + 2 <= len(written) <= 2 + 600 / 200
+
+
 @needs_full
 def test_a_log_that_cannot_be_written_is_one_note_and_the_run_goes_on(tmp_path):
     (tmp_path / "train.log").symlink_to("/dev/full")
