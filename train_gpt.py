@@ -674,6 +674,7 @@ class Run:
         self.compile = self.cuda if s.compile < 0 else bool(s.compile)
         self.graphs = False  # CUDA graphs, once they have computed the same
         self.rehearsed = {}  # how nearly
+        self.longest = 1  # targets of the longest validation document
         self.fits = {}  # most() of what the preflight has tried
         self.pace = {}  # seconds of a unit of batch_cost(), with and without them
         self.folder = Path(s.output_dir)
@@ -3220,7 +3221,8 @@ def find_what_fits(trainer: Trainer | None, model: GPT, run: Run) -> dict[str, i
         score_windows(trainer.forward if trainer else model, synthetic_stream([size], run), windows, size)
 
     def adapt(documents: int):
-        batch = DocumentBatch(model, synthetic_stream([longest] * documents, run), documents, run.using(ttt_n_epochs=1))
+        stream = synthetic_stream([longest] * documents + [run.longest], run)  # scores have room for the latter
+        batch = DocumentBatch(model, stream, documents, run.using(ttt_n_epochs=1))
         batch.load(np.arange(documents))
         torch.cuda.reset_peak_memory_stats()
         batch.adapt(1)
@@ -3508,6 +3510,7 @@ def main(ranks: Ranks) -> int:
         weights = read_weights(Path(run.s.eval_only), run)
         run = run.using(**artifact_config(weights.settings))
     stream = load_validation(run)
+    run.longest = int(stream.lengths.max())
     shards = [] if run.s.eval_only else open_shards("train", run)
     data = dict(validation=stream.fingerprint, tokenizer=stream.tokenizer, train=None)
     if shards:

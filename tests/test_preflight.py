@@ -378,6 +378,24 @@ def test_what_is_tried_is_what_the_stages_compute_and_changes_nothing(monkeypatc
     assert all(torch.equal(now, then) for now, then in zip(trainer.state_dict().values(), before.values(), strict=True))
 
 
+def test_what_is_tried_has_room_for_the_scores_of_the_longest_document(monkeypatch):
+    """Of each document of a batch: one of millions of targets costs gigabytes."""
+    run, rooms = runs.alone(TTT_BATCH_SIZE=3), []
+    run.longest = 5_000
+
+    def load(batch, documents, inner=train_gpt.DocumentBatch.load):
+        rooms.append(batch.nll.shape)
+        return inner(batch, documents)
+
+    monkeypatch.setattr(train_gpt, "most_that_fits", lambda most, work, run: work(most) or 1)
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda: None)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda: 0)
+    monkeypatch.setattr(train_gpt.DocumentBatch, "load", load)
+    train_gpt.find_what_fits(None, train_gpt.scoring_model(run), run)
+    assert rooms[-1][0] == 3 and rooms[-1][1] >= 5_000
+
+
 def run_out_of_memory(owner: str, name: str) -> None:
     """From the end of the preflight on, which has no log."""
     inner = getattr(getattr(train_gpt, owner), name)
