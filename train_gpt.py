@@ -494,7 +494,8 @@ class Ranks:
 
     def begin(self, what: str, folder: Path):
         """Let processes that torchrun --max-restarts starts in place of these know of it."""
-        self.job.set(f"{what} in {folder}", "begun")
+        with contextlib.suppress(RuntimeError):  # the launcher is dead, and starts nothing
+            self.job.set(f"{what} in {folder}", "begun")
 
     def began(self, what: str, folder: Path) -> bool:
         """Whether processes before these did."""
@@ -753,24 +754,30 @@ class Run:
         run's folder, or another run, has taken this one's place."""
         if not (self.log_file and self.claimed):
             return
-        log = self.folder / "train.log"
         try:
             same = os.path.samestat(self.claimed, os.stat(self.folder))
+        except OSError as e:
+            raise UserError(system_says(e, self.folder)) from e
+        log = self.folder / "train.log"
+        try:
             if same and not (log.exists() and os.path.samestat(os.fstat(self.lock_file.fileno()), os.stat(log))):
                 self.open_log()
         except BlockingIOError:
             same = False
-        except OSError as e:
-            raise UserError(system_says(e, log)) from e
+        except OSError:
+            pass  # what is held goes on to be
         if not same:
             raise UserError(f"{self.folder} is not this run's any more — leave it in its place while it runs")
 
     def open_log(self):
-        """Raises BlockingIOError if another process holds it."""
+        """Lock it, and write to it. Raises BlockingIOError if another process holds it, OSError."""
         log = self.folder / "train.log"
+        if log.exists() and not (log.is_file() or log.is_char_device()):
+            raise FileExistsError(errno.EEXIST, "it is no file", str(log))
+        held = open(log, "a")  # noqa: SIM115 - apart from the log, which may fail
+        lock(held)
+        self.lock_file = held
         self.log_file = open(log, "a", encoding="utf-8", errors="replace")  # noqa: SIM115 - stays open
-        self.lock_file = open(log, "a")  # noqa: SIM115 - apart from the log, which may fail
-        lock(self.lock_file)
 
     def write(self, name: str, content: bytes | memoryview):
         """Write a file that is whole at any time, or leave what there was. Raises UserError."""
@@ -809,10 +816,9 @@ class Run:
             self.tick(0.0)
 
     def tick(self, every: float = 5.0):
-        """Bring the session's seconds up to date, on the first rank's clock and disk: a slow one gets a hundredth of
-        the time."""
+        """Bring the session's seconds up to date, on the first rank's clock and disk: a slow one once a minute."""
         now = time.perf_counter()
-        every = every and max(every, 100 * self.session_cost)
+        every = every and max(every, min(100 * self.session_cost, 60.0))
         if self.ranks.rank == 0 and self.sessions and now - self.session_kept >= every:
             self.session_kept = now
             self.sessions[-1]["seconds"] = now - self.session_began
@@ -953,15 +959,21 @@ def open_folder(text: str, run: Run) -> Run:
     run.folder = Path(folder)
     run = run.using(resume=run.ranks.from_first(claim_folder, text, run))
     run.folder.mkdir(parents=True, exist_ok=True)
-    given = {f.name.upper() for f in fields(Settings)} & {*os.environ} - {"RESUME", "OUTPUT_DIR"}
-    values = [f"{name}={shlex.quote(os.environ[name])}" for name in sorted(given)]
+    run.ranks.how_to_go_on = command(run, RESUME="1", OUTPUT_DIR=folder)
+    return run
+
+
+def command(run: Run, **changes: str) -> str:
+    """What a shell takes to start this run again with changed settings, in another folder if none is among them."""
+    given = {f.name.upper() for f in fields(Settings)} & {*os.environ} - {"RESUME", "OUTPUT_DIR", *changes}
+    if "OUTPUT_DIR" not in changes:
+        given -= {"RUN_ID"}
+    values = changes | {name: os.environ[name] for name in sorted(given)}
     launcher = "python"
     if run.ranks.world > 1:
         alone = os.environ.get("LOCAL_WORLD_SIZE") == str(run.ranks.world)
         launcher = f"torchrun --standalone --nproc_per_node={run.ranks.world}" if alone else "torchrun ... (as before)"
-    again = ["RESUME=1", f"OUTPUT_DIR={shlex.quote(folder)}", *values, launcher, shlex.quote(sys.argv[0])]
-    run.ranks.how_to_go_on = " ".join(again)
-    return run
+    return " ".join([*(f"{k}={shlex.quote(v)}" for k, v in values.items()), launcher, shlex.quote(sys.argv[0])])
 
 
 # ======== Data ========
@@ -1823,13 +1835,15 @@ class Trainer:
     def keep(self):
         """Save, with a note where that fails."""
         self.save(self.run)
-        if self.unsaved:
+        if self.saved == self.step:
+            self.unsaved = ""  # else one of this step, from which a resume goes on, is there already
+        else:
             self.run.log(f"note: no checkpoint of step {self.step}: {self.unsaved}")
 
     def stop_on_signal(self, number: float):
         """Raises Interrupted for one that any rank has received, once a checkpoint is written."""
         if number:
-            if not self.finished:
+            if self.saved != self.step:
                 self.keep()
             where = self.unsaved or f"its checkpoint is in {self.run.folder}"
             raise Interrupted(*stopped(int(number), f" after step {self.step}; {where}"))
@@ -1934,8 +1948,8 @@ class Trainer:
         while not self.finished:
             over = self.over()
             if over or (s.val_loss_every and self.step % s.val_loss_every == 0):
-                if over:  # before what may take longer than a launcher waits for the end
-                    self.keep()
+                if over and not s.max_wallclock_seconds and self.saved != self.step:
+                    self.keep()  # before what may take long; under a clock the last training data comes first
                 score, seconds = self.timed(evaluate_standard, self.forward, stream, run)
                 self.report(score)
                 began += seconds
@@ -1952,7 +1966,7 @@ class Trainer:
             self.stop_on_signal(signalled)
             if s.checkpoint_every and self.step % s.checkpoint_every == 0:
                 self.keep()
-                self.tell_time(began)
+                self.stop_on_signal(self.tell_time(began))
         return self.finish()
 
     def tell_time(self, began: float) -> float:
@@ -1998,11 +2012,8 @@ class Trainer:
         # Before the checkpoint, which takes a disk's time: training data is read within the budget.
         hessians, self.calibration = self.calibrate(self.step * run.s.train_batch_tokens, run.s.calibration_tokens)
         if not self.finished:
-            before = self.saved
             self.finished = True
             self.keep()
-            if before == self.step:
-                self.unsaved = ""  # from what precedes the last validation a resume makes the same
         run.ranks.waits_for_step = False  # only now is everything kept
         self.stop_on_signal(run.ranks.max([run.ranks.signal])[0])
         outcome = "their mean is the final model" if self.averaged >= 2 else "too few, the last weights are final"
@@ -2275,15 +2286,13 @@ def fit(state: dict[str, Tensor], hessians: dict, run):
     return best or tried
 
 
-def export(state: dict[str, Tensor], hessians: dict, run):
-    """Write the artifact and final_model.pt. Returns the account. Raises UserError."""
+def export(state: dict[str, Tensor], hessians: dict, run, then: str = ""):
+    """Write the artifact and final_model.pt. Returns the account. Raises UserError. `then`: how to go on with the
+    artifact, where a checkpoint could not be written."""
     began = time.perf_counter()
     stretch, blob, kinds = fit(state, hessians, run)
     run.write("final_model.ptz", blob)  # what is small and matters comes before what is large
-    if run.log_file and not (run.folder / "checkpoint.pt").exists():  # it could not be written
-        resume = f"RESUME=1 OUTPUT_DIR={shlex.quote(str(run.folder))}"
-        score = f"EVAL_ONLY={shlex.quote(str(run.folder / 'final_model.ptz'))}"
-        run.ranks.how_to_go_on = run.ranks.how_to_go_on.replace(resume, score)
+    run.ranks.how_to_go_on = then or run.ranks.how_to_go_on
     floats = io.BytesIO()
     torch.save(state, floats)
     run.write("final_model.pt", floats.getbuffer())
@@ -3109,9 +3118,11 @@ def load_weights(model: GPT, state: dict[str, Tensor], origin: str, run: Run):
 
 def make_artifact(trainer: Trainer, hessians: dict[str, Tensor], stream, run: Run) -> dict:
     """Export, and what quantisation costs: the standard bpb of both weights. The trainer keeps the artifact's."""
-    account = run.ranks.from_first(export, trainer.state_dict(), hessians, run)
-    bpb = dict(float=evaluate_standard(trainer.forward, stream, run).bpb)
     path = run.folder / "final_model.ptz"
+    then = command(run, EVAL_ONLY=str(path)) if trainer.unsaved else ""
+    account = run.ranks.from_first(export, trainer.state_dict(), hessians, run, then)
+    run.ranks.how_to_go_on = then or run.ranks.how_to_go_on
+    bpb = dict(float=evaluate_standard(trainer.forward, stream, run).bpb)
     load_weights(trainer.model, read_weights(path, run).state, "the artifact", run)
     bpb["artifact"] = evaluate_standard(trainer.forward, stream, run).bpb
     run.log(f"export val_bpb float:{bpb['float']:.8f} artifact:{bpb['artifact']:.8f}")

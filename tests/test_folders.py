@@ -180,9 +180,20 @@ def test_a_log_that_another_run_holds_ends_the_first_one(tmp_path):
     (first.folder / "train.log").unlink()
     second = runs.alone(first.folder)
     train_gpt.claim_folder("", second)
-    with pytest.raises(train_gpt.UserError, match="is not this run's any more"):
-        first.write("result.json", b"{}")
-    assert not (first.folder / "result.json").exists()
+    for name in ("sessions.json", "result.json"):  # however often it tries
+        with pytest.raises(train_gpt.UserError, match="is not this run's any more"):
+            first.write(name, b"{}")
+    first.log("a line")
+    assert not (first.folder / "result.json").exists() and "a line" not in (first.folder / "train.log").read_text()
+
+
+def test_a_log_whose_place_cannot_be_opened_costs_no_run_its_results(tmp_path):
+    run = runs.alone(tmp_path / "run")
+    train_gpt.claim_folder("", run)
+    (run.folder / "train.log").unlink()
+    (run.folder / "train.log").mkdir()
+    run.write("result.json", b"{}")
+    assert (run.folder / "result.json").read_bytes() == b"{}"
 
 
 def test_a_folder_for_new_runs_that_cannot_be_made_ends_the_search_for_a_name(tmp_path, monkeypatch):
