@@ -91,6 +91,7 @@ def ceil_div(a, b):
 # model (an artifact's header), the trained weights besides (a checkpoint must match), or this session alone.
 
 LORA_TARGETS = ("c_q", "c_k", "c_v", "attn.proj", "mlp.fc", "mlp.proj")  # of every layer, in drawing order
+LARGEST = 3e38  # number: float32 holds it
 ANY_TARGET = f"({'|'.join(map(re.escape, LORA_TARGETS))})"
 
 
@@ -98,10 +99,16 @@ class UserError(Exception):
     """`what is wrong — what to do`: the process ends with code 2."""
 
 
+class FolderGone(UserError):
+    """Nothing that is written to a run's folder would be found: it must end."""
+
+
 def setting(default, doc: str, low=0, high=math.inf, choices=(), form=".*", tiny=None):
     """A field: its documentation, range, choices or pattern, and value under PRESET=tiny."""
     kind = type(default)
     choices = (0, 1) if kind is bool else choices
+    if kind is float:
+        low, high = max(low, -LARGEST), min(high, LARGEST)
     allowed = f"printable text like {form}" if kind is str else f"{kind.__name__} from {low} to {high}"
     if choices:
         allowed = f"one of {', '.join(map(str, choices))}"
@@ -281,7 +288,7 @@ def parse_setting(f: Field, raw):
         elif kind is str:
             good = value.isprintable() and re.fullmatch(rule["form"], value)
         else:
-            good = abs(value) < 3e38 and rule["low"] <= value <= rule["high"]  # float32 holds it
+            good = rule["low"] <= value <= rule["high"] and abs(value) <= LARGEST
     except (ValueError, TypeError, OverflowError):
         good = False
     if not good:
@@ -350,12 +357,22 @@ def say(line: str, name: str = "stdout") -> str:
     """Print to a console. One that is gone, full or of a narrow encoding ends nothing: returns what the system says."""
     console = getattr(sys, name)
     try:
+        if unread(console):
+            raise BlockingIOError(errno.EAGAIN, "nobody has read it for ten seconds")
         encoding = console.encoding or "utf-8"
         print(line.encode(encoding, "replace").decode(encoding), file=console, flush=True)
     except (OSError, ValueError, AttributeError) as e:  # ValueError: closed; AttributeError: there is none
         setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115 - open to the end
         return getattr(e, "strerror", None) or str(e)
     return ""
+
+
+def unread(console) -> bool:
+    """Whether a pipe or a terminal stays full, so that to print would wait, and no signal be heard."""
+    try:
+        return os.name != "nt" and not select.select([], [console], [], 10.0)[1]
+    except (OSError, ValueError, TypeError):  # it is no descriptor's
+        return False
 
 
 def out_of_memory(error: Exception) -> bool:
@@ -371,6 +388,7 @@ def system_says(e: OSError, path: object = None) -> str:
         errno.ENOSPC: "free space there",
         errno.EDQUOT: "free space there",
         errno.EFBIG: "raise the limit of file sizes (ulimit -f)",
+        errno.EEXIST: "remove what is in its place, or choose another",
     }
     what = f"cannot use {where}" if where else "the system refused a call"
     return f"{what}: {e.strerror or e} — {cures.get(e.errno, 'check the path and its permissions')}"
@@ -404,7 +422,8 @@ class Ranks:
         self.found = self.ending = None  # code and line, found by a thread; once the main one is to end by it
         self.beats = []  # of all ranks, when last heard
         self.unwinding = self.leaving = False
-        self.how_to_go_on = ""  # a command, once there is a folder
+        self.how_to_go_on = ""  # a command, while there is a folder without a result
+        self.outcome = "nothing had begun"  # where there is none
         self.stage = (
             "the start",
             "NUM_LAYERS, MODEL_DIM or BIGRAM_VOCAB_SIZE",
@@ -519,8 +538,9 @@ class Ranks:
                 if store.check(["end"]):
                     self.found = json.loads(store.get("end"))["code"], ""
                 time.sleep(0.5)
-        except RuntimeError:
-            self.found = 1, "error: the first rank is dead or out of reach"
+        except RuntimeError:  # nor can ranks agree who says it
+            line = "error: the launcher or the first rank is dead or out of reach"
+            self.found = 1, line if self.local == 0 else ""
 
     def watch(self):
         """A thread: end this rank once another has ended or is silent, or a signal finds the main thread stuck. The
@@ -566,7 +586,7 @@ class Ranks:
         """Announce why this rank ends, unless another was first; say it once a machine. Returns the code of all."""
         self.unwinding = self.leaving = True  # no signal, no watch thread comes in between
         if line and code != 2:
-            line += f" — go on with: {self.how_to_go_on}" if self.how_to_go_on else " — nothing had begun"
+            line += f" — go on with: {self.how_to_go_on}" if self.how_to_go_on else f" — {self.outcome}"
         mine = json.dumps(dict(rank=self.rank, node=self.node, code=code, line=line))
         first = [mine]
 
@@ -595,7 +615,8 @@ class Ranks:
     def lost(self, e: BaseException) -> str:
         """What failed, if it is a collective, mostly because another rank had left it; else empty."""
         text = " ".join(str(e).split())
-        broken = self.world > 1 and isinstance(e, RuntimeError) and re.search("gloo|nccl|connection", text, re.I)
+        named = isinstance(e, RuntimeError) and re.search("gloo|nccl|connection", text, re.I)
+        broken = self.world > 1 and (named or isinstance(e, dist.DistError))
         return f"a collective failed, as where another rank is dead or out of reach: {text[:200]}" if broken else ""
 
     def leave(self):
@@ -750,12 +771,14 @@ class Run:
             self.log(line)
 
     def check_folder(self):
-        """Hold the log that is in the folder, also one that an editor has put there. Raises UserError where another
-        run's folder, or another run, has taken this one's place."""
+        """Hold the log that is in the folder, also one that an editor has put there. Raises FolderGone where the folder
+        is in its place no more, or another run's; UserError."""
         if not (self.log_file and self.claimed):
             return
         try:
             same = os.path.samestat(self.claimed, os.stat(self.folder))
+        except FileNotFoundError:
+            same = False
         except OSError as e:
             raise UserError(system_says(e, self.folder)) from e
         log = self.folder / "train.log"
@@ -767,7 +790,8 @@ class Run:
         except OSError:
             pass  # what is held goes on to be
         if not same:
-            raise UserError(f"{self.folder} is not this run's any more — leave it in its place while it runs")
+            what = f"{self.folder} is not this run's any more: it was moved, removed or replaced"
+            raise FolderGone(f"{what} — leave it in its place while it runs")
 
     def open_log(self):
         """Lock it, and write to it. Raises BlockingIOError if another process holds it, OSError."""
@@ -811,9 +835,10 @@ class Run:
             row["ended"] = "finished"
         except BaseException as e:
             row["ended"] = self.ranks.lost(e) or " ".join(str(e).split())[:200] or type(e).__name__
+            with contextlib.suppress(FolderGone):
+                self.tick(0.0)
             raise
-        finally:
-            self.tick(0.0)
+        self.tick(0.0)
 
     def tick(self, every: float = 5.0):
         """Bring the session's seconds up to date, on the first rank's clock and disk: a slow one once a minute."""
@@ -824,6 +849,8 @@ class Run:
             self.sessions[-1]["seconds"] = now - self.session_began
             try:
                 self.write("sessions.json", json.dumps(self.sessions).encode())
+            except FolderGone:
+                raise
             except UserError as e:  # an account is not worth a run
                 if not self.unaccounted:
                     self.log(f"note: {e}; the run goes on")
@@ -954,7 +981,7 @@ def open_folder(text: str, run: Run) -> Run:
     """The run with its folder: the first rank's has log, lock and results; on other machines one of that name has only
     scores. `text`: the validation's fingerprint. Raises UserError, OSError."""
     folder = run.ranks.from_first(choose_folder, run)
-    name = "".join(c if c.isprintable() else "?" for c in Path(folder).resolve().name)
+    name = "".join(c if c.isprintable() else "?" for c in os.path.basename(os.path.realpath(folder)))
     run = run.using(run_id=run.s.run_id or name, output_dir=folder)
     run.folder = Path(folder)
     run = run.using(resume=run.ranks.from_first(claim_folder, text, run))
@@ -1217,7 +1244,7 @@ def synthetic_stream(lengths: list[int], run):
 def prepare_sample(run):
     """Build the bundled sample if DATA_PATH is it and lacks a file. Raises UserError."""
     whole = all((SAMPLE / name).exists() for name in SAMPLE_FILES)
-    if Path(run.s.data_path).resolve() == SAMPLE and not whole:  # of a part the builder says what to do
+    if os.path.realpath(run.s.data_path) == str(SAMPLE) and not whole:  # of a part the builder says what to do
         code = subprocess.call([sys.executable, str(SAMPLE.parent / "sample.py")], stdout=sys.stderr)
         if code:
             raise UserError(f"data/sample.py ended with code {code} — see its message above")
@@ -1825,6 +1852,8 @@ class Trainer:
             torch.save(self.state(), content)
             try:
                 run.write("checkpoint.pt", content.getbuffer())
+            except FolderGone:
+                raise
             except UserError as e:
                 return str(e)
             return ""
@@ -1851,7 +1880,11 @@ class Trainer:
     def resume(self, path: Path):
         """From the first rank's file. Raises UserError."""
         content = self.run.ranks.from_first(path.read_bytes)
-        with reading(f"checkpoint {path}", "delete it to start afresh"):
+        artifact = path.with_name("final_model.ptz")
+        cure = "delete it to start afresh"
+        if self.run.ranks.from_first(artifact.exists):
+            cure = f"score it by EVAL_ONLY={shlex.quote(str(artifact))}, or choose another OUTPUT_DIR"
+        with reading(f"checkpoint {path}", cure):
             state = load_pt(content)
             theirs = state["identity"]
             others = [f"{k.upper()}: {theirs.get(k)}, now {v}" for k, v in self.identity.items() if theirs.get(k) != v]
@@ -1985,7 +2018,7 @@ class Trainer:
             self.reported = skipped
         if in_a_row >= MOST_SKIPPED:
             what = f"{MOST_SKIPPED} or more steps in a row, up to {self.step}, had no finite gradient"
-            raise UserError(f"{what} — lower the learning rates")
+            raise UserError(f"{what} — lower the learning rates or WEIGHT_DECAY")
         timing = f"train_time:{1000 * self.elapsed:.0f}ms step_avg:{1000 * self.elapsed / max(self.step, 1):.2f}ms"
         self.run.log(f"step:{self.step}/{self.run.s.iterations} {what} {timing}")
 
@@ -2406,10 +2439,12 @@ def under_way(sessions: list[dict]) -> list[dict]:
     return rows[ends[-1] if ends else 0 :]
 
 
-def time_spent(began: float, run: Run) -> dict:
-    """The first rank's seconds since `began`; at least that many if a process was killed."""
+def time_spent(began: float, run: Run, taken_over: bool = False) -> dict:
+    """The first rank's seconds since `began`; at least that many if a process was killed, or if scores were taken over
+    whose sessions nobody knows."""
     seconds = time.perf_counter() - began
-    killed = any(row["ended"] == "killed" for row in under_way(run.sessions))
+    rows = under_way(run.sessions)
+    killed = any(row["ended"] == "killed" for row in rows) or (taken_over and len(rows) < 2)
     within = not run.s.eval_max_seconds or seconds <= run.s.eval_max_seconds
     return dict(seconds=seconds, at_least=killed, within_budget=within)
 
@@ -2792,6 +2827,7 @@ class Scores:
         whole = {path: self._read(path) for path in run.folder.glob(self.pattern) if run.s.resume}
         if run.s.resume:
             self.merge()
+        self.taken_over = bool((self.targets != UNSCORED).any())  # by whatever process they were made
         self.path = run.folder / f"scores_{tag}_{run.ranks.rank}.bin"
         self.file = open(self.path, "ab")  # noqa: SIM115 - open to the end
         self.file.truncate(whole.get(self.path, 0))  # else what comes next would be taken for the rest of a pair
@@ -2851,7 +2887,8 @@ class Scores:
 
     def remove(self):
         """Once the result is written."""
-        self.file.close()
+        with contextlib.suppress(OSError):
+            self.file.close()
         for path in self.run.folder.glob(self.pattern):
             path.unlink(missing_ok=True)  # another rank may have
         if self.run.ranks.rank > 0:
@@ -2996,7 +3033,7 @@ def report_documents(scores: Scores, seconds: dict[str, float], began: float, ru
         cut = (sums == UNSCORED).any(0)
         arrays["figures_finished"] *= ~cut  # of a score that lacks a part none is
         mixed = arrays["nll_mixture"], int(cut.sum()), dict(zip(names, whole.tolist(), strict=False))
-    account = dict(documents=len(stream.lengths)) | time_spent(began, run) | dict(passes=seconds)
+    account = dict(documents=len(stream.lengths)) | time_spent(began, run, scores.taken_over) | dict(passes=seconds)
     if len(scores.epochs):
         again = scores.epochs[0] != UNSCORED
         with np.errstate(invalid="ignore"):  # both may be infinite
@@ -3371,6 +3408,24 @@ def rehearse_adaptation(model: GPT, run: Run) -> bool:
     return not run.ranks.max([not same])[0]
 
 
+def without_effect(s: Settings, env: dict[str, str]) -> list[str]:
+    """The variables of `env` that other settings switch off."""
+    switched_off = dict(
+        TTT_=not s.ttt_enabled,
+        TTT_MIXTURE_=not s.ttt_mixture,
+        EVAL_STRIDE=s.ttt_enabled,
+        EVAL_BATCH_=s.ttt_enabled,
+        SWA_=not s.swa_enabled,
+        TIED_=not s.tie_embeddings,
+        EMBED_LR=s.tie_embeddings,
+        HEAD_LR=s.tie_embeddings,
+        CALIBRATION_=s.quantizer == "nearest",
+    )
+    idle = tuple(prefix for prefix, off in switched_off.items() if off)
+    known = {f.name.upper() for f in fields(Settings)} - {"TTT_ENABLED", "SWA_ENABLED"}
+    return sorted(name for name in known & env.keys() if name.startswith(idle))
+
+
 def describe(trainer: Trainer | None, stream, run: Run):
     """Log what repeats the run; a star marks settings from the environment."""
     for text in (SOURCE_BYTES.decode(), *misspelt(os.environ)):
@@ -3379,6 +3434,8 @@ def describe(trainer: Trainer | None, stream, run: Run):
     for name, value in asdict(run.s).items():
         star = "*" if name.upper() in os.environ else " "
         run.log(f"{star} {name.upper()}={value}", console=value != usual[name])
+    if idle := without_effect(run.s, os.environ):
+        run.log(f"note: without effect here: {', '.join(idle)}")
     run.log(pairs(environment(run)))
     if run.ranks.world > 1:
         run.log(f"devices of the ranks: {', '.join(run.devices)}")
@@ -3399,7 +3456,7 @@ def describe(trainer: Trainer | None, stream, run: Run):
 def located(path: str, run_file: Path) -> str:
     """Where a path of a run's settings leads, as it is if nowhere. A relative one was meant from where the run was
     started, which no result says: it is tried from here, then from each folder above the run's file."""
-    tried = (str(folder / path) for folder in (Path(), *run_file.resolve().parents))
+    tried = (str(folder / path) for folder in (Path(), *Path(os.path.realpath(run_file)).parents))
     return next(filter(os.path.exists, tried), path)
 
 
@@ -3541,6 +3598,8 @@ def main(ranks: Ranks) -> int:
         known |= dict(training=trainer.account(), artifact=make_artifact(trainer, hessians, stream, run))
     # From here on nothing is known but the file.
     score = score_file(model, stream, run, **known)
+    ranks.how_to_go_on = ""
+    ranks.outcome = f"the result is in {run.folder}"
     run.log(f"final_int8_zlib_roundtrip_exact {score}")  # the name that the field's tools look for
     return exit_code(score, trainer, known["artifact"], run)
 

@@ -143,6 +143,7 @@ def read_documents(files: Iterable[Path], delimiter: str, seed: int, counts: Cou
             seen.add(digest)
             counts["documents"] += 1
             counts["bytes"] += len(data)
+            counts["digest"] ^= int.from_bytes(digest)  # of all, in any order: what changes must not go unnoticed
             yield digest, text
 
 

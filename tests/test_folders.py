@@ -104,6 +104,46 @@ def test_a_run_whose_folder_was_moved_touches_nothing_of_what_took_its_place(tmp
     )
 
 
+def move_after_a_step() -> None:
+    def step(trainer, inner=train_gpt.Trainer.train_step):
+        if trainer.step == 5:
+            trainer.run.folder.rename(trainer.run.folder.with_name("moved"))
+        return inner(trainer)
+
+    train_gpt.Trainer.train_step = step
+    train_gpt.Run.tick.__defaults__ = (0.0,)  # at each step
+
+
+def test_a_training_whose_folder_is_gone_ends_when_that_is_seen(tmp_path):
+    """Not with its last step, where all would be lost."""
+    (tmp_path / "consoles").mkdir()
+    done = runs.run(tmp_path / "consoles", 2, before=move_after_a_step, OUTPUT_DIR=tmp_path / "run", TRAIN_LOG_EVERY=1)
+    assert f"{tmp_path / 'run'} is not this run's any more: it was moved" in runs.user_error(done.err)
+    assert "step:5/12 train_loss" in done.out and "step:8/12" not in done.out
+
+
+def test_links_in_a_circle_are_one_line(tmp_path):
+    (tmp_path / "circle").symlink_to("circle")
+    for name in ("OUTPUT_DIR", "DATA_PATH"):
+        done = runs.run(tmp_path / "consoles", 2, **{name: tmp_path / "circle"})
+        assert str(tmp_path / "circle") in runs.user_error(done.err)
+
+
+def test_a_damaged_checkpoint_beside_its_artifact_is_not_advised_to_be_deleted(again):
+    (again / "checkpoint.pt").write_bytes(b"half")
+    (again / "result.json").unlink()
+    error = runs.user_error(runs.run(again, 2, RESUME=1, **FOUR).err)
+    assert "is damaged" in error and f"score it by EVAL_ONLY={again / 'final_model.ptz'}" in error
+
+
+def test_settings_that_others_switch_off_are_named():
+    off = dict(TTT_ENABLED="0", TTT_N_EPOCHS="3", TTT_MIXTURE="1", SWA_ENABLED="0", SWA_EVERY="7", HEAD_LR="1")
+    named = train_gpt.without_effect(train_gpt.Settings.from_env(off), off | dict(PATH="x", EVAL_STRIDE="8"))
+    assert named == ["HEAD_LR", "SWA_EVERY", "TTT_MIXTURE", "TTT_N_EPOCHS"]
+    on = dict(EVAL_STRIDE="8", TTT_MIXTURE_SHARE="0.2", TTT_N_EPOCHS="3", SWA_EVERY="7", TIED_EMBED_LR="1")
+    assert train_gpt.without_effect(train_gpt.Settings.from_env(on), on) == ["EVAL_STRIDE", "TTT_MIXTURE_SHARE"]
+
+
 def test_pipes_are_refused_before_anybody_waits_for_their_other_end(tmp_path):
     os.mkfifo(tmp_path / "pipe.ptz")
     done = runs.run(tmp_path / "run", 2, EVAL_ONLY=tmp_path / "pipe.ptz")

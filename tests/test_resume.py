@@ -215,6 +215,7 @@ def test_what_a_collective_says_of_its_failure_is_told():
     ranks.world = 2
     error = RuntimeError("[/gloo/transport/tcp/device.cc:93] Unable to find interface for: eth7")
     assert "dead or out of reach" in (line := ranks.lost(error)) and "Unable to find interface for: eth7" in line
+    assert "Broken pipe" in ranks.lost(train_gpt.dist.DistNetworkError("Broken pipe"))
     assert ranks.lost(RuntimeError("shapes differ")) == ranks.lost(ValueError("connection")) == ""
 
 
@@ -350,6 +351,13 @@ def test_seconds_of_earlier_sessions_count_where_none_has_finished_since(tmp_pat
     evaluation = json.loads((tmp_path / "result.json").read_bytes())["evaluation"]
     assert expected <= evaluation["seconds"] < expected + 500
     assert evaluation["at_least"] is (earlier[-1][1] == "killed")
+
+
+def test_scores_whose_seconds_nobody_knows_are_of_at_least_those_that_are_counted(tmp_path, scoring):
+    runs.run(tmp_path, 143, before=partial(stop_in_adapt, 3), **scoring)
+    (tmp_path / "sessions.json").unlink()
+    evaluation = runs.run(tmp_path, RESUME=1, **scoring).result["evaluation"]
+    assert evaluation["at_least"] is True
 
 
 @pytest.mark.parametrize("name, value", [("LOGIT_SOFTCAP", 2), ("ROPE_BASE", 100)])
@@ -595,6 +603,25 @@ def a_console_that_goes(kind: str) -> None:
         os.close(reading)
 
     threading.Thread(target=read, daemon=True).start()
+
+
+def test_a_console_that_nobody_reads_costs_ten_seconds_and_neither_the_run_nor_its_signals(monkeypatch):
+    """As a pipe into a pager that waits, or a terminal after ^S."""
+    reading, writing = os.pipe()
+    os.set_blocking(writing, False)
+    with pytest.raises(BlockingIOError):
+        while True:
+            os.write(writing, bytes(4096))
+    os.set_blocking(writing, True)
+    waits, inner = [], train_gpt.select.select
+    monkeypatch.setattr(train_gpt.select, "select", lambda r, w, x, s: waits.append(s) or inner(r, w, x, 0.05))
+    with open(writing, "w") as console:
+        monkeypatch.setattr(sys, "stdout", console)
+        assert "nobody has read it" in train_gpt.say("a line")
+        assert sys.stdout is not console and train_gpt.say("another") == "" and waits == [10.0, 10.0]
+        os.set_blocking(reading, False)
+        os.read(reading, 1 << 20)
+    os.close(reading)
 
 
 @pytest.mark.parametrize("kind", ["pipe", "terminal", "full", "ascii"])

@@ -601,6 +601,21 @@ def test_a_delimiter_with_carriage_returns_means_them(tmp_path: Path) -> None:
     assert "--delimiter" not in result.out
 
 
+def test_text_that_changes_between_two_readings_is_noticed_whatever_its_lengths(
+    tmp_path: Path, corpus: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As many documents and bytes as before, in other words: the tokenizer may have seen the validation's."""
+    inner = text.train_tokenizer
+
+    def train(*arguments):
+        corpus.write_text(corpus.read_text().replace("a", "\0").replace("b", "a").replace("\0", "b"))
+        return inner(*arguments)
+
+    monkeypatch.setattr(text, "train_tokenizer", train)
+    done = call(text, corpus, "--out", tmp_path / "out", *OPTIONS)
+    assert is_one_line_error(done, "the input changed while it was read") and not (tmp_path / "out").exists()
+
+
 def test_a_delimiter_that_cuts_nothing_is_said(tmp_path: Path) -> None:
     for name, part in (("a", written(30)), ("b", written(1, seed=5)), ("c", written(1, seed=6))):
         (tmp_path / f"{name}.txt").write_text("\n\n".join(part))
