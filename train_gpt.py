@@ -353,12 +353,18 @@ def stopped(number: int, when: str = "") -> tuple[int, str]:
     return 128 + number, f"stopped by {signal.Signals(number).name}{when}"
 
 
+UNREAD = set()  # consoles that stand still: each line that comes meanwhile is left out
+
+
 def say(line: str, name: str = "stdout") -> str:
     """Print to a console. One that is gone, full or of a narrow encoding ends nothing: returns what the system says."""
     console = getattr(sys, name)
     try:
-        if unread(console):
-            raise BlockingIOError(errno.EAGAIN, "nobody has read it for ten seconds")
+        if unread(console, 0.0 if name in UNREAD else 10.0):
+            told = name in UNREAD
+            UNREAD.add(name)
+            return "" if told else "nobody has read it for ten seconds"
+        UNREAD.discard(name)
         encoding = console.encoding or "utf-8"
         print(line.encode(encoding, "replace").decode(encoding), file=console, flush=True)
     except (OSError, ValueError, AttributeError) as e:  # ValueError: closed; AttributeError: there is none
@@ -367,11 +373,11 @@ def say(line: str, name: str = "stdout") -> str:
     return ""
 
 
-def unread(console) -> bool:
-    """Whether a pipe or a terminal stays full, so that to print would wait, and no signal be heard."""
+def unread(console, seconds: float) -> bool:
+    """Whether a pipe or a terminal stays full for so long: to print would wait, and no signal be heard."""
     try:
-        return os.name != "nt" and not select.select([], [console], [], 10.0)[1]
-    except (OSError, ValueError, TypeError):  # it is no descriptor's
+        return os.name != "nt" and not select.select([], [console], [], seconds)[1]
+    except (OSError, ValueError, TypeError, AttributeError):  # it is no descriptor's
         return False
 
 
@@ -540,7 +546,8 @@ class Ranks:
                 time.sleep(0.5)
         except RuntimeError:  # nor can ranks agree who says it
             line = "error: the launcher or the first rank is dead or out of reach"
-            self.found = 1, line if self.local == 0 else ""
+            alone = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"  # then that rank may be who is dead
+            self.found = 1, line if alone or self.local == 0 else ""
 
     def watch(self):
         """A thread: end this rank once another has ended or is silent, or a signal finds the main thread stuck. The
@@ -564,7 +571,8 @@ class Ranks:
             _thread.interrupt_main(signal.SIGTERM)  # it leaves no file half written
             time.sleep(GRACE)
         if not self.leaving:
-            self.last_act()
+            with contextlib.suppress(Exception):  # nothing shall keep this process from its end
+                self.last_act()
             os._exit(self.end(*self.found))  # it is stuck
 
     def on_signal(self, number: int, frame):
@@ -707,6 +715,7 @@ class Run:
         self.sessions = []  # of this run in its folder, by this and earlier processes
         self.session_kept = self.session_cost = 0.0  # when they were last written, and seconds that it took
         self.unaccounted = False  # once they could not be
+        self.missed = False  # whether the folder was gone when they were to be
         if self.cuda:
             torch.cuda.set_device(self.device)
             self.event = torch.cuda.Event()  # of the last step
@@ -835,10 +844,10 @@ class Run:
             row["ended"] = "finished"
         except BaseException as e:
             row["ended"] = self.ranks.lost(e) or " ".join(str(e).split())[:200] or type(e).__name__
-            with contextlib.suppress(FolderGone):
-                self.tick(0.0)
             raise
-        self.tick(0.0)
+        finally:
+            with contextlib.suppress(FolderGone):  # whatever is written next says so, if anything is
+                self.tick(0.0)
 
     def tick(self, every: float = 5.0):
         """Bring the session's seconds up to date, on the first rank's clock and disk: a slow one once a minute."""
@@ -849,8 +858,11 @@ class Run:
             self.sessions[-1]["seconds"] = now - self.session_began
             try:
                 self.write("sessions.json", json.dumps(self.sessions).encode())
+                self.missed = False
             except FolderGone:
-                raise
+                if self.missed:
+                    raise
+                self.missed = True  # a moment's absence is forgiven
             except UserError as e:  # an account is not worth a run
                 if not self.unaccounted:
                     self.log(f"note: {e}; the run goes on")
@@ -1244,7 +1256,7 @@ def synthetic_stream(lengths: list[int], run):
 def prepare_sample(run):
     """Build the bundled sample if DATA_PATH is it and lacks a file. Raises UserError."""
     whole = all((SAMPLE / name).exists() for name in SAMPLE_FILES)
-    if os.path.realpath(run.s.data_path) == str(SAMPLE) and not whole:  # of a part the builder says what to do
+    if Path(os.path.realpath(run.s.data_path)) == SAMPLE and not whole:  # of a part the builder says what to do
         code = subprocess.call([sys.executable, str(SAMPLE.parent / "sample.py")], stdout=sys.stderr)
         if code:
             raise UserError(f"data/sample.py ended with code {code} — see its message above")
@@ -2444,7 +2456,7 @@ def time_spent(began: float, run: Run, taken_over: bool = False) -> dict:
     whose sessions nobody knows."""
     seconds = time.perf_counter() - began
     rows = under_way(run.sessions)
-    killed = any(row["ended"] == "killed" for row in rows) or (taken_over and len(rows) < 2)
+    killed = any(row["ended"] == "killed" for row in rows) or (taken_over and not rows)
     within = not run.s.eval_max_seconds or seconds <= run.s.eval_max_seconds
     return dict(seconds=seconds, at_least=killed, within_budget=within)
 
