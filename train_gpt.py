@@ -1483,7 +1483,7 @@ class Block(nn.Module):
         self.mlp = MLP(s)
         self.attn_scale = nn.Parameter(torch.ones(s.model_dim))
         self.mlp_scale = nn.Parameter(torch.ones(s.model_dim))
-        self.resid_mix = nn.Parameter(torch.tensor([[1.0], [0.0]]).repeat(1, s.model_dim))
+        self.resid_mix = nn.Parameter(torch.zeros(2, s.model_dim))
 
     def before(self, x, x0, rope, lora):
         mix = self.resid_mix.to(x.dtype)
@@ -1558,6 +1558,8 @@ class GPT(nn.Module):
                 module.weight.zero_()
             elif isinstance(module, Linear):  # the bigram table starts at 0, so its projection must not
                 nn.init.orthogonal_(module.weight, (2 * s.num_layers) ** -0.5 if name == "bigram.proj" else 1.0)
+        for block in self.blocks:
+            block.resid_mix[0] = 1.0  # no operation on the meta device, where most import seconds of modules
         self.tok_emb.weight.normal_(0.0, s.tied_embed_init_std if s.tie_embeddings else 1.0)
         self.bigram.embed.weight.zero_()
 
@@ -3143,7 +3145,9 @@ def scoring_model(run: Run) -> GPT:
     """Frozen, its weights still to be loaded."""
     with torch.device("meta"):
         model = GPT(run.s, run.dtype, run.attention)
-    model.to_empty(device=run.device).requires_grad_(False)
+    there = {name: torch.empty(p.shape, device=run.device) for name, p in model.named_parameters()}
+    model.load_state_dict(there, assign=True)
+    model.requires_grad_(False)
     for module in (model.bigram.proj, *model.blocks.modules()):
         if isinstance(module, Linear):
             module.to(run.dtype)  # cast once what every step would cast
