@@ -333,9 +333,9 @@ def new_directory(out: Path) -> Iterator[Path]:
         raise UserError(f"{out} is a file or a folder that is not empty — choose another folder, or delete it")
     out = followed(out)
     partial = out / f".partial-{os.getpid()}" if there else out.with_name(f"{out.name}.partial-{os.getpid()}")
-    partial.mkdir(parents=True)
     moved: list[Path] = []
     try:
+        partial.mkdir(parents=True)
         if there and (others := set(os.listdir(out)) - {"lost+found", partial.name}):
             who = "another run" if any(name.startswith(".partial-") for name in others) else "something else"
             raise UserError(f"{who} began to fill {out} at the same moment — run it again")

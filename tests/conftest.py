@@ -3,6 +3,7 @@
 The golden and FineWeb cases need the folder with golden/, fineweb/ and corpus/; GOLF_SHARED names it, and they are
 skipped without it."""
 
+import gc
 import math
 import os
 import signal
@@ -24,7 +25,7 @@ if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
 torch.set_num_threads(1)  # the small models below gain nothing from more
 
 SMALL = {name.lower(): value for name, value in MICRO.items()} | dict(  # every branch of the model matters
-    num_layers=3, model_dim=32, num_heads=4, num_kv_heads=2, mlp_mult=3, bigram_vocab_size=61, bigram_dim=16,
+    num_layers=2, model_dim=32, num_heads=4, num_kv_heads=2, mlp_mult=3, bigram_vocab_size=61, bigram_dim=16,
     train_batch_tokens=64, iterations=20_000, warmdown_iters=3_500, eval_stride=8, eval_batch_seqs=5, val_batch_size=96,
     ttt_chunk_size=16, ttt_n_epochs=2, ttt_lora_rank=4, ttt_batch_size=0, eval_max_seconds=0, calibration_tokens=96,
     output_dir=os.devnull,
@@ -32,7 +33,7 @@ SMALL = {name.lower(): value for name, value in MICRO.items()} | dict(  # every 
 
 
 def small(**changes) -> train_gpt.Settings:
-    """Settings of a model of some 50 thousand weights, as the environment would give them; whatever writes a file
+    """Settings of a model of some 30 thousand weights, as the environment would give them; whatever writes a file
     without a folder of its own fails."""
     values = SMALL | changes
     return train_gpt.Settings.from_env(
@@ -125,6 +126,19 @@ def loaded(model, stream, documents, run) -> Traced:
 def batch_of(model, stream, documents, run, **options) -> Traced:
     """The batch after both its passes."""
     return loaded(model, stream, documents, run).read(**options)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]):
+    """Files of the longest tests come first, so that no process is left alone with them at the end."""
+    longest = "test_device_paths.py", "test_ranks.py", "test_golden.py", "test_faults.py"
+    order = {name: place for place, name in enumerate(longest)}
+    items.sort(key=lambda item: order.get(item.path.name, len(longest)))
+
+
+def pytest_collection_finish():
+    """What is imported stays: no collection of garbage walks through it again."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")

@@ -7,6 +7,7 @@ from __future__ import annotations
 import atexit
 import contextlib
 import functools
+import gc
 import hashlib
 import json
 import multiprocessing
@@ -30,6 +31,7 @@ import zstandard
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import train_gpt
 
+gc.freeze()  # what is imported here stays: no collection in a fork walks through it, nor copies its pages
 ROOT = Path(__file__).resolve().parent.parent
 VOCABULARY = 300
 LENGTHS = [70, 1, 40, 17, 33, 90, 5, 16, 64, 12, 28, 50]  # tokens of the validation documents, BOS included

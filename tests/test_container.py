@@ -233,8 +233,8 @@ def test_the_entropy_of_the_codes_is_shannons():
 def test_the_artifact_is_smaller_than_torch_save_and_zstd():
     """On rows of different sizes and heavy tails, as training leaves them."""
     s = small(
-        vocab_size=1024, model_dim=256, num_layers=6, num_heads=8, num_kv_heads=4, bigram_vocab_size=2048,
-        bigram_dim=64, fp16_keep_name_patterns="tok_emb,blocks.4.attn.c_k",
+        vocab_size=1024, model_dim=256, num_layers=4, num_heads=8, num_kv_heads=4, bigram_vocab_size=2048,
+        bigram_dim=64, fp16_keep_name_patterns="tok_emb,blocks.2.attn.c_k",
     )  # fmt: skip
     g = torch.Generator().manual_seed(0)
     state = {}
@@ -254,7 +254,7 @@ def test_the_artifact_is_smaller_than_torch_save_and_zstd():
     usual = zstandard.ZstdCompressor(level=22).compress(reference.getvalue())
     count = sum(w.numel() for w in state.values())
     print(f"figure: {count} weights: {len(blob)} bytes, {len(blob) / len(usual):.4f} of torch.save and zstd-22")
-    assert 3e6 < count < 6e6 and len(blob) <= 0.975 * len(usual)
+    assert count > 2.5e6 and len(blob) <= 0.975 * len(usual)
 
 
 @pytest.fixture(scope="module")

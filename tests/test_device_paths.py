@@ -4,6 +4,7 @@ Graphs are captured, differentiated and checked as on a GPU, but executed by tor
 one test generates code with Inductor. Compiled figures must equal eager ones, a stage compiles nothing after its
 warm-up, and no graph may break: each would be paid for in the seconds of the run."""
 
+import itertools
 import shutil
 from collections.abc import Callable, Iterator
 
@@ -28,17 +29,17 @@ FLAGS = ("use_duck_shape", "backed_size_oblivious")  # of torch, for the whole p
 
 # ---- All contact with the names and signatures of train_gpt.py ------------------------------------------------------
 class Trainer:
-    """A fresh model with its optimiser, compiled or not, on one batch of two micro-batches of `rows` rows."""
+    """A fresh model with its optimiser, compiled or not, on one batch of two micro-batches of three rows."""
 
-    def __init__(self, s, run, compiled: bool, dtype: torch.dtype, rows: int):
+    def __init__(self, s, run, compiled: bool):
         self.s, self.run, self.steps = s, compiling(run, s, compiled), 0
         torch.manual_seed(0)
-        self.model = train_gpt.GPT(s, dtype)
+        self.model = train_gpt.GPT(s)
         self.optimizer = train_gpt.Optimizer(self.model, self.run)
         self.forward = self.run.compiled(self.model, dynamic=False)
-        size = (2 * rows, s.train_seq_len + 1)
+        size = (6, s.train_seq_len + 1)
         tokens = torch.randint(2, s.vocab_size, size, generator=torch.Generator().manual_seed(0))
-        self.micro_batches = list(zip(tokens[:, :-1].split(rows), tokens[:, 1:].split(rows), strict=True))
+        self.micro_batches = list(zip(tokens[:, :-1].split(3), tokens[:, 1:].split(3), strict=True))
 
     def step(self) -> Tensor:
         """One training step: its loss."""
@@ -93,6 +94,7 @@ def gradients_in_growing_contexts(s, run, compiled: bool) -> list[Tensor]:
     model = random_model(s)
     if compiled:
         model.compile_regions()
+        del model.blocks[0].after  # what comes after attention stays eager: half of the seconds
     adapters = train_gpt.Adapters(2, run_of(run, s))
     adapters.begin(np.stack([train_gpt.draw_lora_a(s, d) for d in range(2)]))
     adapters.flat.add_(0.01)  # no branch is silent
@@ -164,13 +166,12 @@ def test_the_strict_backend_refuses_a_saved_activation_of_other_strides(compiler
 
 
 # ---- Training and the evaluations without adaptation ----------------------------------------------------------------
-@pytest.mark.parametrize("dtype, rows", ((torch.float32, 3), (torch.bfloat16, 1)), ids=str)
-def test_compiled_training_and_evaluation_equal_eager_and_compile_once(run, graphs, dtype, rows):
+def test_compiled_training_and_evaluation_equal_eager_and_compile_once(run, graphs):
     s = small(num_layers=2)
     results = []
     for compiled in (False, True):
-        trainer = Trainer(s, run, compiled, dtype, rows)
-        stages = [trainer.step, trainer.validate, trainer.slide][: 3 if dtype == torch.float32 else 2]
+        trainer = Trainer(s, run, compiled)
+        stages = [trainer.step, trainer.validate, trainer.slide]
         figures = [stage() for stage in stages]
         warm = graphs()
         assert (warm > 0) == compiled
@@ -178,13 +179,16 @@ def test_compiled_training_and_evaluation_equal_eager_and_compile_once(run, grap
         assert graphs() == warm
         results.append(torch.stack(figures).double())
     eager, compiled = results
-    torch.testing.assert_close(compiled, eager, rtol=1e-4 if dtype == torch.float32 else 5e-3, atol=0)
+    torch.testing.assert_close(compiled, eager, rtol=1e-4, atol=0)
     assert eager[2 * len(stages)] < eager[0]  # it learns
 
 
-def test_plain_attention_is_compiled_into_the_one_graph(run, graphs):
+@pytest.mark.parametrize(
+    "attention, dtype, tolerance", (("plain", torch.float32, 1e-4), ("flash", torch.bfloat16, 5e-3)), ids=str
+)
+def test_a_training_step_is_one_graph_and_has_eager_gradients(run, graphs, attention, dtype, tolerance):
     s = small(num_layers=2)
-    model = random_model(s, attention="plain").requires_grad_()
+    model = random_model(s, dtype=dtype, attention=attention).requires_grad_()
     ids = torch.randint(2, s.vocab_size, (2, s.train_seq_len + 1), generator=torch.Generator().manual_seed(0))
 
     def gradients(forward: Callable) -> tuple[Tensor, ...]:
@@ -192,24 +196,20 @@ def test_plain_attention_is_compiled_into_the_one_graph(run, graphs):
         return loss, *torch.autograd.grad(loss, list(model.parameters()))
 
     compiled = torch.compile(model, dynamic=False)
-    torch.testing.assert_close(gradients(compiled), gradients(model), rtol=1e-4, atol=1e-6)
+    for actual, expected in zip(gradients(compiled), gradients(model), strict=True):
+        assert (actual - expected).norm() <= tolerance * expected.norm()
     assert graphs() == 1
 
 
 # ---- Test-time training ---------------------------------------------------------------------------------------------
-@pytest.mark.parametrize(
-    "context, targets",
-    (("cached", "c_q,c_v"), ("recompute", "c_q,c_k,c_v,attn.proj,mlp.fc,mlp.proj")),
-    ids=("cached", "recompute, all layers"),
-)
-def test_compiled_test_time_training_equals_eager_with_few_graphs(run, graphs, tmp_path, context, targets):
+def test_compiled_test_time_training_equals_eager_with_few_graphs(run, graphs, tmp_path):
     """The number of graphs is the compile time that the preflight pays for: none may come back unnoticed. What a single
-    document's batch has of its own, and what the second protocol adds to the first, is part of that number."""
-    known = 0
-    for protocol, documents in (("replay", ALL), ("single_pass", ALL), ("single_pass", [0])):
+    document's batch has of its own, and what another protocol or context adds to the first, is part of that number."""
+    known, kinds = 0, [("replay", ALL), ("single_pass", ALL), ("single_pass", [0])]
+    for context, (protocol, documents) in itertools.product(("cached", "recompute"), kinds):
         s = small(
             ttt_protocol=protocol, ttt_context=context, ttt_chunk_size=CHUNK, ttt_eval_seq_len=WINDOW, num_layers=2,
-            ttt_batch_size=len(documents), ttt_lora_targets=targets, ttt_lora_alpha=7.0,
+            ttt_batch_size=len(documents), ttt_lora_targets=",".join(train_gpt.LORA_TARGETS), ttt_lora_alpha=7.0,
         )  # fmt: skip
         batches = [documents] if documents == [0] else [documents, documents[2:], [3]]
         eager = Evaluation(s, run, compiled=False)
@@ -218,7 +218,7 @@ def test_compiled_test_time_training_equals_eager_with_few_graphs(run, graphs, t
         compiled = Evaluation(s, run, compiled=True, folder=tmp_path)
         compiled.warm_up()
         warm = graphs()
-        assert 5 <= warm <= 7
+        assert 5 <= warm <= (7 if context == "cached" else 12)
         for batch, figures in zip(batches, expected, strict=True):
             torch.testing.assert_close(compiled.score(batch), figures, rtol=1e-5, atol=0)
             assert graphs() == warm  # the preflight on synthetic tokens has met every shape
@@ -227,7 +227,7 @@ def test_compiled_test_time_training_equals_eager_with_few_graphs(run, graphs, t
 
 @pytest.mark.skipif(not shutil.which("g++"), reason="Inductor's C++ needs a compiler")
 def test_code_that_inductor_generates_bears_a_context_that_grows(run, compiler):
-    """The one test of generated code: half a minute of a busy core, most of it g++'s."""
+    """The one test of generated code, of what comes before attention in a block."""
     s = small(num_layers=2, ttt_chunk_size=CHUNK, ttt_eval_seq_len=WINDOW)
     expected = gradients_in_growing_contexts(s, run, compiled=False)
     # no vector code, no optimisation, no pool of compilers: less to generate and to start
@@ -235,7 +235,7 @@ def test_code_that_inductor_generates_bears_a_context_that_grows(run, compiler):
     with fresh_cache(), torch._inductor.config.patch(quick):
         actual = gradients_in_growing_contexts(s, run, compiled=True)
     torch.testing.assert_close(actual, expected, rtol=1e-3, atol=1e-4)
-    assert counters["stats"]["unique_graphs"] == 2 and not counters["graph_break"]  # before and after attention
+    assert counters["stats"]["unique_graphs"] == 1 and not counters["graph_break"]
 
 
 @pytest.mark.parametrize("protocol", ("replay", "single_pass"))

@@ -32,6 +32,7 @@ def moments(optimizer, parameter):
 
 
 HOT = dict(
+    num_layers=3,  # shares of a stack need padding
     weight_decay=0.3,
     muon_momentum_warmup_start=0.3,
     muon_momentum=0.9,

@@ -326,7 +326,7 @@ def test_totals_do_not_depend_on_batch_size_or_order(run, tmp_path, protocol, co
 
 
 def test_adapters_are_drawn_by_seed_and_document_alone():
-    s = small(ttt_lora_rank=8, ttt_lora_targets="mlp.proj,c_q,mlp.fc")
+    s = small(num_layers=3, ttt_lora_rank=8, ttt_lora_targets="mlp.proj,c_q,mlp.fc")
     a = train_gpt.draw_lora_a(s, 3)
     assert a.shape == (3 * 8 * (32 + 32 + 96),) and a.dtype == np.float32
     assert (a == train_gpt.draw_lora_a(replace(s, ttt_lora_targets="c_q,mlp.fc,mlp.proj"), 3)).all()
