@@ -99,10 +99,6 @@ class UserError(Exception):
     """`what is wrong — what to do`: the process ends with code 2."""
 
 
-class FolderGone(UserError):
-    """Nothing that is written to a run's folder would be found: it must end."""
-
-
 def setting(default, doc: str, low=0, high=math.inf, choices=(), form=".*", tiny=None):
     """A field: its documentation, range, choices or pattern, and value under PRESET=tiny."""
     kind = type(default)
@@ -353,32 +349,16 @@ def stopped(number: int, when: str = "") -> tuple[int, str]:
     return 128 + number, f"stopped by {signal.Signals(number).name}{when}"
 
 
-UNREAD = set()  # consoles that stand still: each line that comes meanwhile is left out
-
-
 def say(line: str, name: str = "stdout") -> str:
     """Print to a console. One that is gone, full or of a narrow encoding ends nothing: returns what the system says."""
     console = getattr(sys, name)
     try:
-        if unread(console, 0.0 if name in UNREAD else 10.0):
-            told = name in UNREAD
-            UNREAD.add(name)
-            return "" if told else "nobody has read it for ten seconds"
-        UNREAD.discard(name)
         encoding = console.encoding or "utf-8"
         print(line.encode(encoding, "replace").decode(encoding), file=console, flush=True)
     except (OSError, ValueError, AttributeError) as e:  # ValueError: closed; AttributeError: there is none
         setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115 - open to the end
         return getattr(e, "strerror", None) or str(e)
     return ""
-
-
-def unread(console, seconds: float) -> bool:
-    """Whether a pipe or a terminal stays full for so long: to print would wait, and no signal be heard."""
-    try:
-        return os.name != "nt" and not select.select([], [console], [], seconds)[1]
-    except (OSError, ValueError, TypeError, AttributeError):  # it is no descriptor's
-        return False
 
 
 def out_of_memory(error: Exception) -> bool:
@@ -517,14 +497,13 @@ class Ranks:
             time.sleep(0.02)
         return [json.loads(self.store.get(key)) for key in keys]
 
-    def begin(self, what: str, folder: Path):
-        """Let processes that torchrun --max-restarts starts in place of these know of it."""
-        with contextlib.suppress(RuntimeError):  # the launcher is dead, and starts nothing
-            self.job.set(f"{what} in {folder}", "begun")
+    def begin(self, folder: Path):
+        """Let processes that torchrun --max-restarts starts in place of these know that the job runs there."""
+        self.job.set(f"run in {folder}", "begun")
 
-    def began(self, what: str, folder: Path) -> bool:
+    def began(self, folder: Path) -> bool:
         """Whether processes before these did."""
-        return self.restarts > 0 and self.job.check([f"{what} in {folder}"])
+        return self.restarts > 0 and self.job.check([f"run in {folder}"])
 
     def agree(self, facts: dict):
         """Raises UserError, on all ranks, with both values where a rank's differ from the first one's."""
@@ -700,7 +679,6 @@ class Run:
         self.cuda = self.device.type == "cuda"
         self.capability = torch.cuda.get_device_capability(self.device) if self.cuda else None
         self.dtype = compute_dtype(self.capability)
-        self.muon_dtype = self.dtype if self.cuda else cpu_dtype()
         self.compile = self.cuda if s.compile < 0 else bool(s.compile)
         self.graphs = False  # CUDA graphs, once they have computed the same
         self.rehearsed = {}  # how nearly
@@ -709,13 +687,11 @@ class Run:
         self.pace = {}  # seconds of a unit of batch_cost(), with and without them
         self.folder = Path(s.output_dir)
         self.log_file = self.lock_file = None  # only the first rank's; without the former a run is silent
-        self.claimed = None  # what the system knows the folder by, once it is locked
         self.spoke = 0.0  # when
         self.devices = [environment(self)["device"]]  # of all ranks, once they are asked
         self.sessions = []  # of this run in its folder, by this and earlier processes
         self.session_kept = self.session_cost = 0.0  # when they were last written, and seconds that it took
         self.unaccounted = False  # once they could not be
-        self.missed = False  # whether the folder was gone when they were to be
         if self.cuda:
             torch.cuda.set_device(self.device)
             self.event = torch.cuda.Event()  # of the last step
@@ -779,44 +755,10 @@ class Run:
         if time.perf_counter() - self.spoke > 30:
             self.log(line)
 
-    def check_folder(self):
-        """Hold the log that is in the folder, also one that an editor has put there. Raises FolderGone where the folder
-        is in its place no more, or another run's; UserError."""
-        if not (self.log_file and self.claimed):
-            return
-        try:
-            same = os.path.samestat(self.claimed, os.stat(self.folder))
-        except FileNotFoundError:
-            same = False
-        except OSError as e:
-            raise UserError(system_says(e, self.folder)) from e
-        log = self.folder / "train.log"
-        try:
-            if same and not (log.exists() and os.path.samestat(os.fstat(self.lock_file.fileno()), os.stat(log))):
-                self.open_log()
-        except BlockingIOError:
-            same = False
-        except OSError:
-            pass  # what is held goes on to be
-        if not same:
-            what = f"{self.folder} is not this run's any more: it was moved, removed or replaced"
-            raise FolderGone(f"{what} — leave it in its place while it runs")
-
-    def open_log(self):
-        """Lock it, and write to it. Raises BlockingIOError if another process holds it, OSError."""
-        log = self.folder / "train.log"
-        if log.exists() and not (log.is_file() or log.is_char_device()):
-            raise FileExistsError(errno.EEXIST, "it is no file", str(log))
-        held = open(log, "a")  # noqa: SIM115 - apart from the log, which may fail
-        lock(held)
-        self.lock_file = held
-        self.log_file = open(log, "a", encoding="utf-8", errors="replace")  # noqa: SIM115 - stays open
-
     def write(self, name: str, content: bytes | memoryview):
         """Write a file that is whole at any time, or leave what there was. Raises UserError."""
         path = self.folder / name
         temporary = self.folder / f"{name}.tmp"
-        self.check_folder()
         try:
             with open(temporary, "wb") as f:
                 f.write(content)
@@ -846,8 +788,7 @@ class Run:
             row["ended"] = self.ranks.lost(e) or " ".join(str(e).split())[:200] or type(e).__name__
             raise
         finally:
-            with contextlib.suppress(FolderGone):  # whatever is written next says so, if anything is
-                self.tick(0.0)
+            self.tick(0.0)
 
     def tick(self, every: float = 5.0):
         """Bring the session's seconds up to date, on the first rank's clock and disk: a slow one once a minute."""
@@ -858,11 +799,6 @@ class Run:
             self.sessions[-1]["seconds"] = now - self.session_began
             try:
                 self.write("sessions.json", json.dumps(self.sessions).encode())
-                self.missed = False
-            except FolderGone:
-                if self.missed:
-                    raise
-                self.missed = True  # a moment's absence is forgiven
             except UserError as e:  # an account is not worth a run
                 if not self.unaccounted:
                     self.log(f"note: {e}; the run goes on")
@@ -874,8 +810,7 @@ def environment(run: Run) -> dict:
     """What a run depends on besides its source and settings."""
     found = {module.__name__: module.__version__ for module in (torch, np, zstandard, sentencepiece)}
     found |= dict(python=platform.python_version(), cuda=torch.version.cuda, device_type=run.device.type)
-    dtype, muon_dtype = (str(x).removeprefix("torch.") for x in (run.dtype, run.muon_dtype))
-    found |= dict(compile=run.compile, dtype=dtype, muon_dtype=muon_dtype, attention=run.attention)
+    found |= dict(compile=run.compile, dtype=str(run.dtype).removeprefix("torch."), attention=run.attention)
     device = torch.cuda.get_device_name() if run.cuda else platform.machine()
     return found | dict(world_size=run.ranks.world, device=device, threads=torch.get_num_threads())
 
@@ -906,29 +841,36 @@ def files_of_run(run: Run, resume: bool) -> list[str]:
     s, folder = run.s, run.folder
     names = [name for name in FILES if (folder / name).exists() and (folder / name).stat().st_size]
     holds = f"OUTPUT_DIR={folder} holds"
-    if names and (not resume or (s.eval_only and {*MODEL_FILES} & {*names})):
-        cure = "choose another" if s.eval_only or resume else "choose another, or set RESUME=1"
+    foreign = s.eval_only and {*MODEL_FILES} & {*names}
+    if names and (foreign or not (resume or "result.json" in names)):
+        cure = "choose another" if s.eval_only else "choose another, or set RESUME=1"
         raise UserError(f"{holds} a run's {names[0]} — {cure}")
     if not s.eval_only and "final_model.ptz" in names and "checkpoint.pt" not in names:
         cure = f"score it by EVAL_ONLY={shlex.quote(str(folder / 'final_model.ptz'))}, or choose another"
         raise UserError(f"{holds} an artifact, but no checkpoint to go on from — {cure}")
+    if "result.json" in names:
+        cure = "choose another, or delete it and set RESUME=1 to make it anew"
+        raise UserError(f"{holds} a run's result.json — {cure}")
     return names
 
 
-def claim_folder(text: str, run: Run) -> bool:
+def claim_folder(run: Run) -> bool:
     """Lock it and open the log; on the first rank. Returns whether to go on with what is there: by RESUME=1, or because
     torchrun starts again what it had started there. Raises UserError if it holds another run, or a live one."""
     folder = run.folder
     for name in FILES:
         if (folder / name).is_fifo():  # whoever opens one waits for its other end
             raise UserError(f"{folder / name} is a pipe — remove it, or choose another OUTPUT_DIR")
-    resume = run.s.resume or run.ranks.began("run", folder)
-    if run.ranks.began("result", folder):
-        raise UserError(f"OUTPUT_DIR={folder} holds this job's result — see above how it ended")
+    resume = run.s.resume or run.ranks.began(folder)
     files_of_run(run, resume)  # before anything there is touched
     folder.mkdir(parents=True, exist_ok=True)
+    log = folder / "train.log"
+    if log.exists() and not (log.is_file() or log.is_char_device()):
+        raise FileExistsError(errno.EEXIST, "it is no file", str(log))
     try:
-        run.open_log()
+        run.lock_file = open(log, "a", encoding="utf-8", errors="replace")  # noqa: SIM115 - stays open
+        lock(run.lock_file)
+        run.log_file = run.lock_file
     except BlockingIOError as e:
         what = f"OUTPUT_DIR={folder} is in use by a live run: it holds a run's locked log"
         raise UserError(f"{what} — wait for it, or choose another") from e
@@ -936,12 +878,9 @@ def claim_folder(text: str, run: Run) -> bool:
         if e.filename:  # it cannot be opened
             raise
         cure = "choose an OUTPUT_DIR on a disk that can lock files"
-        raise UserError(f"{folder / 'train.log'} cannot be locked: {e.strerror} — {cure}") from e
-    run.claimed = os.stat(folder)
+        raise UserError(f"{log} cannot be locked: {e.strerror} — {cure}") from e
     names = files_of_run(run, resume)  # another run may have come and gone
-    run.ranks.begin("run", folder)
-    if "result.json" in names and (note := compare_result(folder / "result.json", text, run)):
-        run.log(note)
+    run.ranks.begin(folder)
     for left in folder.glob("preflight_*/"):  # by a process that was killed
         names_there = [file.name.removesuffix(".tmp") for file in left.iterdir()]
         if all(name in FILES or name.startswith("scores_") for name in names_there):  # else it is not a run's
@@ -963,40 +902,14 @@ def read_sessions(folder: Path) -> list[dict]:
         return rows
 
 
-def compare_result(path: Path, text: str, run: Run) -> str:
-    """A note of what will be lost with the result that RESUME=1 will replace, as far as this run does not make the same
-    of the `text` with this fingerprint. Raises UserError if its weights are others."""
-    s = run.s
-    decisive = scoring_settings(s) | dict(val_docs=s.val_docs)
-    if not s.eval_only:  # the artifact is made again
-        names = ("quantizer", "quant_sigmas", "prune_fraction", "calibration_tokens", "artifact_max_bytes")
-        decisive |= {name: getattr(s, name) for name in (*names, "fp16_keep_name_patterns")}
-    content = path.read_bytes()
-    with reading(path, "delete it to score again"):
-        result = json.loads(content)
-        theirs, weights, trained = result["settings"], result["weights_sha256"], bool(result["training"])
-        others = [f"{k.upper()}={theirs.get(k)}, now {v}" for k, v in decisive.items() if theirs.get(k) != v]
-        others += ["another text"] * (result["data"]["validation"] != text and s.val_docs == theirs["val_docs"])
-        certified = "certificate" in result["evaluation"]
-    if s.eval_only:
-        same = weights == hashlib.sha256(Path(s.eval_only).read_bytes()).hexdigest()
-    else:
-        same = trained and path.with_name("checkpoint.pt").exists()
-    if not same:
-        raise UserError(f"{path} is of weights that this run would not score — choose another OUTPUT_DIR")
-    what = f"the result of another evaluation ({'; '.join(others)})" if others else "the result"
-    what += " and its certificate" if certified else ""
-    return f"note: this will replace {what}" if others or certified else ""
-
-
-def open_folder(text: str, run: Run) -> Run:
+def open_folder(run: Run) -> Run:
     """The run with its folder: the first rank's has log, lock and results; on other machines one of that name has only
-    scores. `text`: the validation's fingerprint. Raises UserError, OSError."""
+    scores. Raises UserError, OSError."""
     folder = run.ranks.from_first(choose_folder, run)
     name = "".join(c if c.isprintable() else "?" for c in os.path.basename(os.path.realpath(folder)))
     run = run.using(run_id=run.s.run_id or name, output_dir=folder)
     run.folder = Path(folder)
-    run = run.using(resume=run.ranks.from_first(claim_folder, text, run))
+    run = run.using(resume=run.ranks.from_first(claim_folder, run))
     run.folder.mkdir(parents=True, exist_ok=True)
     run.ranks.how_to_go_on = command(run, RESUME="1", OUTPUT_DIR=folder)
     return run
@@ -1308,12 +1221,6 @@ def compute_dtype(capability: tuple | None) -> torch.dtype:
         what = f"this GPU has compute capability {capability[0]}.{capability[1]}, below 7.0"
         raise UserError(f"{what} — use a newer one, or set DEVICE=cpu")
     return torch.bfloat16 if capability >= (8, 0) else torch.float32
-
-
-def cpu_dtype() -> torch.dtype:
-    """bf16 if this CPU multiplies it by kernels of its own; else a product takes 25 times as long as float32's."""
-    known = torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    return torch.bfloat16 if known else torch.float32
 
 
 def attention_backend(capability: tuple | None, head_dim: int, dtype: torch.dtype, built=True) -> str:
@@ -1749,7 +1656,7 @@ class Optimizer:
         share = ceil_div(group.shape[0], world)
         padded = F.pad(g.view(group.shape), (0, 0, 0, 0, 0, share * world - group.shape[0]))
         mine = padded.split(share)[self.run.ranks.rank]
-        mine = newton_schulz(mine, self.run.s.muon_backend_steps, self.run.muon_dtype, self.newton_schulz_step)
+        mine = newton_schulz(mine, self.run.s.muon_backend_steps, self.run.dtype, self.newton_schulz_step)
         if world == 1:
             return mine, None
         update = mine.new_empty(padded.shape)
@@ -1866,8 +1773,6 @@ class Trainer:
             torch.save(self.state(), content)
             try:
                 run.write("checkpoint.pt", content.getbuffer())
-            except FolderGone:
-                raise
             except UserError as e:
                 return str(e)
             return ""
@@ -3223,11 +3128,6 @@ def score_file(model: GPT, stream, run: Run, **known) -> Score:
         run.ranks.from_first(run.write, "result.json", json.dumps(result, indent=1).encode())
         if scores:
             scores.remove()
-        if run.log_file:
-            run.ranks.begin("result", run.folder)
-        if not scores and run.ranks.rank == 0:
-            for name in ("ttt_documents.npz", "ttt_positions.npz"):  # of the evaluation whose result this one replaces
-                (run.folder / name).unlink(missing_ok=True)
     if math.isfinite(score.nll):
         run.ranks.from_first(summarise, result, run)
     return score
@@ -3424,24 +3324,6 @@ def rehearse_adaptation(model: GPT, run: Run) -> bool:
     return not run.ranks.max([not same])[0]
 
 
-def without_effect(s: Settings, env: dict[str, str]) -> list[str]:
-    """The variables of `env` that other settings switch off."""
-    switched_off = dict(
-        TTT_=not s.ttt_enabled,
-        TTT_MIXTURE_=not s.ttt_mixture,
-        EVAL_STRIDE=s.ttt_enabled,
-        EVAL_BATCH_=s.ttt_enabled,
-        SWA_=not s.swa_enabled,
-        TIED_=not s.tie_embeddings,
-        EMBED_LR=s.tie_embeddings,
-        HEAD_LR=s.tie_embeddings,
-        CALIBRATION_=s.quantizer == "nearest",
-    )
-    idle = tuple(prefix for prefix, off in switched_off.items() if off)
-    known = {f.name.upper() for f in fields(Settings)} - {"TTT_ENABLED", "SWA_ENABLED"}
-    return sorted(name for name in known & env.keys() if name.startswith(idle))
-
-
 def describe(trainer: Trainer | None, stream, run: Run):
     """Log what repeats the run; a star marks settings from the environment."""
     for text in (SOURCE_BYTES.decode(), *misspelt(os.environ)):
@@ -3450,8 +3332,6 @@ def describe(trainer: Trainer | None, stream, run: Run):
     for name, value in asdict(run.s).items():
         star = "*" if name.upper() in os.environ else " "
         run.log(f"{star} {name.upper()}={value}", console=value != usual[name])
-    if idle := without_effect(run.s, os.environ):
-        run.log(f"note: without effect here: {', '.join(idle)}")
     run.log(pairs(environment(run)))
     if run.ranks.world > 1:
         run.log(f"devices of the ranks: {', '.join(run.devices)}")
@@ -3601,7 +3481,7 @@ def main(ranks: Ranks) -> int:
         data["train"] = fingerprint(shards)
     ranks.agree({f"data of {name}": value for name, value in data.items()})
     check_tokenizer(kept.get("tokenizer", stream.tokenizer), stream, run)
-    run = open_folder(stream.fingerprint, run)
+    run = open_folder(run)
     trainer = Trainer(shards, data["train"], run) if shards else None
     model = scoring_model(run)
     describe(trainer, stream, run)

@@ -259,7 +259,7 @@ def curve(run: t.Run, loader: t.BatchLoader, seed: int, plain: bool = False) -> 
     torch.manual_seed(seed)
     model = t.GPT(run.s, run.dtype, run.attention).to(run.device)
     forward = model if plain else run.compiled(model, dynamic=False)
-    optimizer = Loop(model, run.s, run.muon_dtype) if plain else t.Optimizer(model, run)
+    optimizer = Loop(model, run.s, run.dtype) if plain else t.Optimizer(model, run)
     losses = []
     for p in model.parameters() if plain else ():
         p.grad = torch.zeros_like(p)

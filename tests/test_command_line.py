@@ -341,7 +341,7 @@ def contents(folder: Path) -> dict[str, tuple[bytes, int]]:
 def test_a_folder_with_any_file_of_another_run_is_refused_and_left_alone(tmp_path, name):
     (tmp_path / name).write_text("another run's")
     before = contents(tmp_path)
-    message = error_of(lambda: train_gpt.open_folder("", runs.alone(tmp_path)))
+    message = error_of(lambda: train_gpt.open_folder(runs.alone(tmp_path)))
     assert f"OUTPUT_DIR={tmp_path} " in message and name in message and "RESUME=1" in message
     assert contents(tmp_path) == before
 
@@ -432,8 +432,6 @@ def lack() -> None:
                 delattr(sys.modules[module], name)
     for module in ("resource", "pwd", "grp", "termios"):
         sys.modules[module] = None
-    mkldnn = torch.backends.mkldnn
-    mkldnn.is_available = lambda: False  # as in PyTorch for Apple's chips
 
 
 def test_nothing_that_other_systems_lack_is_called(tmp_path):

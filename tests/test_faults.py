@@ -159,6 +159,7 @@ def test_a_checkpoint_goes_on_under_settings_that_do_not_change_the_weights(tmp_
     changes = dict(VAL_LOSS_EVERY=5, CHECKPOINT_EVERY=1, TTT_N_EPOCHS=1, TRAIN_LOG_EVERY=7, WARMUP_STEPS=2)
     done = runs.run(tmp_path, RESUME=1, **LONG | changes)
     assert done.artifact == whole.artifact
+    (tmp_path / "result.json").unlink()
     done = runs.run(tmp_path, RESUME=1, **LONG | dict(PRUNE_FRACTION=0.1, FP16_KEEP_NAME_PATTERNS="smear"))
     assert done.result["settings"]["prune_fraction"] == 0.1 and done.result["training"]["resumed"] is True
 

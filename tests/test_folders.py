@@ -52,74 +52,18 @@ def test_a_resume_never_trains_another_model_where_one_is_finished(again):
     assert contents(again) == before and contents(scored.folder) == kept
 
 
-def test_a_resume_never_scores_another_artifact_where_one_is_scored(again, finished, tmp_path):
-    scored = runs.run(tmp_path / "scored", EVAL_ONLY=finished.folder / "final_model.ptz")
-    before = contents(scored.folder)
-    done = runs.run(scored.folder, 2, RESUME=1, EVAL_ONLY=finished.folder / "final_model.pt")
-    assert "is of weights that this run would not score" in runs.user_error(done.err)
-    assert contents(scored.folder) == before
-
-
-def test_another_evaluation_of_a_finished_run_says_what_it_replaces(again):
-    done = runs.run(again, RESUME=1, TTT_N_EPOCHS=2, **FOUR)
-    assert "note: this will replace the result of another evaluation (TTT_N_EPOCHS=3, now 2)" in done.out
-
-
-def test_what_a_resume_will_replace_is_said_whole(again, finished):
-    """Other documents, another text, another rounding of the weights, and a certificate, which must be made anew."""
-
-    def note(text=finished.result["data"]["validation"], **changes):
-        return train_gpt.compare_result(again / "result.json", text, runs.alone(again, **FOUR | changes))
-
-    assert note() == ""
-    assert note(VAL_DOCS=2, QUANTIZER="nearest").endswith("(VAL_DOCS=0, now 2; QUANTIZER=gptq, now nearest)")
-    assert note("text of another fingerprint").endswith("(another text)")
-    result = finished.result
-    result["evaluation"]["certificate"] = {}
-    (again / "result.json").write_text(json.dumps(result))
-    assert note() == "note: this will replace the result and its certificate"
-
-
-def move_when_scored() -> None:
-    """The folder gets another name before the result is written, and another run's folder takes its place."""
-
-    def report(*arguments, inner=train_gpt.report_documents):
-        folder = Path(os.environ["OUTPUT_DIR"])
-        if folder.exists() and not arguments[-1].folder.name.startswith("preflight_"):
-            folder.rename(folder.with_name("moved"))
-            folder.mkdir()
-            (folder / "train.log").write_text("another run's")
-            (folder / "scores_another_0.bin").write_text("another run's")
-        return inner(*arguments)
-
-    train_gpt.report_documents = report
-
-
-def test_a_run_whose_folder_was_moved_touches_nothing_of_what_took_its_place(tmp_path, finished):
-    scoring = dict(EVAL_ONLY=finished.folder / "final_model.ptz", OUTPUT_DIR=tmp_path / "run")
-    done = runs.run(tmp_path / "consoles", 2, before=move_when_scored, **scoring)
-    assert f"{tmp_path / 'run'} is not this run's any more" in runs.user_error(done.err)
-    assert {path.name: path.read_text() for path in (tmp_path / "run").iterdir()} == dict.fromkeys(
-        ("train.log", "scores_another_0.bin"), "another run's"
-    )
-
-
-def move_after_a_step() -> None:
-    def step(trainer, inner=train_gpt.Trainer.train_step):
-        if trainer.step == 5:
-            trainer.run.folder.rename(trainer.run.folder.with_name("moved"))
-        return inner(trainer)
-
-    train_gpt.Trainer.train_step = step
-    train_gpt.Run.tick.__defaults__ = (0.0,)  # at each step
-
-
-def test_a_training_whose_folder_is_gone_ends_when_that_is_seen(tmp_path):
-    """Not with its last step, where all would be lost."""
-    (tmp_path / "consoles").mkdir()
-    done = runs.run(tmp_path / "consoles", 2, before=move_after_a_step, OUTPUT_DIR=tmp_path / "run", TRAIN_LOG_EVERY=1)
-    assert f"{tmp_path / 'run'} is not this run's any more: it was moved" in runs.user_error(done.err)
-    assert "step:5/12 train_loss" in done.out and "step:8/12" not in done.out
+@pytest.mark.parametrize("changes", [FOUR, FOUR | dict(TTT_N_EPOCHS=2), dict(EVAL_ONLY="final_model.ptz")])
+def test_a_result_is_replaced_only_once_it_is_deleted(again, changes):
+    """Neither by the same run, nor by another evaluation of its weights."""
+    if "EVAL_ONLY" in changes:
+        again = runs.run(again.with_name("scored"), EVAL_ONLY=again / changes["EVAL_ONLY"]).folder
+        changes = dict(EVAL_ONLY=again.with_name("run") / changes["EVAL_ONLY"])
+    before = contents(again)
+    error = runs.user_error(runs.run(again, 2, RESUME=1, **changes).err)
+    assert f"OUTPUT_DIR={again} holds a run's result.json" in error and contents(again) == before
+    (again / "result.json").unlink()
+    done = runs.run(again, RESUME=1, **changes)
+    assert done.result["evaluation"]["curve"][-1]["epoch"] == int(changes.get("TTT_N_EPOCHS", 3))
 
 
 def test_links_in_a_circle_are_one_line(tmp_path):
@@ -134,14 +78,6 @@ def test_a_damaged_checkpoint_beside_its_artifact_is_not_advised_to_be_deleted(a
     (again / "result.json").unlink()
     error = runs.user_error(runs.run(again, 2, RESUME=1, **FOUR).err)
     assert "is damaged" in error and f"score it by EVAL_ONLY={again / 'final_model.ptz'}" in error
-
-
-def test_settings_that_others_switch_off_are_named():
-    off = dict(TTT_ENABLED="0", TTT_N_EPOCHS="3", TTT_MIXTURE="1", SWA_ENABLED="0", SWA_EVERY="7", HEAD_LR="1")
-    named = train_gpt.without_effect(train_gpt.Settings.from_env(off), off | dict(PATH="x", EVAL_STRIDE="8"))
-    assert named == ["HEAD_LR", "SWA_EVERY", "TTT_MIXTURE", "TTT_N_EPOCHS"]
-    on = dict(EVAL_STRIDE="8", TTT_MIXTURE_SHARE="0.2", TTT_N_EPOCHS="3", SWA_EVERY="7", TIED_EMBED_LR="1")
-    assert train_gpt.without_effect(train_gpt.Settings.from_env(on), on) == ["EVAL_STRIDE", "TTT_MIXTURE_SHARE"]
 
 
 def test_pipes_are_refused_before_anybody_waits_for_their_other_end(tmp_path):
@@ -186,54 +122,17 @@ def test_a_restart_by_torchrun_goes_on_in_its_own_folder_alone(again, tmp_path):
     for attempt in (0, 1):
         first.ranks.restarts = attempt
         with pytest.raises(train_gpt.UserError, match="holds a run's"):
-            train_gpt.claim_folder("", first)
+            train_gpt.claim_folder(first)
     assert contents(again) == before
     own = runs.alone(tmp_path / "own")
-    assert train_gpt.claim_folder("", own) is False
+    assert train_gpt.claim_folder(own) is False
     for name in ("checkpoint.pt", "final_model.ptz"):
         (own.folder / name).write_bytes(b"of the first attempt")
     second = started_again(own)
-    assert train_gpt.claim_folder("", second) is True
-    second.ranks.begin("result", second.folder)
-    with pytest.raises(train_gpt.UserError, match="holds this job's result"):
-        train_gpt.claim_folder("", started_again(second))
-
-
-@pytest.mark.parametrize("content", ["as an editor saves it", None])
-def test_a_log_that_is_replaced_or_removed_costs_no_run_its_results_nor_its_folder(tmp_path, content):
-    run = runs.alone(tmp_path / "run")
-    train_gpt.claim_folder("", run)
-    log = run.folder / "train.log"
-    log.rename(log.with_suffix(".bak"))
-    if content:
-        log.write_text(content)
-    run.write("sessions.json", b"[]")
-    run.log("a line")
-    assert log.read_text() == (content or "") + "a line\n"
-    with pytest.raises(train_gpt.UserError, match="in use by a live run"):
-        train_gpt.claim_folder("", runs.alone(run.folder, RESUME=1))
-
-
-def test_a_log_that_another_run_holds_ends_the_first_one(tmp_path):
-    first = runs.alone(tmp_path / "run")
-    train_gpt.claim_folder("", first)
-    (first.folder / "train.log").unlink()
-    second = runs.alone(first.folder)
-    train_gpt.claim_folder("", second)
-    for name in ("sessions.json", "result.json"):  # however often it tries
-        with pytest.raises(train_gpt.UserError, match="is not this run's any more"):
-            first.write(name, b"{}")
-    first.log("a line")
-    assert not (first.folder / "result.json").exists() and "a line" not in (first.folder / "train.log").read_text()
-
-
-def test_a_log_whose_place_cannot_be_opened_costs_no_run_its_results(tmp_path):
-    run = runs.alone(tmp_path / "run")
-    train_gpt.claim_folder("", run)
-    (run.folder / "train.log").unlink()
-    (run.folder / "train.log").mkdir()
-    run.write("result.json", b"{}")
-    assert (run.folder / "result.json").read_bytes() == b"{}"
+    assert train_gpt.claim_folder(second) is True
+    (own.folder / "result.json").write_text("{}")
+    with pytest.raises(train_gpt.UserError, match="holds a run's result"):
+        train_gpt.claim_folder(started_again(second))
 
 
 def test_a_folder_for_new_runs_that_cannot_be_made_ends_the_search_for_a_name(tmp_path, monkeypatch):
@@ -279,6 +178,7 @@ def test_a_bundled_sample_that_lacks_a_file_is_its_builders_matter(tmp_path, mon
 
 @pytest.mark.parametrize("text", ["{}", "null", "[1]", "[{}]", "5", '"x"', "[[]]", "[" * 100_000])
 def test_an_account_of_another_form_is_one_line(again, text):
+    (again / "result.json").unlink()
     (again / "sessions.json").write_text(text)
     done = runs.run(again, 2, RESUME=1, **FOUR)
     assert "sessions.json is damaged" in runs.user_error(done.err)
@@ -314,14 +214,13 @@ class Full(io.StringIO):
 
 def test_the_lock_outlives_the_log(tmp_path):
     first, second = runs.alone(tmp_path / "run"), runs.alone(tmp_path / "run", RESUME=1)
-    train_gpt.claim_folder("", first)
-    first.log_file.close()
+    train_gpt.claim_folder(first)
     first.log_file = Full()
     first.log("a line on a full disk")
     with pytest.raises(train_gpt.UserError, match="is in use by a live run"):
-        train_gpt.claim_folder("", second)
+        train_gpt.claim_folder(second)
     first.lock_file.close()
-    train_gpt.claim_folder("", second)
+    train_gpt.claim_folder(second)
 
 
 def test_a_file_that_cannot_be_removed_either_is_told_as_the_first_error(tmp_path, monkeypatch):
@@ -386,11 +285,6 @@ def test_shards_come_in_the_order_of_their_numbers_however_these_are_written(tmp
     assert [int(shard[1:][0]) for shard in train_gpt.open_shards("train", run)] == [*range(11)]
     runs.write_shard(tmp_path / "fineweb_val_part1.bin", [1, 2])
     assert len(train_gpt.open_shards("val", run)) == 1
-
-
-def test_a_sliding_evaluation_in_the_place_of_another_leaves_none_of_its_arrays(again):
-    done = runs.run(again, RESUME=1, TTT_ENABLED=0, **FOUR)
-    assert "sliding" in done.result["evaluation"] and not list(again.glob("*.npz"))
 
 
 def test_a_model_too_large_for_this_machine_is_one_line_that_names_what_to_lower(tmp_path):

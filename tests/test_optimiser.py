@@ -66,7 +66,7 @@ def test_five_steps_equal_a_loop_over_the_parameters(run, changes, dtype):
     torch.manual_seed(1)
     model = train_gpt.GPT(s)
     here = run_of(run, s)
-    here.muon_dtype = dtype
+    here.dtype = dtype
     loop, optimizer = Loop(model, s, dtype), train_gpt.Optimizer(model, here)
     for step, multiplier in enumerate((1.0, 0.7, 1.0, 0.2, 0.5)):
         gradients = random_gradients(model, step)
@@ -220,14 +220,6 @@ def test_newton_schulz_orthogonalises(short, ratio, tall, count, seed, size):
     assert values.max() < 1.25 and values.min() > 0.6
     toward = (x.double() * (u @ vt)).sum((1, 2)) / short  # the polar factor is the goal, not just any orthogonal matrix
     assert (toward > 0.65).all() and (toward < 1.2).all()
-
-
-@pytest.mark.parametrize("library, kernels", [(True, True), (True, False), (False, None)])
-def test_muon_multiplies_in_bf16_only_where_a_cpu_has_kernels_for_it(monkeypatch, library, kernels):
-    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: library)
-    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: kernels)
-    expected = torch.bfloat16 if kernels else torch.float32
-    assert train_gpt.Run(small(device="cpu")).muon_dtype == expected
 
 
 def test_newton_schulz_of_nothing_is_nothing():

@@ -607,25 +607,6 @@ def a_console_that_goes(kind: str) -> None:
     threading.Thread(target=read, daemon=True).start()
 
 
-def test_a_console_that_nobody_reads_costs_ten_seconds_and_neither_the_run_nor_its_signals(monkeypatch):
-    """As a pipe into a pager that waits, or a terminal after ^S."""
-    reading, writing = os.pipe()
-    os.set_blocking(writing, False)
-    with pytest.raises(BlockingIOError):
-        while True:
-            os.write(writing, bytes(4096))
-    os.set_blocking(writing, True)
-    waits, inner = [], train_gpt.select.select
-    monkeypatch.setattr(train_gpt.select, "select", lambda r, w, x, s: waits.append(s) or inner(r, w, x, 0.05))
-    with open(writing, "w") as console:
-        monkeypatch.setattr(sys, "stdout", console)
-        assert "nobody has read it" in train_gpt.say("a line")
-        assert train_gpt.say("another") == "" and waits == [10.0, 0.0]
-        os.read(reading, 1 << 20)  # somebody reads again
-        assert train_gpt.say("the last") == "" and os.read(reading, 100) == b"the last\n"
-    os.close(reading)
-
-
 @pytest.mark.parametrize("kind", ["pipe", "terminal", "full", "ascii"])
 def test_a_console_that_goes_away_or_is_full_or_narrow_does_not_end_the_run(tmp_path, kind):
     if kind == "full" and not os.path.exists("/dev/full"):
@@ -662,6 +643,7 @@ def test_a_finished_checkpoint_gives_the_same_artifact_again_under_any_number_of
         again = runs.ranks(folder, world, RESUME=1, **settings)
         assert runs.codes(again) == [0] * world
         assert again[0].artifact == first.artifact and figures(again[0]) == figures(first)
+    (folder / "result.json").unlink()
     assert runs.run(folder, RESUME=1, QUANTIZER="nearest", **settings).artifact != first.artifact
 
 
