@@ -46,7 +46,6 @@ import socket
 import struct
 import subprocess
 import sys
-import tempfile
 import threading
 import time
 import traceback
@@ -497,13 +496,14 @@ class Ranks:
             time.sleep(0.02)
         return [json.loads(self.store.get(key)) for key in keys]
 
-    def begin(self, folder: Path):
-        """Let processes that torchrun --max-restarts starts in place of these know that the job runs there."""
-        self.job.set(f"run in {folder}", "begun")
+    def begin(self):
+        """Let processes that torchrun --max-restarts starts in place of these know that the run has its folder."""
+        with contextlib.suppress(RuntimeError):  # the launcher is dead, and starts nothing
+            self.job.set("begun", "1")
 
-    def began(self, folder: Path) -> bool:
-        """Whether processes before these did."""
-        return self.restarts > 0 and self.job.check([f"run in {folder}"])
+    def began(self) -> bool:
+        """Whether processes before these had it."""
+        return self.restarts > 0 and self.job.check(["begun"])
 
     def agree(self, facts: dict):
         """Raises UserError, on all ranks, with both values where a rank's differ from the first one's."""
@@ -552,6 +552,7 @@ class Ranks:
         if not self.leaving:
             with contextlib.suppress(Exception):  # nothing shall keep this process from its end
                 self.last_act()
+            threading.Timer(2 * GRACE, os._exit, [self.found[0]]).start()  # a console may be, too
             os._exit(self.end(*self.found))  # it is stuck
 
     def on_signal(self, number: int, frame):
@@ -759,12 +760,23 @@ class Run:
         """Write a file that is whole at any time, or leave what there was. Raises UserError."""
         path = self.folder / name
         temporary = self.folder / f"{name}.tmp"
+        log = self.folder / "train.log"
         try:
+            if (
+                self.lock_file
+                and log.exists()
+                and not os.path.samestat(os.fstat(self.lock_file.fileno()), os.stat(log))
+            ):
+                with open(log, "a") as another:  # an editor's, or one that another run holds
+                    lock(another)
             with open(temporary, "wb") as f:
                 f.write(content)
                 f.flush()
                 os.fsync(f.fileno())
             os.replace(temporary, path)
+        except BlockingIOError as e:
+            what = f"{self.folder} has become another run's: it was moved or removed"
+            raise UserError(f"{what} — leave a folder in its place while its run lives") from e
         except OSError as e:
             raise UserError(system_says(e, f"{path} ({len(content)} bytes)")) from e
         finally:
@@ -849,24 +861,26 @@ def files_of_run(run: Run, resume: bool) -> list[str]:
         cure = f"score it by EVAL_ONLY={shlex.quote(str(folder / 'final_model.ptz'))}, or choose another"
         raise UserError(f"{holds} an artifact, but no checkpoint to go on from — {cure}")
     if "result.json" in names:
-        cure = "choose another, or delete it and set RESUME=1 to make it anew"
+        cure = "choose another"
+        if run.ranks.began():
+            cure = "it is this job's own; see above how it ended"
+        elif s.eval_only or "checkpoint.pt" in names:
+            cure = "choose another, or delete that file and set RESUME=1 to make it anew"
         raise UserError(f"{holds} a run's result.json — {cure}")
     return names
 
 
 def claim_folder(run: Run) -> bool:
     """Lock it and open the log; on the first rank. Returns whether to go on with what is there: by RESUME=1, or because
-    torchrun starts again what it had started there. Raises UserError if it holds another run, or a live one."""
+    torchrun starts again what it had started there. Raises UserError if that is another run, a live one or a result."""
     folder = run.folder
-    for name in FILES:
-        if (folder / name).is_fifo():  # whoever opens one waits for its other end
-            raise UserError(f"{folder / name} is a pipe — remove it, or choose another OUTPUT_DIR")
-    resume = run.s.resume or run.ranks.began(folder)
+    for path in (folder / name for name in FILES):
+        if path.exists() and not (path.is_file() or path.is_char_device()):  # who opens a pipe waits for its other end
+            raise UserError(f"{path} is no file — remove it, or choose another OUTPUT_DIR")
+    resume = run.s.resume or run.ranks.began()
     files_of_run(run, resume)  # before anything there is touched
     folder.mkdir(parents=True, exist_ok=True)
     log = folder / "train.log"
-    if log.exists() and not (log.is_file() or log.is_char_device()):
-        raise FileExistsError(errno.EEXIST, "it is no file", str(log))
     try:
         run.lock_file = open(log, "a", encoding="utf-8", errors="replace")  # noqa: SIM115 - stays open
         lock(run.lock_file)
@@ -880,11 +894,11 @@ def claim_folder(run: Run) -> bool:
         cure = "choose an OUTPUT_DIR on a disk that can lock files"
         raise UserError(f"{log} cannot be locked: {e.strerror} — {cure}") from e
     names = files_of_run(run, resume)  # another run may have come and gone
-    run.ranks.begin(folder)
-    for left in folder.glob("preflight_*/"):  # by a process that was killed
-        names_there = [file.name.removesuffix(".tmp") for file in left.iterdir()]
-        if all(name in FILES or name.startswith("scores_") for name in names_there):  # else it is not a run's
-            shutil.rmtree(left, ignore_errors=True)
+    run.ranks.begin()
+    for left in folder.glob("preflight_[0-9]*.tmp"):  # by a process that was killed
+        shutil.rmtree(left, ignore_errors=True)
+    for name in ("ttt_documents.npz", "ttt_positions.npz"):  # of an evaluation that did not end
+        (folder / name).unlink(missing_ok=True)
     if resume and ("checkpoint.pt" not in names and not run.s.eval_only):
         run.log(f"note: {folder} has no checkpoint to go on from: this run starts afresh")
     run.sessions = read_sessions(folder) if "sessions.json" in names else []
@@ -2733,9 +2747,9 @@ class Scores:
     perhaps a mixture's third part; of every document for replay's epochs, `epochs` (E, documents) float64 (E = 0 where
     one epoch is all)."""
 
-    # Each rank appends what it has scored to a file of its own: pairs of arrays, rows of (figure, document, count) and
-    # their numbers; figures are the rows of `targets`, then those of `epochs`. Of two numbers for one thing the worse
-    # counts, so what ranks and sessions know merges in any order, and a file may be cut off anywhere.
+    # Each process writes what it has scored to a file of its own, in pairs of arrays: rows of (figure, document, count)
+    # and their numbers; figures are the rows of `targets`, then those of `epochs`. Of two numbers for one thing the
+    # worse counts, so what ranks and sessions know merges in any order, and a file may be cut off anywhere.
 
     def __init__(self, tag: str, stream, run: Run):
         self.run, self.stream = run, stream
@@ -2743,28 +2757,24 @@ class Scores:
         self.targets = np.full((1 + len(run.s.ttt_rates), stream.target_count), UNSCORED, np.float32)
         self.epochs = np.full((epochs, len(stream.lengths)), UNSCORED)
         self.pattern = f"scores_{tag}_*.bin"
-        whole = {path: self._read(path) for path in run.folder.glob(self.pattern) if run.s.resume}
         if run.s.resume:
+            for path in run.folder.glob(self.pattern):
+                self._read(path)
             self.merge()
         self.taken_over = bool((self.targets != UNSCORED).any())  # by whatever process they were made
-        self.path = run.folder / f"scores_{tag}_{run.ranks.rank}.bin"
-        self.file = open(self.path, "ab")  # noqa: SIM115 - open to the end
-        self.file.truncate(whole.get(self.path, 0))  # else what comes next would be taken for the rest of a pair
+        self.path = run.folder / f"scores_{tag}_{run.ranks.rank}_{time.time_ns()}.bin"  # never behind what is cut off
+        self.file = open(self.path, "xb")  # noqa: SIM115 - open to the end
 
-    def _read(self, path: Path) -> int:
-        """Returns the bytes up to where a file is cut off, by a process that ended, or damaged."""
-        content = path.read_bytes()
-        file = io.BytesIO(content)
-        whole = 0
+    def _read(self, path: Path):
+        """A file up to where it is cut off, by a process that ended, or damaged."""
+        file = io.BytesIO(path.read_bytes())
         with contextlib.suppress(ValueError, EOFError, IndexError, TypeError, MemoryError):
-            while whole < len(content):
+            while True:
                 rows, numbers = np.load(file), np.load(file)
                 parts = np.split(numbers, np.cumsum(rows[:, 2])[:-1])
                 for (figure, document, count), nll in zip(rows.tolist(), parts, strict=True):
                     if len(nll) == count:
                         self._note(figure, document, nll)
-                whole = file.tell()
-        return whole
 
     def _note(self, figure: int, document: int, nll: np.ndarray):
         start = self.stream.starts[document]
@@ -2809,7 +2819,8 @@ class Scores:
         with contextlib.suppress(OSError):
             self.file.close()
         for path in self.run.folder.glob(self.pattern):
-            path.unlink(missing_ok=True)  # another rank may have
+            with contextlib.suppress(OSError):  # another rank may have
+                path.unlink()
         if self.run.ranks.rank > 0:
             with contextlib.suppress(OSError):  # another machine's, left empty
                 self.run.folder.rmdir()
@@ -3118,14 +3129,15 @@ def score_file(model: GPT, stream, run: Run, **known) -> Score:
             figures = time_spent(began, run)
             figures["sliding"] = score.figure("sliding", f"stride {s.eval_stride}", figures["seconds"])
         run.tick(0.0)
-        ended = run.sessions[-1] | dict(ended="finished")  # as it will be, once this is written
         result = dict(schema_version=3, run_id=s.run_id, seed=s.seed, settings=asdict(s), source_sha256=SOURCE_SHA256)
         result["overridden"] = sorted(f.name for f in fields(s) if f.name.upper() in os.environ)
         result |= dict(source_bytes=len(SOURCE_BYTES), environment=environment(run), weights_sha256=weights.sha256)
         result |= dict(quantised=quantised, world_size=run.ranks.world, evaluation=figures) | known
-        result["sessions"] = [*run.sessions[:-1], ended]
+        result["sessions"] = [*run.sessions[:-1], run.sessions[-1] | dict(ended="finished")]  # once this is written
         result |= dict(val_loss=finite(score.loss), val_bpb=finite(score.bpb))
         run.ranks.from_first(run.write, "result.json", json.dumps(result, indent=1).encode())
+        if run.folder == Path(s.output_dir):  # not the preflight's
+            run.ranks.how_to_go_on, run.ranks.outcome = "", f"the result is in {run.folder}"
         if scores:
             scores.remove()
     if math.isfinite(score.nll):
@@ -3141,28 +3153,23 @@ def most_that_fits(most: int, work: Callable[[int], object], run: Run) -> int:
     torch.cuda.set_per_process_memory_fraction(0.9 * (free + torch.cuda.memory_reserved()) / total)
     n = most
     try:
-        while not fits(work, n, run):
-            n //= 2
+        while True:
+            try:
+                work(n)
+                run.wait()
+                break
+            except torch.OutOfMemoryError:
+                if n == 1:
+                    what = f"{run.ranks.stage[0]}, one at a time"
+                    run.ranks.stage = what, "TRAIN_SEQ_LEN, TTT_EVAL_SEQ_LEN or NUM_LAYERS"
+                    raise
+                n //= 2
+            finally:  # when the error holds nothing any more
+                gc.collect()
+                torch.cuda.empty_cache()
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0)
     return -int(run.ranks.max([-n])[0])
-
-
-def fits(work: Callable[[int], object], n: int, run: Run) -> bool:
-    """Whether work(n) finds room. Raises OutOfMemoryError if one is too many."""
-    try:
-        work(n)
-        run.wait()
-        return True
-    except torch.OutOfMemoryError:
-        if n == 1:
-            stage, _ = run.ranks.stage
-            run.ranks.stage = f"{stage}, one at a time", "TRAIN_SEQ_LEN, TTT_EVAL_SEQ_LEN or NUM_LAYERS"
-            raise
-        return False
-    finally:
-        gc.collect()
-        torch.cuda.empty_cache()
 
 
 def find_what_fits(trainer: Trainer | None, model: GPT, run: Run) -> dict[str, int]:
@@ -3219,7 +3226,7 @@ def preflight(trainer: Trainer | None, model: GPT, run: Run) -> dict[str, float]
         seconds[stage] = time.perf_counter() - began - sum(seconds.values())
 
     small = run.using(eval_max_seconds=0.0, ttt_n_epochs=min(s.ttt_n_epochs, 2), resume=False)
-    small.log_file = None
+    small.log_file = small.lock_file = None
     small.sessions = []
     if run.cuda:  # a CPU does not say before it is too late
         run.fits = small.fits = find_what_fits(trainer, model, small)
@@ -3227,8 +3234,9 @@ def preflight(trainer: Trainer | None, model: GPT, run: Run) -> dict[str, float]
     stride = 0 if s.ttt_enabled else s.eval_stride
     longest = max(s.train_seq_len * run.ranks.world + stride, s.ttt_eval_seq_len + s.ttt_chunk_size)
     stream = synthetic_stream([longest, s.ttt_chunk_size + 1], run)  # rows for all ranks; more context than a window's
-    with tempfile.TemporaryDirectory(prefix="preflight_", dir=run.folder, ignore_cleanup_errors=True) as folder:
-        small.folder = Path(folder)  # of each rank its own: nothing is shared
+    small.folder = run.folder / f"preflight_{run.ranks.rank}.tmp"  # of each rank its own: nothing is shared
+    small.folder.mkdir(exist_ok=True)
+    try:
         if trainer and not trainer.finished:
             trainer.rehearse(small)
             done("training")
@@ -3244,31 +3252,25 @@ def preflight(trainer: Trainer | None, model: GPT, run: Run) -> dict[str, float]
             run.rehearsed, run.pace = small.rehearsed, small.pace
         exit_code(score_file(model, stream, small), None, None, small)  # raises where weights give no number
         done("evaluation")
+    finally:
+        shutil.rmtree(small.folder, ignore_errors=True)
     run.log("preflight " + " ".join(f"{name}:{value:.1f}s" for name, value in seconds.items()))
-    describe_device(run)
     return seconds
 
 
-def describe_device(run: Run):
-    """What the preflight has found of memory and graphs."""
-    if run.fits:
-        run.log(f"at once, as settings say or what of that fits: {pairs(run.fits)}")
+def describe_what_follows(trainer: Trainer | None, stream, rehearsed: dict[str, float], run: Run):
+    """Log what the preflight, which took `rehearsed` seconds, has found: memory, graphs, and how long each stage to
+    come will take."""
     if run.cuda:
+        run.log(f"at once, as settings say or what of that fits: {pairs(run.fits)}")
         sizes = *torch.cuda.mem_get_info(), torch.cuda.memory_reserved()
         run.log("memory free:{:.1f} of {:.1f} GiB, kept by the allocator:{:.1f}".format(*(x / 2**30 for x in sizes)))
     if run.rehearsed:
-        run.log(f"CUDA graphs against eager steps: {pairs(run.rehearsed)} (accepted: nll 0.001, movement 0.1)")
-        if not run.graphs:
-            run.log("note: CUDA graphs do not compute what they record here; every step is launched kernel by kernel")
-
-
-def describe_what_follows(trainer: Trainer | None, stream, rehearsed: dict[str, float], run: Run):
-    """Log how long each stage will take, as far as the preflight, which took `rehearsed`, can tell."""
+        used = "used" if run.graphs else "note: not used, every step is launched kernel by kernel"
+        run.log(f"CUDA graphs against eager steps: {pairs(run.rehearsed)} (at most: nll 0.001, movement 0.1); {used}")
     expected = {}
-    if trainer and not trainer.finished:
-        expected["training"] = trainer.seconds_left()  # infinite after a single warm-up step, which compiles
-    if trainer:
-        expected["export"] = rehearsed["export"]
+    if trainer:  # the former is infinite after a single warm-up step, which compiles
+        expected = dict(training=0.0 if trainer.finished else trainer.seconds_left(), export=rehearsed["export"])
     expected |= {f"evaluation_{name}": seconds for name, seconds in predict(stream, run).items()}
     if known := {stage: seconds for stage, seconds in expected.items() if math.isfinite(seconds)}:
         run.log(f"expected seconds of what follows: {pairs(known)}")
@@ -3447,8 +3449,8 @@ def look_around(ranks: Ranks) -> dict:
 
 
 def exit_code(score: Score, trainer: Trainer | None, artifact: dict | None, run: Run) -> int:
-    """0, or 3 with a line of what an artifact has too much, once everything is written. Raises UserError where that is
-    not worth the name."""
+    """0, or 3 with a line of what an artifact has too much, once everything is written. Raises UserError for a score
+    that is not finite, and for a last checkpoint that could not be written."""
     if not math.isfinite(score.nll):
         raise UserError(f"the score is {score.nll} — lower the learning rates, or score other weights")
     if trainer and trainer.unsaved:
@@ -3494,9 +3496,8 @@ def main(ranks: Ranks) -> int:
         known |= dict(training=trainer.account(), artifact=make_artifact(trainer, hessians, stream, run))
     # From here on nothing is known but the file.
     score = score_file(model, stream, run, **known)
-    ranks.how_to_go_on = ""
-    ranks.outcome = f"the result is in {run.folder}"
-    run.log(f"final_int8_zlib_roundtrip_exact {score}")  # the name that the field's tools look for
+    # The name that the field's tools look for; no rank's error ends the first one before it is said.
+    ranks.from_first(run.log, f"final_int8_zlib_roundtrip_exact {score}")
     return exit_code(score, trainer, known["artifact"], run)
 
 

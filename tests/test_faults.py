@@ -40,6 +40,12 @@ def same_end(one: runs.Run, other: runs.Run) -> bool:
 # ---- Resume
 
 
+def unfinished(folder: Path) -> runs.Run:
+    """Goes on with a run; one that has ended just before it was killed makes its result again."""
+    (folder / "result.json").unlink(missing_ok=True)
+    return runs.Run(folder, RESUME=1, **LONG)
+
+
 def test_a_run_killed_again_and_again_in_every_phase_ends_byte_identical(tmp_path, whole):
     """kill -9 as soon as each of these lines appears."""
     moments = [
@@ -54,12 +60,12 @@ def test_a_run_killed_again_and_again_in_every_phase_ends_byte_identical(tmp_pat
     moments += ["swa:", "export model_bytes", "evaluating", "no_adaptation"]
     kills = 0
     for text in moments:
-        life = runs.Run(tmp_path, RESUME=1, **LONG)
+        life = unfinished(tmp_path)
         life.until(text)
         life.kill()
         kills += life.wait() == 128 + signal.SIGKILL  # on a busy machine it may have ended just before
-    last = runs.run(tmp_path, RESUME=1, **LONG)
-    assert same_end(last, whole) and last.result["training"]["resumed"] is True and kills >= 8
+    last = unfinished(tmp_path)
+    assert last.wait() == 0 and same_end(last, whole) and last.result["training"]["resumed"] is True and kills >= 8
     assert not list(tmp_path.glob("*preflight*")) and not list(tmp_path.glob("scores*"))
     ends = [(row["stage"], row["ended"]) for row in last.result["sessions"]]
     assert ends[-2:] == [("training", "finished"), ("evaluation", "finished")] and ("training", "killed") in ends
@@ -70,11 +76,12 @@ def test_a_run_killed_again_and_again_in_every_phase_ends_byte_identical(tmp_pat
 def test_a_run_killed_at_random_moments_ends_byte_identical(tmp_path, whole, seed):
     rng, kills = random.Random(seed), 0
     for _ in range(7):
-        life = runs.Run(tmp_path, RESUME=1, **LONG)
+        life = unfinished(tmp_path)
         time.sleep(rng.uniform(0.05, 0.4))
         life.kill()
         kills += life.wait() == 128 + signal.SIGKILL
-    assert same_end(runs.run(tmp_path, RESUME=1, **LONG), whole) and kills
+    last = unfinished(tmp_path)
+    assert last.wait() == 0 and same_end(last, whole) and kills
     print(f"figure: kills survived: {kills} of {kills}")
 
 

@@ -1,4 +1,4 @@
-"""A folder belongs to one run, whatever is done to it: nothing of another is replaced, removed or taken for its own."""
+"""A folder belongs to one run: nothing of another is replaced, removed or taken for its own."""
 
 from __future__ import annotations
 
@@ -86,14 +86,14 @@ def test_pipes_are_refused_before_anybody_waits_for_their_other_end(tmp_path):
     assert "pipe.ptz is a pipe" in runs.user_error(done.err)
     os.mkfifo(tmp_path / "train.log")
     done = runs.run(tmp_path / "consoles", 2, OUTPUT_DIR=tmp_path)
-    assert "train.log is a pipe" in runs.user_error(done.err)
+    assert "train.log is no file" in runs.user_error(done.err)
 
 
 def test_what_a_run_has_not_made_is_not_removed(tmp_path):
     mine = tmp_path / "preflight_notes" / "thesis.txt"
     mine.parent.mkdir()
     mine.write_text("years of work")
-    killed = tmp_path / "preflight_k1ll3d__"  # by kill -9, in the middle of a write
+    killed = tmp_path / "preflight_0.tmp"  # by kill -9, in the middle of a write
     killed.mkdir()
     for name in ("scores_abc_0.bin", "checkpoint.pt.tmp"):
         (killed / name).write_bytes(b"")
@@ -223,6 +223,22 @@ def test_the_lock_outlives_the_log(tmp_path):
     train_gpt.claim_folder(second)
 
 
+def test_a_folder_that_has_become_another_runs_is_left_alone(tmp_path):
+    """Removed while its run lives, and made again by the next one. A log that an editor has replaced is no other's."""
+    first, second = runs.alone(tmp_path / "run"), runs.alone(tmp_path / "run")
+    train_gpt.claim_folder(first)
+    (tmp_path / "run" / "train.log").unlink()
+    first.write("sessions.json", b"[]")
+    (tmp_path / "run" / "train.log").write_text("as an editor saves it")
+    first.write("sessions.json", b"[]")
+    shutil.rmtree(tmp_path / "run")
+    train_gpt.claim_folder(second)
+    with pytest.raises(train_gpt.UserError, match="has become another run's"):
+        first.write("final_model.ptz", b"of the first")
+    assert [path.name for path in second.folder.iterdir()] == ["train.log"]
+    second.write("final_model.ptz", b"of the second")
+
+
 def test_a_file_that_cannot_be_removed_either_is_told_as_the_first_error(tmp_path, monkeypatch):
     def stale(*_, **__):
         raise OSError(116, "Stale file handle")
@@ -285,6 +301,12 @@ def test_shards_come_in_the_order_of_their_numbers_however_these_are_written(tmp
     assert [int(shard[1:][0]) for shard in train_gpt.open_shards("train", run)] == [*range(11)]
     runs.write_shard(tmp_path / "fineweb_val_part1.bin", [1, 2])
     assert len(train_gpt.open_shards("val", run)) == 1
+
+
+def test_arrays_of_an_evaluation_go_with_its_result(again):
+    (again / "result.json").unlink()
+    done = runs.run(again, RESUME=1, TTT_ENABLED=0, **FOUR)
+    assert "sliding" in done.result["evaluation"] and not list(again.glob("*.npz"))
 
 
 def test_a_model_too_large_for_this_machine_is_one_line_that_names_what_to_lower(tmp_path):

@@ -134,20 +134,25 @@ def test_the_log_says_how_near_graphs_are_what_is_free_and_how_long_it_will_take
     graphs.free, graphs.keeps = 60 * GIB, 12 * GIB
     model = evaluation(graphed, tmp_path)
     run = graphed
-    train_gpt.preflight(None, model, run)
+    stream = rehearsed(model, run)
     log = run.log_file.getvalue()
     assert "memory free:72.0 of 80.0 GiB, kept by the allocator:0.0" in log
     near = re.search(r"graphs against eager steps: nll:(\S+) movement:(\S+) movement_of_a_repeat:(\S+) \(", log)
     assert [float(x) for x in near.groups()] == [0.0, pytest.approx(0.0, abs=1e-3), 0.0]
     assert run.graphs and "note:" not in log
-    stream = stream_of(run.s, LENGTHS)
-    train_gpt.describe_what_follows(None, stream, {}, run)
     train_gpt.score_file(model, stream, run)
     log = run.log_file.getvalue()
     names = r"evaluation_kernel_by_kernel:(\S+) evaluation_graphs:(\S+)"
     predicted = re.search(f"expected seconds of what follows: {names}", log)
     assert all(float(x) > 0 for x in predicted.groups())
     assert int(re.search(r"CUDA graphs shapes:\d+ recorded:(\d+) ", log)[1]) > 2
+
+
+def rehearsed(model: train_gpt.GPT, run: train_gpt.Run) -> train_gpt.Stream:
+    """What main() does before an evaluation, and of which text."""
+    stream = stream_of(run.s, LENGTHS)
+    train_gpt.describe_what_follows(None, stream, train_gpt.preflight(None, model, run), run)
+    return stream
 
 
 def evaluation(run: train_gpt.Run, folder) -> train_gpt.GPT:
@@ -170,7 +175,7 @@ def test_graphs_that_adapt_otherwise_than_eager_steps_are_refused(graphed, graph
 
     monkeypatch.setattr(train_gpt.Adapters, "step", step)
     model = evaluation(graphed, tmp_path)
-    train_gpt.preflight(None, model, graphed)
+    rehearsed(model, graphed)
     log = graphed.log_file.getvalue()
     assert not float(re.search(r" movement:(\S+)", log)[1]) <= 0.1
     assert not graphed.graphs and "every step is launched kernel by kernel" in log
