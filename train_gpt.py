@@ -46,6 +46,7 @@ import socket
 import struct
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 import traceback
@@ -550,9 +551,9 @@ class Ranks:
             _thread.interrupt_main(signal.SIGTERM)  # it leaves no file half written
             time.sleep(GRACE)
         if not self.leaving:
-            with contextlib.suppress(Exception):  # nothing shall keep this process from its end
+            with contextlib.suppress(Exception):  # nothing shall keep this process from its end, no disk, no console
+                threading.Timer(3 * GRACE, os._exit, [self.found[0]]).start()
                 self.last_act()
-            threading.Timer(2 * GRACE, os._exit, [self.found[0]]).start()  # a console may be, too
             os._exit(self.end(*self.found))  # it is stuck
 
     def on_signal(self, number: int, frame):
@@ -756,27 +757,31 @@ class Run:
         if time.perf_counter() - self.spoke > 30:
             self.log(line)
 
-    def write(self, name: str, content: bytes | memoryview):
-        """Write a file that is whole at any time, or leave what there was. Raises UserError."""
-        path = self.folder / name
-        temporary = self.folder / f"{name}.tmp"
+    def check_folder(self):
+        """Raises Interrupted where another run holds the log that is there now: what is written would be among its."""
         log = self.folder / "train.log"
         try:
-            if (
-                self.lock_file
-                and log.exists()
-                and not os.path.samestat(os.fstat(self.lock_file.fileno()), os.stat(log))
-            ):
-                with open(log, "a") as another:  # an editor's, or one that another run holds
+            if self.lock_file and not os.path.samestat(os.fstat(self.lock_file.fileno()), os.stat(log)):
+                with open(log, "a") as another:  # an editor's, if it can be locked
                     lock(another)
+        except BlockingIOError:
+            what = f"{self.folder} has become another run's: it was moved or removed"
+            raise Interrupted(2, f"error: {what} — leave a folder in its place while its run lives") from None
+        except OSError:
+            pass  # whatever else is amiss with a log ends no run
+
+    def write(self, name: str, content: bytes | memoryview):
+        """Write a file that is whole at any time, or leave what there was. Raises UserError; Interrupted by
+        check_folder()."""
+        path = self.folder / name
+        temporary = self.folder / f"{name}.tmp"
+        self.check_folder()
+        try:
             with open(temporary, "wb") as f:
                 f.write(content)
                 f.flush()
                 os.fsync(f.fileno())
             os.replace(temporary, path)
-        except BlockingIOError as e:
-            what = f"{self.folder} has become another run's: it was moved or removed"
-            raise UserError(f"{what} — leave a folder in its place while its run lives") from e
         except OSError as e:
             raise UserError(system_says(e, f"{path} ({len(content)} bytes)")) from e
         finally:
@@ -854,18 +859,18 @@ def files_of_run(run: Run, resume: bool) -> list[str]:
     names = [name for name in FILES if (folder / name).exists() and (folder / name).stat().st_size]
     holds = f"OUTPUT_DIR={folder} holds"
     foreign = s.eval_only and {*MODEL_FILES} & {*names}
-    if names and (foreign or not (resume or "result.json" in names)):
-        cure = "choose another" if s.eval_only else "choose another, or set RESUME=1"
-        raise UserError(f"{holds} a run's {names[0]} — {cure}")
     if not s.eval_only and "final_model.ptz" in names and "checkpoint.pt" not in names:
         cure = f"score it by EVAL_ONLY={shlex.quote(str(folder / 'final_model.ptz'))}, or choose another"
         raise UserError(f"{holds} an artifact, but no checkpoint to go on from — {cure}")
+    if names and (foreign or not (resume or "result.json" in names)):
+        cure = "choose another" if foreign else "choose another, or set RESUME=1"
+        raise UserError(f"{holds} a run's {names[0]} — {cure}")
     if "result.json" in names:
         cure = "choose another"
         if run.ranks.began():
             cure = "it is this job's own; see above how it ended"
         elif s.eval_only or "checkpoint.pt" in names:
-            cure = "choose another, or delete that file and set RESUME=1 to make it anew"
+            cure = "choose another, or delete that file and set RESUME=1"
         raise UserError(f"{holds} a run's result.json — {cure}")
     return names
 
@@ -895,10 +900,8 @@ def claim_folder(run: Run) -> bool:
         raise UserError(f"{log} cannot be locked: {e.strerror} — {cure}") from e
     names = files_of_run(run, resume)  # another run may have come and gone
     run.ranks.begin()
-    for left in folder.glob("preflight_[0-9]*.tmp"):  # by a process that was killed
+    for left in folder.glob("preflight_????????.tmp"):  # by a process that was killed
         shutil.rmtree(left, ignore_errors=True)
-    for name in ("ttt_documents.npz", "ttt_positions.npz"):  # of an evaluation that did not end
-        (folder / name).unlink(missing_ok=True)
     if resume and ("checkpoint.pt" not in names and not run.s.eval_only):
         run.log(f"note: {folder} has no checkpoint to go on from: this run starts afresh")
     run.sessions = read_sessions(folder) if "sessions.json" in names else []
@@ -2818,9 +2821,9 @@ class Scores:
         """Once the result is written."""
         with contextlib.suppress(OSError):
             self.file.close()
-        for path in self.run.folder.glob(self.pattern):
-            with contextlib.suppress(OSError):  # another rank may have
-                path.unlink()
+        with contextlib.suppress(OSError):  # whatever is left does no harm
+            for path in self.run.folder.glob(self.pattern):
+                path.unlink(missing_ok=True)  # another rank may have
         if self.run.ranks.rank > 0:
             with contextlib.suppress(OSError):  # another machine's, left empty
                 self.run.folder.rmdir()
@@ -3107,6 +3110,21 @@ def evaluation_tag(weights: str, stream, run: Run) -> str:
     return hashlib.sha256(repr(inputs).encode()).hexdigest()[:12]
 
 
+def keep_result(result: dict, run: Run):
+    """Write result.json, by the first rank. From then on there is nothing to go on with."""
+
+    def done():
+        if run.folder == Path(run.s.output_dir):  # not the preflight's
+            run.ranks.how_to_go_on, run.ranks.outcome = "", f"the result is in {run.folder}"
+
+    def write():
+        run.write("result.json", json.dumps(result, indent=1).encode())
+        done()
+
+    run.ranks.from_first(write)
+    done()
+
+
 def score_file(model: GPT, stream, run: Run, **known) -> Score:
     """Load the file, evaluate it and report; result.json takes what else is `known`. Raises UserError."""
     s = run.s
@@ -3114,6 +3132,9 @@ def score_file(model: GPT, stream, run: Run, **known) -> Score:
     path = Path(s.eval_only or run.folder / "final_model.ptz")
     scores = None
     with run.session("evaluation"):
+        if run.ranks.rank == 0:
+            for name in ("ttt_documents.npz", "ttt_positions.npz"):  # whose result was deleted, or never written
+                (run.folder / name).unlink(missing_ok=True)
         weights = read_weights(path, run)
         run.sessions[-1]["tag"] = tag = evaluation_tag(weights.sha256, stream, run)
         earlier = sum(row["seconds"] for row in under_way(run.sessions))  # killed ones took a little longer
@@ -3135,9 +3156,7 @@ def score_file(model: GPT, stream, run: Run, **known) -> Score:
         result |= dict(quantised=quantised, world_size=run.ranks.world, evaluation=figures) | known
         result["sessions"] = [*run.sessions[:-1], run.sessions[-1] | dict(ended="finished")]  # once this is written
         result |= dict(val_loss=finite(score.loss), val_bpb=finite(score.bpb))
-        run.ranks.from_first(run.write, "result.json", json.dumps(result, indent=1).encode())
-        if run.folder == Path(s.output_dir):  # not the preflight's
-            run.ranks.how_to_go_on, run.ranks.outcome = "", f"the result is in {run.folder}"
+        keep_result(result, run)
         if scores:
             scores.remove()
     if math.isfinite(score.nll):
@@ -3234,9 +3253,9 @@ def preflight(trainer: Trainer | None, model: GPT, run: Run) -> dict[str, float]
     stride = 0 if s.ttt_enabled else s.eval_stride
     longest = max(s.train_seq_len * run.ranks.world + stride, s.ttt_eval_seq_len + s.ttt_chunk_size)
     stream = synthetic_stream([longest, s.ttt_chunk_size + 1], run)  # rows for all ranks; more context than a window's
-    small.folder = run.folder / f"preflight_{run.ranks.rank}.tmp"  # of each rank its own: nothing is shared
-    small.folder.mkdir(exist_ok=True)
-    try:
+    place = dict(prefix="preflight_", suffix=".tmp", dir=run.folder, ignore_cleanup_errors=True)
+    with tempfile.TemporaryDirectory(**place) as folder:  # of each rank its own: nothing is shared
+        small.folder = Path(folder)
         if trainer and not trainer.finished:
             trainer.rehearse(small)
             done("training")
@@ -3252,8 +3271,6 @@ def preflight(trainer: Trainer | None, model: GPT, run: Run) -> dict[str, float]
             run.rehearsed, run.pace = small.rehearsed, small.pace
         exit_code(score_file(model, stream, small), None, None, small)  # raises where weights give no number
         done("evaluation")
-    finally:
-        shutil.rmtree(small.folder, ignore_errors=True)
     run.log("preflight " + " ".join(f"{name}:{value:.1f}s" for name, value in seconds.items()))
     return seconds
 

@@ -60,7 +60,8 @@ def test_a_result_is_replaced_only_once_it_is_deleted(again, changes):
         changes = dict(EVAL_ONLY=again.with_name("run") / changes["EVAL_ONLY"])
     before = contents(again)
     error = runs.user_error(runs.run(again, 2, RESUME=1, **changes).err)
-    assert f"OUTPUT_DIR={again} holds a run's result.json" in error and contents(again) == before
+    assert f"OUTPUT_DIR={again} holds a run's result.json — choose another, or delete that file" in error
+    assert contents(again) == before
     (again / "result.json").unlink()
     done = runs.run(again, RESUME=1, **changes)
     assert done.result["evaluation"]["curve"][-1]["epoch"] == int(changes.get("TTT_N_EPOCHS", 3))
@@ -93,7 +94,7 @@ def test_what_a_run_has_not_made_is_not_removed(tmp_path):
     mine = tmp_path / "preflight_notes" / "thesis.txt"
     mine.parent.mkdir()
     mine.write_text("years of work")
-    killed = tmp_path / "preflight_0.tmp"  # by kill -9, in the middle of a write
+    killed = tmp_path / "preflight_k1ll3d_0.tmp"  # by kill -9, in the middle of a write
     killed.mkdir()
     for name in ("scores_abc_0.bin", "checkpoint.pt.tmp"):
         (killed / name).write_bytes(b"")
@@ -131,7 +132,7 @@ def test_a_restart_by_torchrun_goes_on_in_its_own_folder_alone(again, tmp_path):
     second = started_again(own)
     assert train_gpt.claim_folder(second) is True
     (own.folder / "result.json").write_text("{}")
-    with pytest.raises(train_gpt.UserError, match="holds a run's result"):
+    with pytest.raises(train_gpt.UserError, match="this job's own; see above"):
         train_gpt.claim_folder(started_again(second))
 
 
@@ -233,9 +234,13 @@ def test_a_folder_that_has_become_another_runs_is_left_alone(tmp_path):
     first.write("sessions.json", b"[]")
     shutil.rmtree(tmp_path / "run")
     train_gpt.claim_folder(second)
-    with pytest.raises(train_gpt.UserError, match="has become another run's"):
+    half = second.folder / "final_model.ptz.tmp"
+    half.write_bytes(b"as the second writes it")
+    with pytest.raises(train_gpt.Interrupted, match="has become another run's"):
         first.write("final_model.ptz", b"of the first")
-    assert [path.name for path in second.folder.iterdir()] == ["train.log"]
+    with pytest.raises(train_gpt.Interrupted, match="has become another run's"), first.session("training"):
+        pytest.fail("it goes on")
+    assert {path.name for path in second.folder.iterdir()} == {"train.log", half.name}
     second.write("final_model.ptz", b"of the second")
 
 
