@@ -128,11 +128,13 @@ def batch_of(model, stream, documents, run, **options) -> Traced:
     return loaded(model, stream, documents, run).read(**options)
 
 
+LONGEST = "device_paths faults ranks command_line resume ttt golden preflight container data results scores audit"
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]):
-    """Files of the longest tests come first, so that no process is left alone with them at the end."""
-    longest = "test_device_paths.py", "test_ranks.py", "test_golden.py", "test_faults.py"
-    order = {name: place for place, name in enumerate(longest)}
-    items.sort(key=lambda item: order.get(item.path.name, len(longest)))
+    """The longest files come first, so that no process is left alone with one at the end."""
+    order = {f"test_{name}.py": place for place, name in enumerate(LONGEST.split())}
+    items.sort(key=lambda item: order.get(item.path.name, len(order)))
 
 
 def pytest_collection_finish():
