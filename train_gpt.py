@@ -3289,7 +3289,7 @@ def describe_what_follows(trainer: Trainer | None, stream, rehearsed: dict[str, 
     if trainer:  # the former is infinite after a single warm-up step, which compiles
         expected = dict(training=0.0 if trainer.finished else trainer.seconds_left(), export=rehearsed["export"])
     expected |= {f"evaluation_{name}": seconds for name, seconds in predict(stream, run).items()}
-    if known := {stage: seconds for stage, seconds in expected.items() if math.isfinite(seconds)}:
+    if known := {stage: seconds for stage, seconds in expected.items() if 0 < seconds < math.inf}:
         run.log(f"expected seconds of what follows: {pairs(known)}")
 
 
