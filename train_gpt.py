@@ -66,6 +66,7 @@ try:
     import torch.nn.functional as F
     import zstandard
     from torch import Tensor, nn
+    from torch.utils._pytree import tree_leaves
     from torch.utils.checkpoint import checkpoint
 except ModuleNotFoundError as e:
     print(
@@ -1529,9 +1530,26 @@ class GPT(nn.Module):
 
         torch._dynamo.config.recompile_limit = 64  # beyond it: eager
         torch.fx.experimental._config.use_duck_shape = False  # equal sizes need not stay equal
-        for module, names in ((self, ("embed", "head")), *((block, ("before", "after")) for block in self.blocks)):
-            for name in names:
-                setattr(module, name, torch.compile(getattr(module, name), dynamic=True))
+
+        def region(function: Callable, *varying: tuple) -> Callable:
+            """Compiled once for any size of these dimensions of each argument's tensors, and of no other: symbols for
+            all would take almost twice as long."""
+            compiled = torch.compile(function)
+
+            def call(*arguments):
+                for argument, dimensions in zip(arguments, varying, strict=True):
+                    for tensor in tree_leaves(argument) if dimensions else ():
+                        torch._dynamo.maybe_mark_dynamic(tensor, dimensions)
+                return compiled(*arguments)
+
+            return call
+
+        documents, both = (0,), (0, 1)  # (B, …), and (B, T, …)
+        self.embed = region(self.embed, both, (), ())
+        self.head = region(self.head, both, both)
+        for block in self.blocks:
+            block.before = region(block.before, both, both, (0,), documents)  # RoPE's are (T, …)
+            block.after = region(block.after, both, (0, 2), documents)
 
 
 # ======== Optimiser ========
