@@ -87,8 +87,13 @@ def alone(folder: Path | str = os.devnull, **settings) -> train_gpt.Run:
     return train_gpt.Run(train_gpt.Settings.from_env(environment(folder, **settings)))
 
 
+KEPT = ("PATH", "HOME", "TMPDIR", "OMP_NUM_THREADS", "OMP_WAIT_POLICY")  # of the environment that tests run in
+
+
 def _child(env: dict[str, str], out: str, err: str, before: Callable | None) -> None:
-    os.environ.update(env)
+    inherited = {name: os.environ[name] for name in KEPT if name in os.environ}
+    os.environ.clear()
+    os.environ.update(inherited | env)
     for path, number in ((out, 1), (err, 2)):
         os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
     if before:

@@ -24,7 +24,6 @@ import torch
 from functorch.compile import make_boxed_func
 from torch import Tensor, nn
 from torch._C._dynamo.guards import assert_size_stride
-from torch._dynamo.backends.common import aot_autograd
 from torch._guards import TracingContext
 from torch._inductor.utils import set_tracing_context_output_strides
 
@@ -87,7 +86,11 @@ def forward(graph: torch.fx.GraphModule, inputs: Sequence) -> Callable:
     return checked(graph, inputs)
 
 
-strict = aot_autograd(fw_compiler=forward, bw_compiler=checked)
+def strict(graph: torch.fx.GraphModule, inputs: Sequence) -> Callable:
+    """The backend."""
+    from torch._dynamo.backends.common import aot_autograd  # seconds, which only those who compile shall pay
+
+    return aot_autograd(fw_compiler=forward, bw_compiler=checked)(graph, inputs)
 
 
 @contextlib.contextmanager

@@ -23,6 +23,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import sentencepiece as spm
+from filelock import FileLock
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -81,13 +82,26 @@ def corpus(tmp_path_factory: pytest.TempPathFactory, stories: list[str]) -> Path
 def built_sample(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """The sample, built twice with different hash seeds and from different folders, or once where it is there: where
     the one command was run before."""
-    places = [tmp_path_factory.mktemp(name) / "sample" for name in ("first", "second")]
+    shared = tmp_path_factory.getbasetemp()
+    shared = shared.parent if "PYTEST_XDIST_WORKER" in os.environ else shared  # of all processes of this suite
+    places = [shared / name / "sample" for name in ("first sample", "second sample")]
+    with FileLock(shared / "samples.lock"):
+        build_samples(places)
+    return places[0], places[1]
+
+
+def build_samples(places: list[Path]) -> None:
+    """Builds what is not there yet: another process may have."""
     absent = "tqdm", "scipy", "huggingface_hub", "pyarrow", "matplotlib"  # the sample needs none of these
     program = f"import sys; sys.modules.update(dict.fromkeys({absent})); import sample; sample.run_tool(sample.main)"
     commands = [["-c", program], [DATA / "sample.py"]]
     if (DATA / "sample").exists():
         places[1] = DATA / "sample"
         commands.pop()
+    if places[0].exists():
+        return
+    for place in places[: len(commands)]:
+        place.parent.mkdir(exist_ok=True)
     runs = [
         subprocess.Popen(
             [sys.executable, *command, "--out", place],
@@ -103,7 +117,6 @@ def built_sample(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
         output, _ = run.communicate(timeout=120)
         assert run.returncode == 0, output
         assert "val: " in output
-    return places[0], places[1]
 
 
 @pytest.fixture(scope="session")

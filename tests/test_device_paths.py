@@ -12,14 +12,10 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
-from torch._dynamo.utils import counters
-from torch._inductor.utils import fresh_cache
 from torch.fx.experimental import _config as shape_config
 
-import strict as strict_backend
 import train_gpt
 from conftest import batch_of, random_model, run_of, small, stream_of
-from strict import strict, strictly
 
 CHUNK, WINDOW = 16, 64  # of the small settings: a context is full after three chunks
 LENGTHS = [100, 90, 70, 40, 33, 16, 5]  # targets: up to seven chunks; the longest goes on alone, one has a single chunk
@@ -53,7 +49,7 @@ class Trainer:
         return torch.tensor(train_gpt.evaluate_standard(self.forward, stream_of(self.s, [150, 7]), self.run).loss)
 
     def slide(self) -> Tensor:
-        """The loss of the sliding window: batches of five windows, the last batch and its last window not full."""
+        """The loss of the sliding window: batches of three windows, the last batch and its last window not full."""
         return torch.tensor(train_gpt.evaluate_sliding(self.forward, stream_of(self.s, [90, 7]), self.run).loss)
 
 
@@ -116,9 +112,11 @@ def gradients_in_growing_contexts(s, run, compiled: bool) -> list[Tensor]:
 @pytest.fixture
 def compiler() -> Iterator[None]:
     """A compiler that remembers nothing; what the script tells torch about compilation is taken back afterwards."""
+    import torch._dynamo  # seconds, as for strict.py: for the process alone that runs these tests
+
     kept = {name: getattr(shape_config, name) for name in FLAGS}
     torch._dynamo.reset()
-    counters.clear()
+    torch._dynamo.utils.counters.clear()
     with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True):  # else the rest would run uncompiled, unnoticed
         yield
     torch._dynamo.reset()
@@ -131,8 +129,11 @@ def graphs(compiler) -> Iterator[Callable[[], int]]:
     """Within, everything is compiled by the strict backend; the fixture counts the graphs so far and refuses breaks."""
 
     def count() -> int:
+        counters = torch._dynamo.utils.counters
         assert not counters["graph_break"]
         return counters["stats"]["unique_graphs"]
+
+    from strict import strictly
 
     with strictly():
         yield count
@@ -142,6 +143,8 @@ def graphs(compiler) -> Iterator[Callable[[], int]]:
 def test_the_strict_backend_refuses_a_saved_activation_of_other_strides(compiler, monkeypatch):
     """The fault that it exists for: torch freezes the strides of an activation whose size it leaves dynamic. From 2.15
     on it does so only for a backend that reports them as numbers."""
+
+    import strict
 
     def f(x: Tensor, y: Tensor) -> Tensor:
         return (torch.cat((x, y), dim=1).sin() * 2).cos().sum()
@@ -155,8 +158,8 @@ def test_the_strict_backend_refuses_a_saved_activation_of_other_strides(compiler
         torch._dynamo.reset()
         shape_config.backed_size_oblivious = frozen
         if frozen:
-            monkeypatch.setattr(strict_backend, "NUMBERS", True)
-        compiled = torch.compile(f, backend=strict, dynamic=True)
+            monkeypatch.setattr(strict, "NUMBERS", True)
+        compiled = torch.compile(f, backend=strict.strict, dynamic=True)
         torch.testing.assert_close(gradients(compiled, 7), gradients(f, 7))
         if frozen:
             with pytest.raises(AssertionError, match="expected size .* stride"):
@@ -167,7 +170,7 @@ def test_the_strict_backend_refuses_a_saved_activation_of_other_strides(compiler
 
 # ---- Training and the evaluations without adaptation ----------------------------------------------------------------
 def test_compiled_training_and_evaluation_equal_eager_and_compile_once(run, graphs):
-    s = small(num_layers=2)
+    s = small(num_layers=2, eval_batch_seqs=3)  # as many windows as rows of the validation: they share a graph
     results = []
     for compiled in (False, True):
         trainer = Trainer(s, run, compiled)
@@ -229,12 +232,15 @@ def test_compiled_test_time_training_equals_eager_with_few_graphs(run, graphs, t
 def test_code_that_inductor_generates_bears_a_context_that_grows(run, compiler):
     """The one test of generated code, of what comes before attention in a block."""
     s = small(num_layers=2, ttt_chunk_size=CHUNK, ttt_eval_seq_len=WINDOW)
+    import torch._inductor.utils
+
     expected = gradients_in_growing_contexts(s, run, compiled=False)
     # no vector code, no optimisation, no pool of compilers: less to generate and to start
     quick = {"compile_threads": 1, "cpp.simdlen": 1, "pattern_matcher": False, "aot_inductor.debug_compile": True}
-    with fresh_cache(), torch._inductor.config.patch(quick):
+    with torch._inductor.utils.fresh_cache(), torch._inductor.config.patch(quick):
         actual = gradients_in_growing_contexts(s, run, compiled=True)
     torch.testing.assert_close(actual, expected, rtol=1e-3, atol=1e-4)
+    counters = torch._dynamo.utils.counters
     assert counters["stats"]["unique_graphs"] == 1 and not counters["graph_break"]
 
 

@@ -3,16 +3,14 @@
 import math
 import os
 import re
-import socket
-import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import runs
 import train_gpt
 from conftest import run_of, small
 from plain import MUON, Loop
@@ -266,29 +264,25 @@ def test_the_multiplier_stays_between_0_and_1(step, elapsed, iterations, warmdow
     assert 0 <= train_gpt.lr_multiplier(step, elapsed, s) <= 1
 
 
-RANK = """
-import sys
-sys.path[:0] = {paths!r}
-import os, torch, train_gpt
-from conftest import small
-from test_optimiser import HOT, random_gradients
-torch.set_num_threads(1)
-s = small(**HOT)
-ranks = train_gpt.Ranks()
-ranks.join(os.environ)
-run = train_gpt.Run(s, ranks)
-ranks.connect(run.device)
-torch.manual_seed(1)
-model = train_gpt.GPT(s)
-optimizer = train_gpt.Optimizer(model, run)
-for step in range(3):
-    for name, g in random_gradients(model, step).items():
-        mine = torch.arange(g.numel()).view(g.shape) % ranks.world == ranks.rank  # the ranks' gradients add up to g
-        model.get_parameter(name).grad.copy_(torch.where(mine, g, 0.0))
-    norm = optimizer.step(step, 0.8)
-torch.save(optimizer.state | dict(norm=norm), sys.argv[1] + str(ranks.rank))
-ranks.leave()
-"""
+def three_steps_of_a_rank() -> None:
+    """In a process of its own, which ends with them: each rank has a part of the gradients, and keeps what it gets."""
+    torch.set_num_threads(1)
+    s = small(**HOT)
+    ranks = train_gpt.Ranks()
+    ranks.join(os.environ)
+    run = train_gpt.Run(s, ranks)
+    ranks.connect(run.device)
+    torch.manual_seed(1)
+    model = train_gpt.GPT(s)
+    optimizer = train_gpt.Optimizer(model, run)
+    for step in range(3):
+        for name, g in random_gradients(model, step).items():
+            mine = torch.arange(g.numel()).view(g.shape) % ranks.world == ranks.rank  # these add up to g
+            model.get_parameter(name).grad.copy_(torch.where(mine, g, 0.0))
+        norm = optimizer.step(step, 0.8)
+    torch.save(optimizer.state | dict(norm=norm), f"{os.environ['OUTPUT_DIR']}/rank{ranks.rank}")
+    ranks.leave()
+    sys.exit(0)
 
 
 @pytest.mark.parametrize("world", (2,))
@@ -298,33 +292,12 @@ def test_ranks_that_share_the_work_end_where_one_alone_does(run, tmp_path, world
     model = train_gpt.GPT(s)
     optimizer = train_gpt.Optimizer(model, run_of(run, s))
     start = optimizer.weights.clone()
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    here = Path(__file__).resolve().parent
-    script = RANK.format(paths=[str(here), str(here.parent)])
-    env = os.environ | dict(
-        WORLD_SIZE=str(world),
-        MASTER_ADDR="127.0.0.1",
-        MASTER_PORT=str(port),
-        CUDA_VISIBLE_DEVICES="",
-        OMP_NUM_THREADS="1",
-    )
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, "-c", script, str(tmp_path / "rank")], env=env | dict(RANK=str(rank), LOCAL_RANK=str(rank))
-        )
-        for rank in range(world)
-    ]
+    ranks = runs.ranks(tmp_path, world, before=three_steps_of_a_rank)
     for step in range(3):
         for name, g in random_gradients(model, step).items():
             model.get_parameter(name).grad.copy_(g)
         norm = optimizer.step(step, 0.8)
-    try:
-        assert [rank.wait(60) for rank in ranks] == [0] * world
-    finally:
-        for rank in ranks:
-            rank.kill()
+    assert runs.codes(ranks) == [0] * world
     first, *others = (torch.load(tmp_path / f"rank{rank}", weights_only=True) for rank in range(world))
     for other in others:
         assert all(other[name].equal(first[name]) for name in first)
