@@ -230,7 +230,9 @@ def compare_with_training(left: common.Run, stream, run) -> Finding:
     shards = train_gpt.open_shards("train", run)
     trained = left.result["data"].get("train")
     if trained and train_gpt.fingerprint(shards) != trained:
-        return Finding("disjoint", None, 0.0, f"the shards in {run.s.data_path} are not those that were trained on")
+        return Finding(
+            "disjoint", None, 0.0, f"the shards in {run.s.data_path} have another fingerprint than those of training"
+        )
 
     def digests(tokens: np.ndarray) -> tuple[bytes, bytes]:
         opening = tokens[:OPENING] if len(tokens) >= OPENING else tokens[:0]

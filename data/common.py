@@ -4,6 +4,7 @@ import os
 import signal
 import sys
 
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch: see train_gpt.py
 if os.path.dirname(os.path.realpath(getattr(sys.modules["__main__"], "__file__", os.devnull))) == os.path.dirname(
     os.path.realpath(__file__)
 ):  # a tool has been started: until run_tool() takes over, it imports, which may take seconds
@@ -78,6 +79,8 @@ def dataset_place(text: str) -> Path:
 
 def delimiter(text: str) -> str:
     r"""An argparse type: what parts documents; a shell passes on `\n`, `\r` and `\t` as two characters."""
+    if not text:
+        raise argparse.ArgumentTypeError("it is empty, as of a variable that is not set")
     return re.sub(r"\\[nrt]", lambda found: {"n": "\n", "r": "\r", "t": "\t"}[found[0][1]], text)
 
 
@@ -389,7 +392,15 @@ def walk(folder: Path) -> list[Path]:
             continue
         seen.add((status.st_dev, status.st_ino))
         folders.sort()
-        found += [Path(place, name) for name in files]
+        paths = [Path(place, name) for name in files]
+        for path in paths:  # what os.walk() cannot look into is none of its folders
+            try:
+                path.is_symlink() and path.stat()
+            except OSError as error:
+                broken = errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG  # which is counted
+                if error.errno not in broken:
+                    raise
+        found += paths
     return sorted(found)
 
 
@@ -556,6 +567,34 @@ def check_form(path: Path, result: dict[str, Any]) -> None:
         raise UserError(f"{path} has seed {result['seed']} and another in its settings — {UNTOUCHED}")
 
 
+def check_agreement(path: Path, result: dict[str, Any]) -> None:
+    """UserError where a result contradicts itself: one run writes all of it at once."""
+    evaluation, artifact, training = result["evaluation"], value_of(result, "artifact"), value_of(result, "training")
+    curve = evaluation.get("curve") or []
+    figures = {name: figure for name in FIGURES if (figure := evaluation.get(name))}
+    counts = {f"evaluation.{name}.{part}": figures[name][part] for name in figures for part in FIGURE[int].split()}
+    counts |= {f"evaluation.{name}.val_loss": figures[name]["val_loss"] or 0 for name in figures}
+    counts |= {"evaluation.seconds": evaluation["seconds"], "source_bytes": result["source_bytes"]}
+    counts |= {f"training.{name}": training[name] for name in ("steps", "seconds", "calibration") if training}
+    counts |= {f"sessions[{i}].seconds": row["seconds"] for i, row in enumerate(result["sessions"])}
+    for name, count in counts.items():
+        if count < 0:
+            raise UserError(f"{path} has {name} {count:,}, less than nothing — {UNTOUCHED}")
+    contradictions = {
+        "artifact.total_bytes": artifact
+        and artifact["total_bytes"] != artifact["model_bytes"] + artifact["code_bytes"],
+        "artifact.code_bytes": artifact and artifact["code_bytes"] != result["source_bytes"],
+        "evaluation.backward_looking": curve and curve[0] != evaluation["backward_looking"],
+        "evaluation.last_epoch": curve and curve[-1] != evaluation["last_epoch"],
+        "evaluation.curve": any(
+            row["epoch"] != i or row["backward_looking"] != (i == 1) for i, row in enumerate(curve, 1)
+        ),
+    }
+    for name, contradicted in contradictions.items():
+        if contradicted:
+            raise UserError(f"{path} contradicts itself in {name} — {UNTOUCHED}")
+
+
 def finite(digits: str) -> float:
     """A number of JSON; ValueError for one that is no finite float."""
     value = float(digits)
@@ -610,6 +649,24 @@ def read_arrays(path: Path, axes: dict[str, int]) -> "dict[str, np.ndarray]":
             raise
         raise UserError(f"{path} is damaged or unreadable ({type(error).__name__}: {error}) — {UNTOUCHED}") from error
     return arrays
+
+
+def check_files(run: Run) -> None:
+    """UserError where a result contradicts itself, or a file beside it is not that run's: its log, and what there is of
+    its artifact and of the files of test-time training."""
+    log, _ = read_log(run)  # which may lack its end: a console and a disk may go away
+    check_agreement(run.path, run.result)
+    said = re.findall(rb"^final_int8_zlib_roundtrip_exact val_loss:(\S+) val_bpb:(\S+)\s*$", log, re.MULTILINE)
+    if said and said[-1] != tuple(f"{run.result[name]:.8f}".encode() for name in ("val_loss", "val_bpb")):
+        raise UserError(f"{run.path.with_name('train.log')} ends with another score than {run.path} — {UNTOUCHED}")
+    weights, artifact = run.path.with_name("final_model.ptz"), value_of(run.result, "artifact")
+    if artifact and weights.exists():
+        content = require_file(weights).read_bytes()
+        if (len(content), hashlib.sha256(content).hexdigest()) != (artifact["model_bytes"], artifact["sha256"]):
+            raise UserError(f"{weights} is not the artifact of {run.path} — {UNTOUCHED}")
+    for name, read in (("ttt_documents.npz", read_documents), ("ttt_positions.npz", read_positions)):
+        if "sliding" not in run.figures and run.path.with_name(name).exists():
+            read(run)
 
 
 def beside(run: Run, name: str, axes: dict[str, int]) -> "tuple[Path, dict[str, np.ndarray]]":

@@ -92,7 +92,7 @@ def warnings(bytes_: np.ndarray) -> list[str]:
 def main(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("runs", nargs="+", type=place, metavar="RUN", help="a run's folder")
-    add("--samples", type=number(int, 1), default=10_000, help="of the bootstrap (default: %(default)s)")
+    add("--samples", type=number(int, 2, 10**7), default=10_000, help="of the bootstrap (default: %(default)s)")
     add("--seed", type=number(int, 0), default=0, help="of the bootstrap (default: %(default)s)")
     options = parser.parse_args()
     runs, bytes_, figures = read_alike(options.runs)

@@ -344,7 +344,7 @@ def compress(left: common.Run, options: argparse.Namespace) -> None:
     began = time.monotonic()
     data = options.input.read_bytes()
     codec = Codec.open(left, options.figure)
-    delimiter = options.delimiter
+    delimiter = options.delimiter or ""
     try:
         parts = data.split(delimiter.encode()) if delimiter else [data]
     except UnicodeEncodeError as error:
@@ -469,7 +469,7 @@ def main(parser: argparse.ArgumentParser) -> None:
         if command is compress:
             understood = "\\n, \\r, \\t understood (default: none)"
             separates = f"separates documents; {understood}"
-            sub.add_argument("--delimiter", type=common.delimiter, default="", help=separates)
+            sub.add_argument("--delimiter", type=common.delimiter, help=separates)
         if command is not expand:
             figures = NO_ADAPTATION, ADAPTED, MIXTURE, LAST_EPOCH
             sub.add_argument("--figure", choices=figures, help="whose predictions are used (default: the score's)")

@@ -86,7 +86,8 @@ def staging(folder: Path) -> Iterator[Path]:
         pass
     with lock:
         yield folder / "fineweb.partial"
-        shutil.rmtree(folder / "fineweb.partial")
+        # Where the open lock cannot go yet, as on NFS, an empty folder stays, which the next run takes.
+        shutil.rmtree(folder / "fineweb.partial", ignore_errors=True)
 
 
 def fetch(paths: list[str], staging: Path, commit: str | None = None) -> str:

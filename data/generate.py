@@ -66,7 +66,13 @@ def main(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("run", type=common.place, metavar="RUN", help="a run's folder: its artifact, settings and tokenizer")
     add("--prompt", default="", metavar="TEXT", help="how the text begins; -: standard input (default: nothing)")
-    add("--tokens", type=common.number(int, 1), default=200, metavar="N", help="tokens to draw at most (default: 200)")
+    add(
+        "--tokens",
+        type=common.number(int, 1, 10**9),
+        default=200,
+        metavar="N",
+        help="tokens to draw at most (default: 200)",
+    )
     add("--temperature", type=temperature, default=0.8, metavar="T", help="0: the likeliest token (default: 0.8)")
     add("--top-k", type=common.number(int, 0), default=0, metavar="K", help="draw among the K likeliest (default: all)")
     add("--seed", type=common.number(int, 0), default=0, metavar="S", help="of the draws (default: 0)")

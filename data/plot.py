@@ -86,6 +86,8 @@ class Run:
         if found := re.match(r"(Code size|Serialized model \S+): (\S+) bytes", line):  # the reference scripts
             self.kinds["code" if found[1] == "Code size" else "model"] = count(found[2])
         elif found := re.match(r"step:([^\s/]+)/\S+ (train|val)_loss:", line):
+            if not values["train_time"].endswith("ms"):
+                raise ValueError("train_time without its unit")
             step, seconds = count(found[1]), count(values["train_time"].removesuffix("ms"), float) / 1000
             figures = {name: measured(values[f"{found[2]}_{name}"]) for name in LOGGED[found[2]]}
             getattr(self, found[2])[step] = {"step": step, "seconds": seconds, **figures}
@@ -223,6 +225,8 @@ def read_lines(log: Path, run: Run) -> None:
             try:
                 run.read_line(line.rstrip("\n"))
             except (ValueError, KeyError) as error:
+                if not line.endswith("\n") and not lines.readline(LINE):
+                    break  # the run, or a copy of its log, was cut off there
                 what = f"no {error.args[0]}" if isinstance(error, KeyError) else error
                 raise UserError(f"{log} line {number} is damaged ({what}) — give an untouched log") from error
             while line and not line.endswith("\n"):

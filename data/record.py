@@ -39,6 +39,7 @@ SHAPE = "num_layers model_dim num_heads num_kv_heads swa_enabled max_wallclock_s
 SIZE_CAP, BUDGET = 16_000_000, 600  # bytes of train_gpt.py and artifact together; seconds
 LONGEST_LAST_STEP = 0.5  # training ends with the step under way at 600 s: 0.09 s on 8xH100; slower steps get no more
 WORLD_SIZE, DEVICE = 8, "H100"
+AFTERWARDS = 60.0  # seconds of an evaluation's session in which its files are written
 LAG = 10.0  # seconds that a killed session may have worked beyond its account, which is written every 5 s or step
 DOCUMENTS, MILLION_TOKENS, VOCABULARY = 50_000, 62.0, 1024  # of the full FineWeb validation split
 MARGIN = 0.005  # nats per token by which a record must beat the one before
@@ -171,7 +172,7 @@ def judge_limits(run: Run) -> Iterator[Finding]:
             yield (
                 rule,
                 None,
-                f"{seed}: at least {spent[name]:,.1f} s: a session was killed or failed, and its end is not counted",
+                f"{seed}: at least {spent[name]:,.1f} s: a session was killed, failed or left no account",
             )
 
 
@@ -192,6 +193,9 @@ def judge_hardware(run: Run) -> Iterator[Finding]:
         known = sum(row["seconds"] + LAG * (row["ended"] == "killed") for row in rows)
         if seconds is not None and (not rows or known < seconds):
             yield rule, None, f"{seed}: sessions account for {known:,.0f} s of {seconds:,.0f} s of {stage}"
+    last, evaluation = sessions[-1] if sessions else None, result["evaluation"]["seconds"]
+    if last and last["stage"] == "evaluation" and last["seconds"] > evaluation + AFTERWARDS:
+        yield "eval_seconds", None, f"{seed}: {evaluation:,.0f} s, but the session took {last['seconds']:,.0f} s"
 
 
 def judge_score(run: Run) -> Iterator[Finding]:
@@ -395,7 +399,7 @@ def main(parser: argparse.ArgumentParser) -> None:
     known = placeholder()
     runs = [read_run(path) for path in options.results]
     for run in runs:
-        read_log(run)  # is it this run's?
+        common.check_files(run)
     given = {name: value for name in ABOUT if (value := getattr(options, name)) is not None}
     own = {} if {"name", "blurb"} <= given.keys() else describe(runs[0])
     about = {name: (known | own | given)[name] for name in ABOUT} | {"date": f"{datetime.now(UTC):%Y-%m-%dT%H:%M:%SZ}"}

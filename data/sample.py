@@ -97,7 +97,9 @@ def is_whole(out: Path) -> bool:
     if not out.is_dir() or not any(out.iterdir()):
         return False
     if not any((out / name).exists() for name in FILES):
-        raise UserError(f"{out} is not empty, and has no file of the sample — choose another --out")
+        left = all(path.name.startswith((".partial-", "lost+found")) for path in out.iterdir())
+        cure = "delete it, if no other process builds it, then run it again" if left else "choose another --out"
+        raise UserError(f"{out} is not empty, and has no file of the sample — {cure}")
     for name in FILES:
         try:
             content = (out / name).read_bytes() if name == FILES[2] else check_shard(out / name)

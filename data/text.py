@@ -391,7 +391,7 @@ def build(files: list[Path], directory: Path, name: str, options: argparse.Names
     tqdm.monitor_interval = 0  # no thread of its own
 
     def read(label: str, counts: Counter, total: int | None = None) -> Iterable[Document]:
-        documents = read_documents(files, options.delimiter, options.seed, counts)
+        documents = read_documents(files, options.delimiter or "", options.seed, counts)
         return tqdm(documents, label, total, unit=" documents", leave=False, disable=None)  # None: only on a terminal
 
     began = time.monotonic()
@@ -415,7 +415,9 @@ def build(files: list[Path], directory: Path, name: str, options: argparse.Names
         documents = read("encoding", second, first["documents"])
         for digest, text, found in encode_all(documents, tokenizer, options.threads):
             if found.other_bytes is not None:
-                lost.update(documents=1, bytes=len(text.encode()), tokens=found.other_bytes)
+                size = len(text.encode())
+                stay = min(size, found.other_bytes)  # what stands for a lost character may be longer
+                lost.update(documents=1, bytes=size, tokens=found.other_bytes, stay=stay)
             yield digest <= threshold, found.tokens
 
     lines = write_splits(directory, encoded(), options.shard_tokens)
@@ -439,10 +441,11 @@ def notes(counts: Counter, lost: Counter) -> list[str]:
     """Lines on the documents: how much their tokens give back, whether they were cut, and what is not among them."""
     lines = ["decoding the tokens gives every document back"]
     if lost:
-        kept = counts["bytes"] - lost["bytes"] + lost["tokens"]
+        kept = counts["bytes"] - lost["bytes"] + lost["stay"]
         lines = [
             f"decoding the tokens does not give back {lost['documents']:,} of {counts['documents']:,} documents: "
-            f"{lost['bytes']:,} bytes became {lost['tokens']:,}, so that {kept / counts['bytes']:.1%} of all bytes stay"
+            f"{lost['bytes']:,} bytes became {lost['tokens']:,}, so that at most {kept / counts['bytes']:.1%} of all "
+            "bytes stay"
         ]
     lines += [uncut(counts)] * (counts["uncut"] > 0)
     dropped = f"{counts['duplicates']:,} duplicates dropped, {counts['empty']:,} empty"
@@ -462,7 +465,7 @@ def main(parser: argparse.ArgumentParser) -> None:
     add("--vocab-size", type=number(int, RESERVED + 1, 1 << 16), default=1024, help="pieces to train (default 1024)")
     add("--tokenizer", type=place, help="use this SentencePiece model and train none")
     understood = "\\n, \\r, \\t understood (default: none)"
-    add("--delimiter", type=common.delimiter, default="", help=f"parts documents in text files; {understood}")
+    add("--delimiter", type=common.delimiter, help=f"parts documents in text files; {understood}")
     add("--val-fraction", type=number(float, 0, 1), default=0.01, help="share for validation (default 0.01)")
     add("--seed", type=int, default=0, help="of the split and of the tokenizer's sample (default 0)")
     tokens = number(int, 1, MAX_SHARD_TOKENS)

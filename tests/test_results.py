@@ -113,7 +113,10 @@ def a_result(seed: int, loss: float) -> dict[str, Any]:
     result["environment"].update(torch="2.13.0", device=device, dtype="bfloat16", world_size=8)
     result["training"].update(steps=6700, seconds=595.04 + seed / 1e4, calibration=5.0, averaged=30)
     result["artifact"].update(
-        model_bytes=15_800_000 + seed, code_bytes=102_000, total_bytes=15_902_000 + seed, sha256=f"{seed:064x}"
+        model_bytes=15_800_000 + seed,
+        code_bytes=len(SOURCE),
+        total_bytes=15_800_000 + seed + len(SOURCE),
+        sha256=f"{seed:064x}",
     )
     kinds = ("int5", "int6")  # the micro model is too small for them
     result["artifact"]["kinds"] = {kind: {"weights": 10_000_000, "bytes": 7_000_000} for kind in kinds}
@@ -123,9 +126,19 @@ def a_result(seed: int, loss: float) -> dict[str, Any]:
     return result
 
 
-def a_log(run_id: str, source: str = SOURCE) -> str:
+def a_log(result: dict[str, Any], source: str = SOURCE) -> str:
     step = "step:1/9 train_loss:6.9 train_time:9ms step_avg:9ms"
-    return f"{source}\n* PRESET=record\n  RUN_ID={run_id}\n* SEED=42\n{step}\n"
+    figures = [result[name] for name in ("val_loss", "val_bpb")]
+    score = " ".join(
+        f"{name}:{figure}" for name, figure in zip(("val_loss", "val_bpb"), map(decimals, figures), strict=True)
+    )
+    last = f"final_int8_zlib_roundtrip_exact {score}"
+    return f"{source}\n* PRESET=record\n  RUN_ID={result['run_id']}\n* SEED=42\n{step}\n{last}\n"
+
+
+def decimals(figure: object) -> str:
+    """As logs have it."""
+    return f"{figure:.8f}" if type(figure) is float else str(figure)
 
 
 LOSSES = (1.9300, 1.9312, 1.9295)
@@ -145,7 +158,7 @@ def runs(tmp_path: Path) -> Callable[..., list[Path]]:
             paths.append(tmp_path / f"run{index}" / "result.json")
             paths[-1].parent.mkdir(exist_ok=True)
             paths[-1].write_text(json.dumps(result))
-            paths[-1].with_name("train.log").write_text(a_log(f"run{42 + index}"))
+            paths[-1].with_name("train.log").write_text(a_log(result | dict(run_id=f"run{42 + index}")))
         return paths
 
     return write
@@ -166,6 +179,16 @@ def put(path: str, value: object) -> Change:
         for section in sections:
             result = result[section]
         result[name] = value
+
+    return change
+
+
+def both(name: str, epoch: int, **values: object) -> Change:
+    """A change of a figure and of the epoch of replay's curve that it is."""
+
+    def change(result: dict[str, Any]) -> None:
+        for figure in (result["evaluation"][name], result["evaluation"]["curve"][epoch]):
+            figure.update(values)
 
     return change
 
@@ -256,7 +279,7 @@ def test_three_good_runs_are_a_record(runs: Callable[..., list[Path]], tmp_path:
     assert found["val_loss_std"] == pytest.approx(np.std(LOSSES, ddof=1))
     assert found["val_bpb"] == pytest.approx(np.mean(LOSSES) * TARGETS / math.log(2) / BYTES)
     assert [run["seed"] for run in found["runs"]] == [42, 43, 44]
-    assert found["bytes_total"] == 15_902_044  # the largest
+    assert found["bytes_total"] == 15_800_044 + len(SOURCE)  # the largest
     assert (found["train_seconds"], found["eval_seconds"]) == (600.0444, 480.5)
     assert (found["train_seconds_at_least"], found["eval_seconds_at_least"]) == (False, False)
     assert found["significance"]["p"] < 0.01
@@ -319,13 +342,15 @@ def test_single_pass_and_sliding_runs_have_no_replay_figure(runs: Callable[..., 
         (put("evaluation.documents", 625), "full_validation_split"),
         (put("settings.vocab_size", 4096), "full_validation_split"),
         (put("evaluation.no_adaptation.targets", TARGETS - 1), "every_target_scored_once"),
-        (put("evaluation.last_epoch.val_bpb", 1.0), "every_target_scored_once"),
+        (both("last_epoch", -1, val_bpb=1.0), "every_target_scored_once"),
         (put("val_bpb", 1.0), "backward_looking_score"),
-        (put("evaluation.backward_looking.backward_looking", False), "backward_looking_score"),
         (audit_row(change=0.1, repeat=0.0), "certificate_causal"),
         (put("quantised", False), "quantised_artifact"),
         (lambda result: result.update(weights_sha256=f"{result['seed'] + 7:064x}"), "quantised_artifact"),
-        (put("artifact.total_bytes", 16_000_001), "size_cap"),
+        (
+            lambda result: result["artifact"].update(model_bytes=16_000_001 - len(SOURCE), total_bytes=16_000_001),
+            "size_cap",
+        ),
         (lambda result: result["training"].update(seconds=612.3 + result["seed"]), "train_seconds"),
         (lambda result: result["training"].update(seconds=595.2 + result["seed"] / 1e4), "train_seconds"),  # > a step
         (put("training.calibration", 9.0), "train_seconds"),
@@ -455,7 +480,7 @@ def test_the_folder_of_a_pull_request_holds_all_it_needs(runs: Callable[..., lis
         ["README.md", "submission.json", "train_gpt.py", *logs]
     )
     assert (folder / "train_gpt.py").read_text() == SOURCE
-    assert [(folder / log).read_text() for log in logs] == [a_log(f"run{seed}") for seed in (42, 43, 44)]
+    assert [(folder / log).read_text() for log in logs] == [a_log(json.loads(path.read_text())) for path in paths]
     readme = (folder / "README.md").read_text()
     assert "status: record" in readme
     assert f"{np.mean(LOSSES):.6f}" not in readme.split("mean:")[0]
@@ -531,8 +556,8 @@ def lacks(score: int, last: int) -> Change:
     """A change: a deadline kept so many documents from the score and from the last epoch."""
 
     def change(result: dict[str, Any]) -> None:
-        result["evaluation"]["backward_looking"]["lacking"] = score
-        result["evaluation"]["last_epoch"]["lacking"] = last
+        both("backward_looking", 0, lacking=score)(result)
+        both("last_epoch", -1, lacking=last)(result)
 
     return change
 
@@ -816,13 +841,59 @@ def test_a_pipe_in_a_files_place_is_refused(
     assert is_one_line_error(call(tool, path.parent), f"{name} is a pipe", "give a file")
 
 
+@pytest.mark.parametrize(
+    ("change", "where"),
+    [
+        (put("artifact.total_bytes", 15_000_000), "artifact.total_bytes"),
+        (put("source_bytes", len(SOURCE) + 1), "source"),
+        (lambda result: result["artifact"].update(code_bytes=0, total_bytes=15_800_042), "artifact.code_bytes"),
+        (put("training.calibration", -400.0), "training.calibration -400"),
+        (put("evaluation.seconds", -1.0), "evaluation.seconds -1"),
+        (session("evaluation", seconds=-5.0), "sessions[1].seconds -5"),
+        (both("backward_looking", 0, lacking=-3), "evaluation.backward_looking.lacking -3"),
+        (both("last_epoch", -1, val_loss=-0.5), "evaluation.last_epoch.val_loss -0.5"),
+        (put("evaluation.backward_looking.val_bpb", 1.0), "evaluation.backward_looking"),
+        (put("evaluation.last_epoch.val_bpb", 1.0), "evaluation.last_epoch"),
+        (both("last_epoch", -1, backward_looking=True), "evaluation.curve"),
+        (both("backward_looking", 0, backward_looking=False), "evaluation.curve"),
+        (lambda result: result["evaluation"]["curve"].pop(1), "evaluation.curve"),
+    ],
+)
+def test_a_result_that_contradicts_itself_is_refused(change: Change, where: str, runs: Callable[..., list[Path]]):
+    (path,) = runs(change, losses=LOSSES[:1])
+    assert is_one_line_error(call(record, path), where, "as it was left")
+
+
+def test_files_of_another_run_beside_a_result_are_refused(tmp_path: Path):
+    mine = Path(shutil.copytree(micro()["replay"], tmp_path / "mine"))
+    assert call(record, mine).code == 0
+    for name in ("ttt_documents.npz", "ttt_positions.npz"):
+        with np.load(mine / name) as file:
+            arrays = dict(file)
+        np.savez(mine / name, **{key: 1.01 * value if "nll" in key else value for key, value in arrays.items()})
+        assert is_one_line_error(call(record, mine), name)
+        (mine / name).unlink()
+    content = (mine / "final_model.ptz").read_bytes()
+    (mine / "final_model.ptz").write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    assert is_one_line_error(call(record, mine), "final_model.ptz", "not the artifact")
+
+
+def test_a_session_much_longer_than_its_evaluation_is_not_judged(runs: Callable[..., list[Path]], tmp_path: Path):
+    found = submit(tmp_path, *runs(session("evaluation", seconds=7000.0)), "--baseline-loss", BASELINE)
+    assert found["rules"]["eval_seconds"]["outcome"] == "not applicable"
+    assert "7,000 s" in found["rules"]["eval_seconds"]["detail"]
+
+
 def test_a_log_is_compared_with_its_result(runs: Callable[..., list[Path]], tmp_path: Path):
     out = "--out", tmp_path / "s.json"
     (path,) = runs(losses=LOSSES[:1])
     log = path.with_name("train.log")
-    log.write_text(a_log("run9") + a_log("run42"))  # resumed: both are its own
+    result = json.loads(path.read_text())
+    earlier, other = result | dict(run_id="run9", val_loss=2.5), result | dict(run_id="run420")
+    log.write_text(a_log(earlier) + a_log(result))  # resumed: both are its own
     assert call(record, path, *out).code == 0
-    for wrong in (a_log("run420"), a_log("run42", SOURCE.replace("n", "m")), "RUN_ID=run42\n", ""):
+    swapped, renamed = a_log(result) + a_log(earlier), a_log(result, SOURCE.replace("n", "m"))
+    for wrong in (a_log(other), swapped, renamed, "RUN_ID=run42\n", ""):
         log.write_text(wrong)
         assert is_one_line_error(call(record, path, *out), "train.log")
     log.unlink()
@@ -904,7 +975,7 @@ def test_one_cause_is_given_for_a_folder_that_cannot_be_made(runs: Callable[...,
         result.update(source_sha256=hashlib.sha256(other.encode()).hexdigest())
 
     paths = runs(change)
-    paths[0].with_name("train.log").write_text(a_log("run42", other))
+    paths[0].with_name("train.log").write_text(a_log(json.loads(paths[0].read_text()), other))
     assert is_one_line_error(call(record, *paths, *out), "several train_gpt.py")
 
 
@@ -1085,7 +1156,7 @@ def test_mistakes_are_one_line(folder: Path, reference: Path, tmp_path: Path, mo
     assert is_one_line_error(call(plot, *[folder] * 8, *out), "8 runs")
     (tmp_path / "other.txt").write_bytes(b"\xff\xfe not a log")
     assert is_one_line_error(call(plot, tmp_path / "other.txt", *out), "no figures")
-    (tmp_path / "other.txt").write_text("step:7/9 train_loss:broken train_time:1ms step_avg:1ms")
+    (tmp_path / "other.txt").write_text("step:7/9 train_loss:broken train_time:1ms step_avg:1ms\n")
     assert is_one_line_error(call(plot, tmp_path / "other.txt", *out), "line 1")
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     assert is_one_line_error(call(plot, folder, *out), "pip install matplotlib")
@@ -1138,6 +1209,15 @@ def test_losses_that_are_not_finite_are_said(tmp_path: Path) -> None:
     log.write_text(STEP.format(1, 6, 9) + STEP.format(2, "nan", 18) + STEP.format(3, "inf", 27))
     result = call(plot, log, "--out", tmp_path / "x")
     assert (result.code, result.err) == (0, "") and "2 of 3 losses are not finite" in result.out
+
+
+def test_a_log_that_was_cut_off_is_drawn_up_to_there(tmp_path: Path) -> None:
+    whole = (micro()["replay"] / "train.log").read_text()
+    (line,) = (line for line in whole.splitlines() if line.startswith("step:10/12 train"))
+    for end in (r"train_lo", r"train_time:\d"):  # within a name, and within a number
+        (tmp_path / "cut.log").write_text(whole[: whole.index(line) + re.search(end, line).end()])
+        (run,) = plot.read_runs([tmp_path / "cut.log"])
+        assert max(run.train) == 9 and run.final is None
 
 
 def test_a_log_that_goes_back_is_drawn_in_order(tmp_path: Path) -> None:

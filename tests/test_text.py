@@ -616,6 +616,23 @@ def test_text_that_changes_between_two_readings_is_noticed_whatever_its_lengths(
     assert is_one_line_error(done, "the input changed while it was read") and not (tmp_path / "out").exists()
 
 
+def test_a_link_into_what_cannot_be_looked_into_is_an_error_and_a_broken_one_is_not(tmp_path: Path, monkeypatch):
+    (tmp_path / "broken").symlink_to(tmp_path / "nowhere")
+    (tmp_path / "a.txt").write_text("a")
+    assert [path.name for path in common.walk(tmp_path)] == ["a.txt", "broken"]
+    (tmp_path / "locked").symlink_to(tmp_path / "secret")
+    known = Path.stat
+
+    def stat(path, *, follow_symlinks=True):
+        if follow_symlinks and path.name == "locked":
+            raise PermissionError(13, "Permission denied", str(path))
+        return known(path, follow_symlinks=follow_symlinks)
+
+    monkeypatch.setattr(Path, "stat", stat)
+    with pytest.raises(PermissionError, match="locked"):
+        common.walk(tmp_path)
+
+
 def test_a_delimiter_that_cuts_nothing_is_said(tmp_path: Path) -> None:
     for name, part in (("a", written(30)), ("b", written(1, seed=5)), ("c", written(1, seed=6))):
         (tmp_path / f"{name}.txt").write_text("\n\n".join(part))
@@ -624,6 +641,8 @@ def test_a_delimiter_that_cuts_nothing_is_said(tmp_path: Path) -> None:
     assert is_one_line_error(one, "--delimiter leaves 1 of 1 text files whole", "another delimiter")
     result = call(text, tmp_path, *out, "--delimiter", r"\n\n")
     assert result.code == 0 and "--delimiter leaves 2 of 3 text files whole" in result.out
+    unset = call(text, tmp_path, "--out", tmp_path / "other", *OPTIONS, "--delimiter", "")
+    assert is_one_line_error(unset, "--delimiter", "empty")
 
 
 # ---------------------------------------------------------------------------------------------- tokenizers
