@@ -68,11 +68,11 @@ try:
     from torch import Tensor, nn
     from torch.utils._pytree import tree_leaves
     from torch.utils.checkpoint import checkpoint
-except ModuleNotFoundError as e:
-    print(
-        f"error: {sys.executable} has no {e.name} — install requirements.txt, or activate its environment",
-        file=sys.stderr,
-    )
+except (ImportError, OSError) as e:  # the latter by a library that cannot be loaded
+    lacks, why = isinstance(e, ModuleNotFoundError), " ".join(str(e).split())[:200]
+    what = f"has no {e.name}" if lacks else f"cannot import what it needs ({why})"
+    cure = "activate its environment" if lacks else "allow more memory"
+    print(f"error: {sys.executable} {what} — install requirements.txt, or {cure}", file=sys.stderr)
     sys.exit(2)
 
 SOURCE = Path(__file__).resolve()
@@ -92,7 +92,7 @@ def ceil_div(a, b):
 # model (an artifact's header), the trained weights besides (a checkpoint must match), or this session alone.
 
 LORA_TARGETS = ("c_q", "c_k", "c_v", "attn.proj", "mlp.fc", "mlp.proj")  # of every layer, in drawing order
-LARGEST = 3e38  # number: float32 holds it
+LARGEST = 1e30  # number: float32 holds it times a root of any size
 ANY_TARGET = f"({'|'.join(map(re.escape, LORA_TARGETS))})"
 
 
@@ -141,8 +141,8 @@ class TrainSettings(ModelSettings):
     """What a checkpoint must have been trained with."""
 
     seed = setting(42, "of weights and adapters", 0, 2**32 - 1)
-    qk_gain_init = setting(1.5, "initial gain of queries", -math.inf)
-    tied_embed_init_std = setting(0.005, "tied embedding's initial std", 1e-9)
+    qk_gain_init = setting(1.5, "initial gain of queries", -1000, 1000)
+    tied_embed_init_std = setting(0.005, "tied embedding's initial std", 1e-9, 1000)
     iterations = setting(20000, "most steps", tiny=120)
     warmdown_iters = setting(3500, "steps of the decay to zero", tiny=60)
     max_wallclock_seconds = setting(600.0, "training time; 0: no limit", tiny=0.0)
@@ -333,6 +333,7 @@ def misspelt(env: dict[str, str]) -> list[str]:
 # has found such an announcement, or another rank silent: so one line ends them all, and nobody waits for the dead.
 
 PATIENCE = 45.0  # seconds for which a rank may be silent
+STALL = 10.0  # seconds for which a console may take nothing
 GRACE = 8.0  # seconds in which the main thread must have noticed that it is to end
 
 
@@ -350,10 +351,21 @@ def stopped(number: int, when: str = "") -> tuple[int, str]:
     return 128 + number, f"stopped by {signal.Signals(number).name}{when}"
 
 
+def takes_more(console) -> bool:
+    """Whether a console has room within STALL seconds: print() would wait for its reader for ever."""
+    try:
+        number = console.fileno()
+    except (OSError, ValueError, AttributeError):  # there is none, or one of Python's own
+        return True
+    return os.name == "nt" or bool(select.select([], [number], [], STALL)[1])
+
+
 def say(line: str, name: str = "stdout") -> str:
     """Print to a console. One that is gone, full or of a narrow encoding ends nothing: returns what the system says."""
     console = getattr(sys, name)
     try:
+        if not takes_more(console):
+            raise OSError(errno.EAGAIN, "nobody reads it")
         encoding = console.encoding or "utf-8"
         print(line.encode(encoding, "replace").decode(encoding), file=console, flush=True)
     except (OSError, ValueError, AttributeError) as e:  # ValueError: closed; AttributeError: there is none
@@ -375,6 +387,7 @@ def system_says(e: OSError, path: object = None) -> str:
         errno.ENOSPC: "free space there",
         errno.EDQUOT: "free space there",
         errno.EFBIG: "raise the limit of file sizes (ulimit -f)",
+        errno.EIO: "try again, or use another place",
         errno.EEXIST: "remove what is in its place, or choose another",
     }
     what = f"cannot use {where}" if where else "the system refused a call"
@@ -400,7 +413,7 @@ class Ranks:
 
     def __init__(self):
         self.rank = self.local = self.node = self.restarts = 0  # local: on its machine, which is number `node`
-        self.world = 1
+        self.world = self.here = 1  # here: of them on this machine, as far as the launcher says
         self.store = self.job = dist.HashStore()  # alone, a dictionary; the latter outlives torchrun's restarts
         self.queues = self.gathered = 0  # so far, and so on every rank
         self.waits_for_step = False  # in training a signal waits for the end of the step
@@ -421,7 +434,7 @@ class Ranks:
         """Find the others, as torchrun's environment says. Raises UserError."""
         if "RANK" not in env and "WORLD_SIZE" not in env:
             return
-        names = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+        names = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", *({"LOCAL_WORLD_SIZE"} & env.keys()))
         shown = " ".join(f"{name}={env.get(name)}" for name in names)
         waiting = threading.Timer(10, say, [f"{shown}: waiting for the other ranks"])
         waiting.daemon = True
@@ -429,7 +442,8 @@ class Ranks:
             self.rank, self.world = int(env["RANK"]), int(env["WORLD_SIZE"])
             self.local, self.node = int(env.get("LOCAL_RANK", self.rank)), int(env.get("GROUP_RANK", 0))
             self.restarts = int(env.get("TORCHELASTIC_RESTART_COUNT", 0))
-            if not 0 <= self.rank < self.world:
+            self.here = int(env.get("LOCAL_WORLD_SIZE", 1))
+            if not 0 <= self.rank < self.world or self.here < 1:
                 raise ValueError
             if self.world > 1 or env.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
                 waiting.start()
@@ -447,9 +461,9 @@ class Ranks:
                 threading.Thread(target=self.pulse, args=(self.store.clone(),), daemon=True).start()
                 threading.Thread(target=self.watch, daemon=True).start()
         except (KeyError, ValueError, dist.DistError) as e:
-            raise UserError(
-                f"no place among ranks: {shown} — launch with torchrun, or unset RANK and WORLD_SIZE"
-            ) from e
+            why = f" ({' '.join(str(e).split())[:150]})" if isinstance(e, dist.DistError) else ""
+            cure = "launch with torchrun, or unset RANK and WORLD_SIZE"
+            raise UserError(f"no place among ranks: {shown}{why} — {cure}") from e
         finally:
             waiting.cancel()
 
@@ -572,12 +586,11 @@ class Ranks:
         self.unwinding = True
         raise Interrupted(*(self.ending or stopped(number)))
 
-    def end(self, code: int, line: str) -> int:
-        """Announce why this rank ends, unless another was first; say it once a machine. Returns the code of all."""
+    def end(self, code: int, line: str, curable: bool = False) -> int:
+        """Announce why this rank ends, unless another was first; say it once a machine, with how to go on there: after
+        a user's error only where the cure is not to change the run. Returns the code of all."""
         self.unwinding = self.leaving = True  # no signal, no watch thread comes in between
-        if line and code != 2:
-            line += f" — go on with: {self.how_to_go_on}" if self.how_to_go_on else f" — {self.outcome}"
-        mine = json.dumps(dict(rank=self.rank, node=self.node, code=code, line=line))
+        mine = json.dumps(dict(rank=self.rank, node=self.node, code=code, line=line, curable=curable))
         first = [mine]
 
         def announce():
@@ -591,16 +604,22 @@ class Ranks:
 
         if self.world > 1:
             announcing = threading.Thread(target=announce, daemon=True)
-            announcing.start()
-            announcing.join(GRACE)  # the store's machine may be dead
+            try:
+                announcing.start()
+                announcing.join(GRACE)  # the store's machine may be dead
+            except RuntimeError:  # no further thread can be started
+                announce()
         said = json.loads(first[0])
-        if said["line"] and (first[0] == mine or (self.local == 0 and said["node"] != self.node)):
-            say(said["line"], "stderr")
+        line, elsewhere = said["line"], said["node"] != self.node
+        if line and (first[0] == mine or (self.local == 0 and elsewhere)):
+            if elsewhere and said["curable"]:  # its paths are not of this machine
+                line = line.replace("error: ", f"error: rank {said['rank']}: ", 1)
+            if said["code"] != 2:
+                line += f" — go on with: {self.how_to_go_on}" if self.how_to_go_on else f" — {self.outcome}"
+            elif said["curable"] and self.how_to_go_on:
+                line += f", and go on with: {self.how_to_go_on}"
+            say(line, "stderr")
         return said["code"]
-
-    def then_go_on(self) -> str:
-        """After a cure."""
-        return f", and go on with: {self.how_to_go_on}" if self.how_to_go_on else ""
 
     def lost(self, e: BaseException) -> str:
         """What failed, if it is a collective, mostly because another rank had left it; else empty."""
@@ -778,6 +797,9 @@ class Run:
         temporary = self.folder / f"{name}.tmp"
         self.check_folder()
         try:
+            if not self.folder.is_dir():
+                self.folder.mkdir(parents=True)
+                self.log(f"note: {self.folder} was removed or moved: it is made again, without what was in it")
             with open(temporary, "wb") as f:
                 f.write(content)
                 f.flush()
@@ -933,16 +955,23 @@ def open_folder(run: Run) -> Run:
     return run
 
 
+def python() -> str:
+    """How a shell calls this interpreter: by its name, if that leads there."""
+    return "python" if shutil.which("python") == sys.executable else shlex.quote(sys.executable or "python")
+
+
 def command(run: Run, **changes: str) -> str:
     """What a shell takes to start this run again with changed settings, in another folder if none is among them."""
     given = {f.name.upper() for f in fields(Settings)} & {*os.environ} - {"RESUME", "OUTPUT_DIR", *changes}
     if "OUTPUT_DIR" not in changes:
         given -= {"RUN_ID"}
     values = changes | {name: os.environ[name] for name in sorted(given)}
-    launcher = "python"
+    launcher = python()
     if run.ranks.world > 1:
-        alone = os.environ.get("LOCAL_WORLD_SIZE") == str(run.ranks.world)
-        launcher = f"torchrun --standalone --nproc_per_node={run.ranks.world}" if alone else "torchrun ... (as before)"
+        beside = str(Path(sys.executable).with_name("torchrun"))
+        launcher = "torchrun" if shutil.which("torchrun") == beside else f"{launcher} -m torch.distributed.run"
+        alone = run.ranks.here == run.ranks.world
+        launcher += f" --standalone --nproc_per_node={run.ranks.here}" if alone else " ... (as before)"
     return " ".join([*(f"{k}={shlex.quote(v)}" for k, v in values.items()), launcher, shlex.quote(sys.argv[0])])
 
 
@@ -964,6 +993,7 @@ class Shard:
 
     path: Path
     tokens: int
+    sha256: str = ""  # of the tokens, once they have been read
 
     def __len__(self):
         return self.tokens
@@ -993,30 +1023,44 @@ def open_shards(split: str, run):
     """The shards of a split, whose tokens are all in the vocabulary. Raises UserError."""
     s = run.s
     where = f"fineweb_{split}_*.bin in {s.data_path}"
+    with contextlib.suppress(FileNotFoundError):
+        os.scandir(s.data_path).close()  # raises what glob() hides
     paths = sorted(Path(s.data_path).glob(f"fineweb_{split}_*.bin"), key=lambda path: (len(path.name), path.name))
-    numbers = [int(n) for path in paths if (n := path.stem.rpartition("_")[2]).isdecimal()]
-    if numbers and numbers != [*range(numbers[0], numbers[0] + len(numbers))]:
+    numbered = {path: re.fullmatch(rf"fineweb_{split}_(\d+)", path.stem) for path in paths}
+    numbers = [int(found[1]) for found in numbered.values() if found]
+    first = 0 if split == "val" else min(numbers, default=0)  # of training any part will do
+    if numbers and numbers != [*range(first, first + len(numbers))]:
         raise UserError(f"of {where} some number is missing: there are {numbers[:9]} — fetch or make all")
+    if 0 < len(numbers) < len(paths):
+        odd = next(path.name for path, found in numbered.items() if not found)
+        raise UserError(f"of {where} {odd} has no number — remove it, or give it one")
     shards = [open_shard(path) for path in paths]
     if not shards:
         raise UserError(f"no {where} — set DATA_PATH, or run data/fineweb.py or data/text.py")
-    for shard in shards[run.ranks.rank :: run.ranks.world]:
-        top = max(int(shard[i : i + (1 << 24)].max()) for i in range(0, len(shard), 1 << 24))
-        if top >= s.vocab_size:
-            what = f"{shard.path} has token {top} but VOCAB_SIZE={s.vocab_size}"
-            raise UserError(f"{what} — use shards of the vocabulary")
-    run.ranks.max([0])  # each has checked a part, and uses all
-    return shards
+    ranks = run.ranks
+    mine = {str(i): read_whole(shards[i], s) for i in range(ranks.local % ranks.here, len(shards), ranks.here)}
+    found = {}
+    for node, digests in ranks.gather([ranks.node, mine]):  # each machine has its own
+        found |= digests if node == ranks.node else {}
+    found |= mine  # whatever the launcher says of machines
+    return [replace(shard, sha256=found.get(str(i)) or read_whole(shard, s)) for i, shard in enumerate(shards)]
 
 
-def fingerprint(shards: list[Shard]):
-    """SHA-256 over each shard's size and 64 blocks of it."""
+def read_whole(shard: Shard, s) -> str:
+    """Its SHA-256. Raises UserError for a token beyond the vocabulary."""
     digest = hashlib.sha256()
-    for shard in shards:
-        digest.update(len(shard).to_bytes(8, "little"))
-        for start in np.linspace(0, max(len(shard) - 4096, 0), 64, dtype=np.int64):
-            digest.update(shard[start : start + 4096].tobytes())
+    for start in range(0, len(shard), 1 << 24):
+        block = shard[start : start + (1 << 24)]
+        if block.max() >= s.vocab_size:
+            what = f"{shard.path} has token {block.max()} but VOCAB_SIZE={s.vocab_size}"
+            raise UserError(f"{what} — use shards of the vocabulary")
+        digest.update(block)
     return digest.hexdigest()
+
+
+def fingerprint(shards: list[Shard]) -> str:
+    """SHA-256 of all that open_shards() has read."""
+    return hashlib.sha256(" ".join(shard.sha256 for shard in shards).encode()).hexdigest()
 
 
 class BatchLoader:
@@ -1133,7 +1177,8 @@ def compare_bytes(sp, tokens: np.ndarray, bytes_: np.ndarray, starts: np.ndarray
 def find_documents(tokens: np.ndarray, bos: int = BOS):
     """Start of each document and its number of targets, (documents,) int64 each: from BOS to the next one inclusive,
     or to the end. What comes before the first BOS is one, too."""
-    starts = np.union1d([0], np.flatnonzero(tokens[:-1] == bos))
+    starts = np.flatnonzero(tokens[:-1] == bos)
+    starts = starts if len(starts) and starts[0] == 0 else np.append(0, starts)
     return starts, np.diff(starts, append=len(tokens) - 1)
 
 
@@ -1532,8 +1577,8 @@ class GPT(nn.Module):
         torch.fx.experimental._config.use_duck_shape = False  # equal sizes need not stay equal
 
         def region(function: Callable, *varying: tuple) -> Callable:
-            """Compiled once for any size of these dimensions of each argument's tensors, and of no other: symbols for
-            all would take almost twice as long."""
+            """Compiled for any size of these dimensions of each argument's tensors: symbols for all of them would take
+            almost twice as long."""
             compiled = torch.compile(function)
 
             def call(*arguments):
@@ -2288,6 +2333,7 @@ def export(state: dict[str, Tensor], hessians: dict, run, then: str = ""):
     account = dict(model_bytes=len(blob), code_bytes=len(SOURCE_BYTES), total_bytes=total, max_bytes=cap)
     account |= dict(fits=total <= cap, stretch=stretch, seconds=time.perf_counter() - began)
     account["sha256"] = hashlib.sha256(blob).hexdigest()
+    account["float_sha256"] = hashlib.sha256(floats.getbuffer()).hexdigest()
     for kind, row in kinds.items():
         run.log(f"export kind:{kind} {pairs(row)}")
     run.log(f"export {pairs(account)}")
@@ -2393,12 +2439,10 @@ def under_way(sessions: list[dict]) -> list[dict]:
     return rows[ends[-1] if ends else 0 :]
 
 
-def time_spent(began: float, run: Run, taken_over: bool = False) -> dict:
-    """The first rank's seconds since `began`; at least that many if a process was killed, or if scores were taken over
-    whose sessions nobody knows."""
+def time_spent(began: float, run: Run) -> dict:
+    """The first rank's seconds since `began`; at least that many if a process was killed."""
     seconds = time.perf_counter() - began
-    rows = under_way(run.sessions)
-    killed = any(row["ended"] == "killed" for row in rows) or (taken_over and not rows)
+    killed = any(row["ended"] == "killed" for row in under_way(run.sessions))
     within = not run.s.eval_max_seconds or seconds <= run.s.eval_max_seconds
     return dict(seconds=seconds, at_least=killed, within_budget=within)
 
@@ -2782,7 +2826,10 @@ class Scores:
             for path in run.folder.glob(self.pattern):
                 self._read(path)
             self.merge()
-        self.taken_over = bool((self.targets != UNSCORED).any())  # by whatever process they were made
+        accounts = (row for row in under_way(run.sessions) if row["tag"] or row["ended"] == "killed")
+        if run.sessions and (self.targets != UNSCORED).any() and not any(accounts):  # made in seconds that nobody knows
+            run.sessions.insert(-1, run.sessions[-1] | dict(seconds=0.0, ended="killed"))
+        run.folder.mkdir(parents=True, exist_ok=True)  # another machine's may have been removed
         self.path = run.folder / f"scores_{tag}_{run.ranks.rank}_{time.time_ns()}.bin"  # never behind what is cut off
         self.file = open(self.path, "xb")  # noqa: SIM115 - open to the end
 
@@ -2984,7 +3031,7 @@ def report_documents(scores: Scores, seconds: dict[str, float], began: float, ru
         cut = (sums == UNSCORED).any(0)
         arrays["figures_finished"] *= ~cut  # of a score that lacks a part none is
         mixed = arrays["nll_mixture"], int(cut.sum()), dict(zip(names, whole.tolist(), strict=False))
-    account = dict(documents=len(stream.lengths)) | time_spent(began, run, scores.taken_over) | dict(passes=seconds)
+    account = dict(documents=len(stream.lengths)) | time_spent(began, run) | dict(passes=seconds)
     if len(scores.epochs):
         again = scores.epochs[0] != UNSCORED
         with np.errstate(invalid="ignore"):  # both may be infinite
@@ -3395,15 +3442,22 @@ def located(path: str, run_file: Path) -> str:
 
 def settings_beside(weights: str) -> dict:
     """Data, tokenizer and the settings of model and evaluation, as variables, of the run whose weights EVAL_ONLY names,
-    for where the environment is silent; nothing where its result.json is not beside them."""
+    for where the environment is silent; nothing where no result.json of these weights is beside them."""
     path = Path(weights).parent / "result.json"
-    if not weights or not path.exists():
+    if not weights or not path.exists() or Path(weights).is_fifo():
         return {}
+    digest = hashlib.sha256(Path(weights).read_bytes()).hexdigest()
     kinds = ("device", "data_path", "tokenizer_path", "train_seq_len", "eval_s", "eval_b", "eval_m", "val_", "ttt_")
     kinds += ("beta", "seed", *(f.name for f in fields(ModelSettings)))
     content = path.read_bytes()
     with reading(f"{path}, whose settings EVAL_ONLY takes,", "restore it, or move it away"):
         result = json.loads(content)
+        known = [
+            result["weights_sha256"],
+            *((result["artifact"] or {}).get(name) for name in ("sha256", "float_sha256")),
+        ]
+        if digest not in known:
+            return {}
         kept = {name: value for name, value in result["settings"].items() if name.startswith(kinds)}
         kept |= {name: located(kept[name], path) for name in ("data_path", "tokenizer_path")}
         if os.environ.get("TTT_MIXTURE", str(int(kept.get("ttt_mixture", False)))) == "0":
@@ -3438,8 +3492,8 @@ def summarise(result: dict, run: Run):
         run.log(f"training and calibration took {spent:.0f}s{limit}")
     run.log(f"evaluation took {figures['seconds']:.0f}s; all figures are in {run.folder}")
     folder, picture = (shlex.quote(str(path)) for path in (run.folder, run.folder / "picture"))
-    audit = f"python data/audit.py {folder}; " if "curve" in figures else ""  # of test-time training
-    run.log(f"next: {audit}python data/plot.py {folder} --out {picture}")
+    audit = f"{python()} data/audit.py {folder}; " if "curve" in figures else ""  # of test-time training
+    run.log(f"next: {audit}{python()} data/plot.py {folder} --out {picture}")
     for line in misspelt(os.environ):
         run.log(line)
 
@@ -3477,9 +3531,10 @@ def look_around(ranks: Ranks) -> dict:
             raise UserError(f"EVAL_ONLY={weights} is a folder — name a run's final_model.ptz or .pt")
         if weights:
             Path(weights).stat()  # before a device is looked for; an error says why
-    kept = ranks.gather(settings_beside(weights))[0]
+    kept = ranks.gather(settings_beside(weights) if ranks.rank == 0 else None)[0]
     if weights and not kept and ranks.rank == 0:
-        say(f"note: no result.json beside {weights}: data and settings are the environment's, or the defaults")
+        what = f"no result.json of {weights} beside it, or an earlier version's"
+        say(f"note: {what}: data and settings are the environment's, or the defaults")
     return kept
 
 
@@ -3552,12 +3607,15 @@ def entry(arguments: list[str] = ()) -> int:
     """Run main() and turn its exceptions into one line and an exit code, the same on all ranks."""
     if "--help" in arguments:
         return 2 if say(help_text()) else 0
+    while (number := os.open(os.devnull, os.O_RDWR)) < 3:  # a closed console's number would be the next file's
+        pass
+    os.close(number)
     ranks = Ranks()
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # while a handler would not be called
     try:
         ranks.join(os.environ)
         take_arguments(arguments)
-        for name in ("SIGINT", "SIGTERM", "SIGHUP"):
+        for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1"):  # the last one by batch systems
             # nohup's SIGHUP stays ignored, but not under torchrun, which passes it on and kills who does not end
             number = getattr(signal, name, None)
             if number and ("TORCHELASTIC_RUN_ID" in os.environ or signal.getsignal(number) != signal.SIG_IGN):
@@ -3566,16 +3624,18 @@ def entry(arguments: list[str] = ()) -> int:
         ranks.leave()
         return code
     except UserError as e:
-        return ranks.end(2, f"error: {e}{ranks.then_go_on() if isinstance(e.__cause__, OSError) else ''}")
+        return ranks.end(2, f"error: {e}", isinstance(e.__cause__, OSError))
     except OSError as e:
-        return ranks.end(2, f"error: {system_says(e)}{ranks.then_go_on()}")
+        return ranks.end(2, f"error: {system_says(e)}", True)
     except Interrupted as e:
         return ranks.end(e.code, e.line)
     except Exception as e:
         if out_of_memory(e):
             stage, limit = ranks.stage
             what = f"out of memory in {stage}: {' '.join(str(e).split())[:120]} — set {limit} lower"
-            return ranks.end(2, f"error: {what}{ranks.then_go_on()}")
+            return ranks.end(2, f"error: {what}", True)
+        if "start new thread" in str(e):  # Python's words
+            return ranks.end(2, f"error: {e} — allow more processes (ulimit -u)", True)
         ranks.unwinding = True
         lost = ranks.lost(e)
         if lost:

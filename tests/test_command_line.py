@@ -163,7 +163,7 @@ def what_comes_next(run: runs.Run, copy: Path) -> list[str]:
     (line,) = (line for line in run.lines if line.startswith("next: "))
     names = []
     for words in map(shlex.split, line.removeprefix("next: ").split("; ")):
-        assert words[0] == "python"
+        assert shutil.which(words[0])
         names.append(Path(words[1]).stem)
         arguments = [word.replace(str(run.folder), str(copy)) for word in words[2:]]
         assert tools.call(importlib.import_module(names[-1]), *arguments).code == 0
@@ -285,8 +285,39 @@ def test_relative_paths_of_a_run_are_found_from_anywhere(tmp_path, reference, mo
         (tmp_path / folder).mkdir(parents=True)
     (tmp_path / "project/runs/mine/result.json").write_text(json.dumps(result))
     monkeypatch.chdir(tmp_path / "elsewhere")
+    shutil.copy(reference.folder / "final_model.ptz", tmp_path / "project/runs/mine")
     found = train_gpt.settings_beside("../project/runs/mine/final_model.ptz")["settings"]
     assert found["DATA_PATH"] == str(tmp_path / "project/data/mine") and found["TOKENIZER_PATH"] == "nowhere.model"
+
+
+def test_a_result_beside_other_weights_than_its_own_says_nothing_of_them(tmp_path, reference):
+    for name in ("final_model.ptz", "final_model.pt"):
+        assert train_gpt.settings_beside(str(reference.folder / name))
+        shutil.copy(reference.folder / "result.json", tmp_path)
+        with open(shutil.copy(reference.folder / name, tmp_path), "ab") as f:
+            f.write(b"0")
+        assert not train_gpt.settings_beside(str(tmp_path / name))
+    os.mkfifo(tmp_path / "pipe.ptz")
+    assert not train_gpt.settings_beside(str(tmp_path / "pipe.ptz"))
+    foreign = shutil.copy(reference.folder / "final_model.pt", tmp_path / "final_model.pt")
+    (tmp_path / "result.json").write_text(json.dumps(reference.result | dict(artifact=None)))
+    done = runs.run(tmp_path / "scored", EVAL_ONLY=foreign, TTT_ENABLED=0)
+    assert f"note: no result.json of {foreign} beside it" in done.out
+
+
+def test_a_program_is_called_by_its_name_only_where_that_leads_to_it(tmp_path, monkeypatch):
+    """A virtual environment need not be active."""
+    here = Path(sys.executable).parent
+    monkeypatch.setattr(sys, "executable", str(here / "python"))
+    monkeypatch.setenv("PATH", f"{here}")
+    assert train_gpt.python() == "python"
+    (tmp_path / "python").write_text("#!/bin/sh\n")
+    (tmp_path / "python").chmod(0o755)
+    for path in (f"{tmp_path}:{here}", "/nowhere"):
+        monkeypatch.setenv("PATH", path)
+        assert train_gpt.python() == str(here / "python")
+    monkeypatch.setattr(sys, "executable", "/opt/my python/bin/python3")
+    assert train_gpt.python() == "'/opt/my python/bin/python3'"
 
 
 def test_data_with_a_tokenizer_of_its_own_is_read_by_that(tmp_path):

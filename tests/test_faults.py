@@ -85,7 +85,9 @@ def test_a_run_killed_at_random_moments_ends_byte_identical(tmp_path, whole, see
     print(f"figure: kills survived: {kills} of {kills}")
 
 
-@pytest.mark.parametrize("number, code", [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGHUP, 129)])
+@pytest.mark.parametrize(
+    "number, code", [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGHUP, 129), (signal.SIGUSR1, 138)]
+)
 def test_a_signal_finishes_the_step_writes_a_checkpoint_and_says_how_to_go_on(tmp_path, whole, number, code):
     settings = LONG | dict(CHECKPOINT_EVERY=0)
     stopped = runs.Run(tmp_path, **settings)
@@ -108,7 +110,9 @@ def test_the_line_that_a_signal_leaves_has_every_setting_of_the_run(tmp_path):
     assert stopped.wait() == 143
     *variables, launcher, _ = shlex.split(stopped.err.splitlines()[-1].partition("go on with: ")[2])
     told = dict(variable.split("=", 1) for variable in variables)
-    assert launcher == "python" and {name: told.get(name) for name in given} == given and told["RESUME"] == "1"
+    assert (
+        launcher == train_gpt.python() and {name: told.get(name) for name in given} == given and told["RESUME"] == "1"
+    )
 
 
 def ignore_sighup() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import re
 import shutil
 from pathlib import Path
 
@@ -297,6 +298,67 @@ def test_a_shard_that_is_missing_in_between_is_named(tmp_path):
     os.rename(folder / "fineweb_train_000001.bin", folder / "fineweb_train_000002.bin")
     done = runs.run(tmp_path / "run", 2, DATA_PATH=folder, TOKENIZER_PATH=folder / "tokenizer.model")
     assert "fineweb_train_*.bin" in (error := runs.user_error(done.err)) and "[0, 2]" in error
+    run = runs.alone(DATA_PATH=tmp_path)
+    for split in ("train", "val"):
+        runs.write_shard(tmp_path / f"fineweb_{split}_000001.bin", [1, 2])
+    assert len(train_gpt.open_shards("train", run)) == 1  # any part will do, but for what gives a score
+    with pytest.raises(train_gpt.UserError, match=r"fineweb_val_.* is missing: there are \[1\]"):
+        train_gpt.open_shards("val", run)
+
+
+def test_shards_that_cannot_be_listed_or_told_apart_are_named(tmp_path, monkeypatch):
+    run = runs.alone(DATA_PATH=tmp_path)
+    runs.write_shard(tmp_path / "fineweb_train_000000.bin", [1, 2])
+    for name in ("fineweb_train_000000 (1).bin", "fineweb_train_copy_000001.bin"):
+        runs.write_shard(tmp_path / name, [1, 2])
+        with pytest.raises(train_gpt.UserError, match=f"{re.escape(name)} has no number"):
+            train_gpt.open_shards("train", run)
+        (tmp_path / name).unlink()
+
+    def locked(path):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(train_gpt.os, "scandir", locked)
+    with pytest.raises(PermissionError, match=str(tmp_path)):  # not: there are none
+        train_gpt.open_shards("train", run)
+
+
+def folder_removed_in_training() -> None:
+    def train(trainer, stream, inner=train_gpt.Trainer.train):
+        shutil.rmtree(trainer.run.folder)
+        return inner(trainer, stream)
+
+    train_gpt.Trainer.train = train
+
+
+def test_a_folder_that_is_removed_in_training_costs_only_what_was_in_it(tmp_path):
+    (tmp_path / "consoles").mkdir()
+    done = runs.run(tmp_path / "consoles", before=folder_removed_in_training, OUTPUT_DIR=tmp_path / "run", **FOUR)
+    assert done.lines[-1].startswith("final_int8_zlib_roundtrip_exact")
+    assert done.out.count("was removed or moved: it is made again") == 1
+    names = {path.name for path in (tmp_path / "run").iterdir()}
+    assert {"checkpoint.pt", "final_model.ptz", "final_model.pt", "result.json", "ttt_documents.npz"} <= names
+
+
+def without_consoles() -> None:
+    os.close(1)
+    os.close(2)
+
+
+def test_with_closed_consoles_no_file_of_the_run_takes_their_numbers(tmp_path):
+    done = runs.run(tmp_path, before=without_consoles, **FOUR)
+    assert done.log.count("final_int8_zlib_roundtrip_exact val_loss") == 1 and not done.out
+
+
+def no_further_thread() -> None:
+    def main(_):
+        raise RuntimeError("can't start new thread")
+
+    train_gpt.main = main
+
+
+def test_a_limit_of_processes_is_one_line(tmp_path):
+    assert "ulimit -u" in runs.user_error(runs.run(tmp_path, 2, before=no_further_thread).err)
 
 
 def test_shards_come_in_the_order_of_their_numbers_however_these_are_written(tmp_path):

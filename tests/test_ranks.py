@@ -119,6 +119,20 @@ def shard_less(home: Path) -> dict:
     return own
 
 
+def another_token(home: Path) -> dict:
+    """In the middle of a shard."""
+    return token_in_a_shard(home, 299)
+
+
+def token_in_a_shard(home: Path, token: int) -> dict:
+    own = runs.machine(home)
+    path = own["DATA_PATH"] / "fineweb_train_000001.bin"
+    tokens = train_gpt.open_shard(path)[:]
+    tokens[777] = token
+    runs.write_shard(path, tokens)
+    return own
+
+
 def documents_in_another_order(home: Path) -> dict:
     own = runs.machine(home)
     documents = np.split(runs.documents(runs.LENGTHS, 7), np.cumsum(runs.LENGTHS)[:-1])
@@ -141,6 +155,7 @@ DIFFERENCES = {
     "protocol": ("TTT_PROTOCOL", dict(TTT_PROTOCOL="single_pass")),
     "compilation": ("compile", dict(COMPILE=1)),
     "training shard": ("train", shard_less),
+    "training token": ("train", another_token),
     "validation order": ("validation", documents_in_another_order),
     "tokenizer": ("tokenizer", another_tokenizer),
 }
@@ -158,7 +173,48 @@ def test_machines_that_differ_are_refused_with_one_line_each_before_training(tmp
     assert "step:" not in processes[0].out and not (folders[0] / "train.log").exists()
 
 
+def test_other_data_are_found_where_the_launcher_names_no_machines(tmp_path):
+    folders, each = machines(tmp_path)
+    each[1] = another_token(folders[1].parent)
+    processes = runs.launch(folders, [1, 1], [own | dict(GROUP_RANK=None, LOCAL_RANK=None) for own in each])
+    assert runs.codes(processes) == [2, 2] and "rank 1 has data of train " in runs.one_error(processes)
+
+
+def test_each_machine_reads_all_of_its_own_shards_before_training(tmp_path):
+    folders, each = machines(tmp_path)
+    each[1] = token_in_a_shard(folders[1].parent, 65535)
+    processes = runs.launch(folders, [1, 1], each)
+    assert runs.codes(processes) == [2, 2]
+    for process in processes:
+        assert "fineweb_train_000001.bin has token 65535 but VOCAB_SIZE=300" in runs.user_error(process.err)
+
+
 # ---- Ends
+
+
+def full_disk_under_scores() -> None:
+    """Of the second rank, once it has scored a batch."""
+
+    def add(scores, *arguments, inner=train_gpt.Scores.add):
+        if scores.run.ranks.rank == 1 and scores.stream.target_count == TARGETS:
+            raise OSError(28, "No space left on device", str(scores.path))
+        inner(scores, *arguments)
+
+    train_gpt.Scores.add = add
+
+
+def test_what_fails_on_one_machine_is_told_on_each_with_how_to_go_on_there(tmp_path, whole):
+    folders, each = machines(tmp_path)
+    for home, own in zip(folders, each, strict=True):
+        own["EVAL_ONLY"] = shutil.copy(whole.folder / "final_model.ptz", home.parent)
+    processes = runs.launch(folders, [1, 1], each, before=full_disk_under_scores, **EVALUATION)
+    assert runs.codes(processes) == [2, 2]
+    first, second = (runs.user_error(process.err) for process in processes)
+    assert first.startswith("error: rank 1: cannot use ") and second.startswith("error: cannot use ")
+    for line, own in zip((first, second), each, strict=True):
+        what, _, command = line.partition(", and go on with: ")
+        assert ".bin: No space left" in what
+        assert str(own["DATA_PATH"]) in command and "RESUME=1" in command
 
 
 def stuck_in_the_second(patience: float) -> None:

@@ -5,6 +5,7 @@ Everything here goes through whole processes. The faults are planted in a proces
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 import math
@@ -12,7 +13,9 @@ import os
 import re
 import shutil
 import signal
+import socket
 import sys
+import tempfile
 import threading
 import time
 from functools import partial
@@ -358,6 +361,7 @@ def test_scores_whose_seconds_nobody_knows_are_of_at_least_those_that_are_counte
     shutil.copytree(tmp_path, whole := tmp_path / "with its account")
     (tmp_path / "sessions.json").unlink()
     for folder in (tmp_path, whole):
+        runs.run(folder, 143, before=partial(stop_in_adapt, 2), RESUME=1, **scoring)  # nor does a second one
         evaluation = runs.run(folder, RESUME=1, **scoring).result["evaluation"]
         assert evaluation["at_least"] is (folder == tmp_path)
 
@@ -418,17 +422,23 @@ def test_nothing_is_taken_over_from_an_evaluation_of_other_text_of_the_same_shap
 # ---- What a run says of itself, and where
 
 
-def test_shards_are_known_by_their_sizes_their_order_and_their_ends():
-    """Shards of more tokens than are looked at; the first and the last one always are."""
-    one, two = (np.random.default_rng(seed).integers(0, 300, 700_000).astype("<u2") for seed in (0, 1))
-    known = train_gpt.fingerprint([one, two])
-    assert train_gpt.fingerprint([one.copy(), two.copy()]) == known
-    for place in (0, -1):
+def test_shards_are_known_by_every_token_and_their_order(tmp_path):
+    one, two = (np.random.default_rng(seed).integers(2, 300, 700_000) for seed in (0, 1))
+
+    def known(*shards: np.ndarray) -> str:
+        folder = Path(tempfile.mkdtemp(dir=tmp_path))
+        for number, tokens in enumerate(shards):
+            runs.write_shard(folder / f"fineweb_train_{number:06}.bin", tokens)
+        return train_gpt.fingerprint(train_gpt.open_shards("train", runs.alone(DATA_PATH=folder)))
+
+    whole = known(one, two)
+    assert known(one, two) == whole
+    for place in (0, 5500, 350_001, -1):
         changed = two.copy()
-        changed[place] += 1
-        assert train_gpt.fingerprint([one, changed]) != known, place
-    others = [two, one], [one], [one, two[:-1]], [np.append(one, two)], [one, np.append(two, two[-1])]
-    assert known not in map(train_gpt.fingerprint, others)
+        changed[place] -= 1
+        assert known(one, changed) != whole, place
+    for others in ([two, one], [one], [one, two[:-1]], [np.append(one, two)], [one, np.append(two, two[-1])]):
+        assert known(*others) != whole
 
 
 def test_a_checkpoint_of_other_shards_of_the_same_sizes_is_refused(tmp_path, whole):
@@ -579,24 +589,39 @@ def test_a_number_that_is_not_finite_in_a_later_epoch_is_null_there_and_nothing_
         dict(RANK="x", WORLD_SIZE=2),
         dict(RANK=2, WORLD_SIZE=2),
         dict(RANK=0, WORLD_SIZE=2),
+        dict(RANK=0, WORLD_SIZE=2, MASTER_ADDR="127.0.0.1", MASTER_PORT="in use"),
     ],
 )
 def test_half_a_place_among_ranks_is_one_line(tmp_path, variables):
-    refused = runs.run(tmp_path, 2, **variables)
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        in_use = "MASTER_PORT" in variables
+        refused = runs.run(tmp_path, 2, **variables | (dict(MASTER_PORT=taken.getsockname()[1]) if in_use else {}))
     assert "torchrun" in runs.user_error(refused.err) and "Traceback" not in refused.err
+    assert ("EADDRINUSE" in refused.err) is in_use
 
 
 def a_console_that_goes(kind: str) -> None:
-    """Standard output is a pipe or a terminal whose other end goes after a line, a full disk, or knows only ASCII."""
+    """Standard output is a pipe or a terminal whose other end goes after a line, a pipe that nobody reads, a full disk,
+    or knows only ASCII."""
     if kind == "ascii":
         sys.stdout.reconfigure(encoding="ascii", errors="strict")
         return
     if kind == "full":
         os.dup2(os.open("/dev/full", os.O_WRONLY), 1)
         return
-    reading, writing = os.pipe() if kind == "pipe" else os.openpty()
+    reading, writing = os.openpty() if kind == "terminal" else os.pipe()
     os.dup2(writing, 1)
     os.close(writing)
+    if kind == "unread":
+        train_gpt.STALL = 0.3
+        os.set_blocking(1, False)
+        with contextlib.suppress(BlockingIOError):
+            while True:
+                os.write(1, b"x" * 4096)
+        os.set_blocking(1, True)
+        return
 
     def read() -> None:
         seen = b""
@@ -607,15 +632,15 @@ def a_console_that_goes(kind: str) -> None:
     threading.Thread(target=read, daemon=True).start()
 
 
-@pytest.mark.parametrize("kind", ["pipe", "terminal", "full", "ascii"])
+@pytest.mark.parametrize("kind", ["pipe", "terminal", "unread", "full", "ascii"])
 def test_a_console_that_goes_away_or_is_full_or_narrow_does_not_end_the_run(tmp_path, kind):
     if kind == "full" and not os.path.exists("/dev/full"):
         pytest.skip("needs /dev/full")
-    misspelt = dict(TTT_EPOCHS=1)  # whose warning has a dash that ASCII does not know
+    misspelt = dict(TTT_EPOCHS=1) if kind == "ascii" else {}  # whose warning has a dash that ASCII does not know
     done = runs.run(tmp_path, before=partial(a_console_that_goes, kind), TTT_N_EPOCHS=1, **misspelt)
     assert FINAL in done.log.splitlines()[-1] and not done.err and done.result["training"]["steps"] == 12
     notes = [line for line in done.log.splitlines() if line.startswith("note: the console is gone (")]
-    assert len(notes) == (kind in ("pipe", "terminal"))  # a warning that comes before the log finds the full one
+    assert len(notes) == (kind != "ascii")
     if kind == "ascii":
         assert FINAL in done.lines[-1] and "did you mean TTT_N_EPOCHS?" in done.out
 
