@@ -71,8 +71,8 @@ try:
 except (ImportError, OSError) as e:  # the latter by a library that cannot be loaded
     lacks, why = isinstance(e, ModuleNotFoundError), " ".join(str(e).split())[:200]
     what = f"has no {e.name}" if lacks else f"cannot import what it needs ({why})"
-    cure = "activate its environment" if lacks else "allow more memory"
-    print(f"error: {sys.executable} {what} — install requirements.txt, or {cure}", file=sys.stderr)
+    cure = "install requirements.txt, or activate its environment" if lacks else "mend that, or install it anew"
+    print(f"error: {sys.executable} {what} — {cure}", file=sys.stderr)
     sys.exit(2)
 
 SOURCE = Path(__file__).resolve()
@@ -461,8 +461,10 @@ class Ranks:
                 threading.Thread(target=self.pulse, args=(self.store.clone(),), daemon=True).start()
                 threading.Thread(target=self.watch, daemon=True).start()
         except (KeyError, ValueError, dist.DistError) as e:
-            why = f" ({' '.join(str(e).split())[:150]})" if isinstance(e, dist.DistError) else ""
-            cure = "launch with torchrun, or unset RANK and WORLD_SIZE"
+            why, cure = "", "launch with torchrun, or unset RANK and WORLD_SIZE"
+            if isinstance(e, dist.DistError):
+                why = f" ({' '.join(str(e).split())[:200]})"
+                cure = "choose another MASTER_ADDR or MASTER_PORT, or launch with torchrun"
             raise UserError(f"no place among ranks: {shown}{why} — {cure}") from e
         finally:
             waiting.cancel()
