@@ -2750,7 +2750,8 @@ class DocumentBatch:
         else:
             past = Past(self.position, self.kv[:n, ..., self.window - context : self.window + width, :])
         windows = self.start[:n] + begin, end - begin, self.position - begin
-        nll, sums = score_windows(self.model, self.stream, windows, width, loras, past)
+        with torch.set_grad_enabled(train or self.run.compile):  # compiled code would be compiled for both
+            nll, sums = score_windows(self.model, self.stream, windows, width, loras, past)
         if score:
             # Each window's chunk begins at another column; beyond a document's end there is nothing to read.
             column = torch.arange(min(size, width), device=nll.device)
