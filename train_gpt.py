@@ -100,12 +100,10 @@ class UserError(Exception):
     """`what is wrong — what to do`: the process ends with code 2."""
 
 
-def setting(default, doc: str, low=0, high=math.inf, choices=(), form=".*", tiny=None):
+def setting(default, doc: str, low=0, high=LARGEST, choices=(), form=".*", tiny=None):
     """A field: its documentation, range, choices or pattern, and value under PRESET=tiny."""
     kind = type(default)
     choices = (0, 1) if kind is bool else choices
-    if kind is float:
-        low, high = max(low, -LARGEST), min(high, LARGEST)
     allowed = f"printable text like {form}" if kind is str else f"{kind.__name__} from {low} to {high}"
     if choices:
         allowed = f"one of {', '.join(map(str, choices))}"
@@ -285,7 +283,7 @@ def parse_setting(f: Field, raw):
         elif kind is str:
             good = value.isprintable() and re.fullmatch(rule["form"], value)
         else:
-            good = rule["low"] <= value <= rule["high"] and abs(value) <= LARGEST
+            good = rule["low"] <= value <= rule["high"]
     except (ValueError, TypeError, OverflowError):
         good = False
     if not good:
