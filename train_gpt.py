@@ -422,10 +422,8 @@ class Ranks:
         self.unwinding = self.leaving = False
         self.how_to_go_on = ""  # a command, while there is a folder without a result
         self.outcome = "nothing had begun"  # where there is none
-        self.stage = (
-            "the start",
-            "NUM_LAYERS, MODEL_DIM or BIGRAM_VOCAB_SIZE",
-        )  # of the run, and the setting that its memory depends on
+        # Of the run, and the setting that its memory depends on.
+        self.stage = "the start", "NUM_LAYERS, MODEL_DIM or BIGRAM_VOCAB_SIZE"
         self.last_act = lambda: None  # of a rank whose main thread is stuck
 
     def join(self, env: dict[str, str]):
