@@ -867,11 +867,11 @@ def choose_folder(run: Run) -> str:
         raise UserError(f"a run cannot be resumed without OUTPUT_DIR or RUN_ID — set {those}")
     stem = f"runs/{time.strftime('%Y-%m-%d')}_{s.preset}_seed{s.seed}"
     Path("runs").mkdir(exist_ok=True)  # if it cannot be, its error shall end the search for a name
-    for number in itertools.count(2):
+    for number in itertools.count(1):
+        name = f"{stem}_{number}" if number > 1 else stem
         with contextlib.suppress(FileExistsError):
-            Path(stem).mkdir()  # whoever makes it has it
-            return stem
-        stem = f"{stem.removesuffix(f'_{number - 1}')}_{number}"
+            Path(name).mkdir()  # whoever makes it has it
+            return name
 
 
 def files_of_run(run: Run, resume: bool) -> list[str]:
