@@ -3567,9 +3567,8 @@ def main(ranks: Ranks) -> int:
     stream = load_validation(run)
     run.longest = int(stream.lengths.max())
     shards = [] if run.s.eval_only else open_shards("train", run)
-    data = dict(validation=stream.fingerprint, tokenizer=stream.tokenizer, train=None)
-    if shards:
-        data["train"] = fingerprint(shards)
+    train = fingerprint(shards) if shards else None
+    data = dict(validation=stream.fingerprint, tokenizer=stream.tokenizer, train=train)
     ranks.agree({f"data of {name}": value for name, value in data.items()})
     check_tokenizer(kept.get("tokenizer", stream.tokenizer), stream, run)
     run = open_folder(run)
