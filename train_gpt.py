@@ -267,12 +267,6 @@ class Settings(TrainSettings):
         return (self.ttt_lora_lr, self.ttt_mixture_lr) if second else (self.ttt_lora_lr,)
 
 
-def scoring_settings(s: Settings) -> dict:
-    """What a document's figures depend on, but for model, machine and, where they are rounded, its batch."""
-    kinds = ("ttt_", "eval_stride", "beta", "seed")
-    return {k: v for k, v in asdict(s).items() if k.startswith(kinds) and k != "ttt_batch_size"}
-
-
 def parse_setting(f: Field, raw):
     """A field's value from the environment or a header. Raises UserError."""
     kind, rule, name = type(f.default), f.metadata, f.name.upper()
@@ -3168,7 +3162,8 @@ def make_artifact(trainer: Trainer, hessians: dict[str, Tensor], stream, run: Ru
 def evaluation_tag(weights: str, stream, run: Run) -> str:
     """Of all that the scores of targets depend on, so not of ranks, batches or a mixture's share."""
     s = run.s
-    scoring = sorted(scoring_settings(replace(s, ttt_mixture_share=1.0)).items())
+    kinds, others = ("ttt_", "eval_stride", "beta", "seed"), ("ttt_batch_size", "ttt_mixture_share")
+    scoring = [(k, v) for k, v in asdict(s).items() if k.startswith(kinds) and k not in others]
     machine = str(run.dtype), run.attention, run.compile, torch.__version__, 0 if s.ttt_enabled else s.train_seq_len
     inputs = scoring, s.of(ModelSettings), machine, SOURCE_SHA256, weights, stream.fingerprint
     return hashlib.sha256(repr(inputs).encode()).hexdigest()[:12]
