@@ -2987,16 +2987,12 @@ def by_position(nll: dict[str, np.ndarray], stream) -> dict[str, np.ndarray]:
     `targets`, `bytes` and `ends` (S,)."""
     longest = int(stream.lengths.max())
     ends = 64 << np.arange(max(1, math.ceil(math.log2(longest / 64)) + 1))
-    sums = np.zeros((len(nll) + 2, len(ends)))
     bytes_ = stream.bytes.cpu().numpy()
-    for first in range(0, len(stream.lengths), 1024):  # some documents at a time: their positions take memory
-        starts, lengths = stream.starts[first : first + 1024], stream.lengths[first : first + 1024]
-        targets = slice(starts[0], starts[-1] + lengths[-1])
-        position = np.arange(targets.start, targets.stop) - np.repeat(starts, lengths)
-        span = np.searchsorted(ends, position, side="right")
-        for total, values in zip(sums, (*nll.values(), np.ones_like(bytes_), bytes_), strict=False):
-            total += np.bincount(span, values[targets], len(ends))
-    return dict(figures=[*nll], nll=sums[:-2], targets=sums[-2], bytes=sums[-1], ends=np.minimum(ends, longest))
+    position = np.arange(stream.target_count) - np.repeat(stream.starts, stream.lengths)
+    span = np.searchsorted(ends, position, side="right")
+    rows = (*nll.values(), np.ones_like(bytes_), bytes_)
+    *sums, targets, bytes_ = (np.bincount(span, values, len(ends)) for values in rows)
+    return dict(figures=[*nll], nll=np.stack(sums), targets=targets, bytes=bytes_, ends=np.minimum(ends, longest))
 
 
 def report_documents(scores: Scores, seconds: dict[str, float], began: float, run: Run) -> tuple[dict, Score]:
