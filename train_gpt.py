@@ -2957,12 +2957,10 @@ def mixture(nll: np.ndarray, starts, lengths, share: float) -> np.ndarray:
     order = np.argsort(-lengths, kind="stable")
     least, parts = np.empty(nll.shape[1]), np.empty(nll.shape)
 
-    @np.errstate(invalid="ignore")  # NaN where all are infinite
     def take_exponentials(span: slice):
         least[span] = nll[:, span].min(0)  # taken out, for what float64 cannot hold
         np.exp(least[span] - nll[:, span], out=parts[:, span])
 
-    @np.errstate(invalid="ignore")
     def mix_documents(some: np.ndarray):
         longer = np.searchsorted(-lengths[some], -np.arange(lengths[some[0]]))  # than t: the first ones
         weights = np.full((len(nll), len(some)), 1 / len(nll))
@@ -2970,12 +2968,12 @@ def mixture(nll: np.ndarray, starts, lengths, share: float) -> np.ndarray:
             at = starts[some[:n]] + t
             parts[0, at], weights = mix(weights[:, :n], parts.take(at, axis=1), share)  # half of [:, at]'s seconds
 
-    @np.errstate(invalid="ignore")
     def take_logarithms(span: slice):
         least[span] -= np.log(parts[0, span])
 
     spans = [slice(i, i + (1 << 20)) for i in range(0, len(least), 1 << 20)]
-    with ThreadPoolExecutor(2) as pool:  # some at a time: what the cache holds, but enough for two cores
+    quiet = functools.partial(np.seterr, invalid="ignore")  # NaN where all are infinite; each thread has its own
+    with ThreadPoolExecutor(2, initializer=quiet) as pool:  # some at a time: what the cache holds, for two cores
         list(pool.map(take_exponentials, spans))
         list(pool.map(mix_documents, np.split(order, range(4096, len(order), 4096))))
         list(pool.map(take_logarithms, spans))
