@@ -476,7 +476,7 @@ class Ranks:
         return tensor
 
     def max(self, values) -> np.ndarray:
-        """The elementwise maximum over the ranks. Returns when all have come, so it is the barrier, too."""
+        """The maximum of a number or, elementwise, of an array. Returns when all ranks have come: the barrier, too."""
         result = torch.from_numpy(np.array(values))  # float64 for Python's floats
         if self.world > 1:
             dist.all_reduce(result, dist.ReduceOp.MAX)
@@ -624,7 +624,7 @@ class Ranks:
         """Once all are here."""
         self.leaving = True
         if self.world > 1:
-            self.max([0])
+            self.max(0)
             dist.destroy_process_group()
 
 
@@ -1930,7 +1930,7 @@ class Trainer:
         hessians, _ = self.calibrate(0, s.train_seq_len * self.run.ranks.world)  # may load kernels
         if s.max_wallclock_seconds and not self.finished:
             hessians, seconds = self.calibrate(0, s.calibration_tokens)
-            (seconds,) = self.run.ranks.max([seconds])
+            seconds = float(self.run.ranks.max(seconds))
             left = s.max_wallclock_seconds - 1.5 * seconds
             if left <= 0:
                 what = f"calibration takes {seconds:.1f} s of MAX_WALLCLOCK_SECONDS={s.max_wallclock_seconds}"
@@ -1979,7 +1979,7 @@ class Trainer:
                 began += seconds
                 if self.step and not over:
                     run.log(f"about {self.seconds_left():.0f}s of training left")
-                self.stop_on_signal(run.ranks.max([run.ranks.signal])[0])
+                self.stop_on_signal(run.ranks.max(run.ranks.signal))
             if over:
                 break
             loss = self.train_step()
@@ -2039,7 +2039,7 @@ class Trainer:
             self.finished = True
             self.keep()
         run.ranks.waits_for_step = False  # only now is everything kept
-        self.stop_on_signal(run.ranks.max([run.ranks.signal])[0])
+        self.stop_on_signal(run.ranks.max(run.ranks.signal))
         outcome = "their mean is the final model" if self.averaged >= 2 else "too few, the last weights are final"
         run.log(f"swa: {self.averaged} checkpoints: {outcome}")
         run.log(f"training {pairs(self.account())}")
@@ -3191,7 +3191,7 @@ def score_file(model: GPT, stream, run: Run, **known) -> Score:
         weights = read_weights(path, run)
         run.sessions[-1]["tag"] = tag = evaluation_tag(weights.sha256, stream, run)
         earlier = sum(row["seconds"] for row in under_way(run.sessions))  # killed ones took a little longer
-        began -= float(run.ranks.max([float(earlier)])[0])
+        began -= float(run.ranks.max(float(earlier)))
         load_weights(model, weights.state, str(path), run)
         quantised = path.suffix != ".pt"
         run.log(f"evaluating {path}, {'' if quantised else 'un'}quantised weights: {s.of(ModelSettings)}")
@@ -3241,7 +3241,7 @@ def most_that_fits(most: int, work: Callable[[int], object], run: Run) -> int:
                 torch.cuda.empty_cache()
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0)
-    return -int(run.ranks.max([-n])[0])
+    return -int(run.ranks.max(-n))
 
 
 def find_what_fits(trainer: Trainer | None, model: GPT, run: Run) -> dict[str, int]:
@@ -3393,7 +3393,7 @@ def rehearse_adaptation(model: GPT, run: Run) -> bool:
     nll, movement = differences(eager, graphs[0])
     run.rehearsed = dict(nll=nll, movement=movement, movement_of_a_repeat=differences(eager, again[0])[1])
     same = batch.recording and nll <= 1e-3 and movement <= 0.1  # NaN is not
-    return not run.ranks.max([not same])[0]
+    return not run.ranks.max(not same)
 
 
 def describe(trainer: Trainer | None, stream, run: Run):
@@ -3549,7 +3549,7 @@ def main(ranks: Ranks) -> int:
     ranks.connect(run.device)
     if ranks.local == 0:  # each machine has its own
         prepare_sample(run)
-    ranks.max([0])
+    ranks.max(0)
     if run.s.eval_only:  # its header decides the vocabulary
         weights = read_weights(Path(run.s.eval_only), run)
         run = run.using(**artifact_config(weights.settings))
