@@ -854,10 +854,8 @@ def choose_folder(run: Run) -> str:
         return s.output_dir or f"runs/{s.run_id}"
     if s.resume or run.ranks.restarts:
         known = sorted(Path("runs").glob("*/train.log"), key=lambda path: path.stat().st_mtime)
-        those = (
-            " or ".join(f"OUTPUT_DIR={shlex.quote(str(path.parent))}" for path in known[-3:])
-            or "OUTPUT_DIR to the run's folder"
-        )
+        those = [f"OUTPUT_DIR={shlex.quote(str(path.parent))}" for path in known[-3:]]
+        those = " or ".join(those or ["OUTPUT_DIR to the run's folder"])
         raise UserError(f"a run cannot be resumed without OUTPUT_DIR or RUN_ID — set {those}")
     stem = f"runs/{time.strftime('%Y-%m-%d')}_{s.preset}_seed{s.seed}"
     Path("runs").mkdir(exist_ok=True)  # if it cannot be, its error shall end the search for a name
@@ -3440,11 +3438,8 @@ def settings_beside(weights: str) -> dict:
     content = path.read_bytes()
     with reading(f"{path}, whose settings EVAL_ONLY takes,", "restore it, or move it away"):
         result = json.loads(content)
-        known = [
-            result["weights_sha256"],
-            *((result["artifact"] or {}).get(name) for name in ("sha256", "float_sha256")),
-        ]
-        if digest not in known:
+        artifact = result["artifact"] or {}
+        if digest not in (result["weights_sha256"], artifact.get("sha256"), artifact.get("float_sha256")):
             return {}
         kept = {name: value for name, value in result["settings"].items() if name.startswith(kinds)}
         kept |= {name: located(kept[name], path) for name in ("data_path", "tokenizer_path")}
