@@ -3093,8 +3093,6 @@ class Weights(NamedTuple):
 def read_weights(path: Path, run: Run) -> Weights:
     """A .ptz, or a .pt's state dict, read by the first rank, told to all. Raises UserError."""
     s = run.s
-    if path.is_fifo():  # who reads one waits for its other end
-        raise UserError(f"{path} is a pipe — name a run's .ptz or .pt")
     blob = run.ranks.from_first(path.read_bytes)
     digest = hashlib.sha256(blob).hexdigest()
     if path.suffix == ".pt":
@@ -3430,7 +3428,7 @@ def settings_beside(weights: str) -> dict:
     """Data, tokenizer and the settings of model and evaluation, as variables, of the run whose weights EVAL_ONLY names,
     for where the environment is silent; nothing where no result.json of these weights is beside them."""
     path = Path(weights).parent / "result.json"
-    if not weights or not path.exists() or Path(weights).is_fifo():
+    if not weights or not path.exists():
         return {}
     digest = hashlib.sha256(Path(weights).read_bytes()).hexdigest()
     kinds = ("device", "data_path", "tokenizer_path", "train_seq_len", "eval_s", "eval_b", "eval_m", "val_", "ttt_")
@@ -3510,10 +3508,9 @@ def look_around(ranks: Ranks) -> dict:
     if ranks.rank == 0:
         for line in misspelt(os.environ):
             say(line)  # first of all: what fails may fail for them
-        if weights and Path(weights).is_dir():
-            raise UserError(f"EVAL_ONLY={weights} is a folder — name a run's final_model.ptz or .pt")
-        if weights:
+        if weights and not Path(weights).is_file():  # a folder, or a pipe, whose reader waits for its other end
             Path(weights).stat()  # before a device is looked for; an error says why
+            raise UserError(f"EVAL_ONLY={weights} is no file — name a run's final_model.ptz or .pt")
     kept = ranks.gather(settings_beside(weights) if ranks.rank == 0 else None)[0]
     if weights and not kept and ranks.rank == 0:
         what = f"no result.json of {weights} beside it, or an earlier version's"

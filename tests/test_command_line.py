@@ -297,8 +297,6 @@ def test_a_result_beside_other_weights_than_its_own_says_nothing_of_them(tmp_pat
         with open(shutil.copy(reference.folder / name, tmp_path), "ab") as f:
             f.write(b"0")
         assert not train_gpt.settings_beside(str(tmp_path / name))
-    os.mkfifo(tmp_path / "pipe.ptz")
-    assert not train_gpt.settings_beside(str(tmp_path / "pipe.ptz"))
     foreign = shutil.copy(reference.folder / "final_model.pt", tmp_path / "final_model.pt")
     (tmp_path / "result.json").write_text(json.dumps(reference.result | dict(artifact=None)))
     done = runs.run(tmp_path / "scored", EVAL_ONLY=foreign, TTT_ENABLED=0)
@@ -353,7 +351,7 @@ def test_eval_only_of_a_missing_or_damaged_file_is_a_one_line_error(tmp_path, su
         path.write_bytes(content)
         assert str(path) in error_of(lambda path=path: train_gpt.read_weights(path, run))
     for folder in (".", "/"):
-        assert f"EVAL_ONLY={folder} is a folder" in runs.user_error(runs.run(tmp_path, 2, EVAL_ONLY=folder).err)
+        assert f"EVAL_ONLY={folder} is no file" in runs.user_error(runs.run(tmp_path, 2, EVAL_ONLY=folder).err)
     path.unlink()
     missing = runs.run(tmp_path / "out", 2, EVAL_ONLY=path, DEVICE="cuda")  # which is looked for later
     assert f"cannot use {path}: No such file" in runs.user_error(missing.err)
