@@ -2341,6 +2341,11 @@ class Score(NamedTuple):
     targets: int
     bytes: int
 
+    @classmethod
+    def of(cls, nll: np.ndarray, stream) -> "Score":
+        """Of the whole stream's NLL, by target or by document."""
+        return cls(float(nll.sum(dtype=np.float64)), stream.target_count, stream.byte_count)
+
     @property
     def loss(self):  # nats per target
         return self.nll / self.targets
@@ -2864,10 +2869,6 @@ class Scores:
         with np.errstate(invalid="ignore"):  # infinite ones of both signs
             return np.where(missing, UNSCORED, np.add.reduceat(nll, self.stream.starts, dtype=np.float64))
 
-    def bits_per_byte(self, row: int) -> float:
-        """Of a row of `targets`."""
-        return float(self.targets[row].sum(dtype=np.float64)) / math.log(2) / self.stream.byte_count
-
     def merge(self):
         """Give every rank what any rank has."""
         self.targets = self.run.ranks.max(self.targets)
@@ -2899,7 +2900,7 @@ def score_documents(model, stream, scores: Scores, deadline: float, run: Run) ->
         if label == "replay" and time.perf_counter() < deadline:
             known = "no batch is left to begin of what is to have a score"  # none waits for other ranks
             if run.ranks.world == 1:
-                score, plain = map(scores.bits_per_byte, (ADAPTED, PLAIN))
+                score, plain = (Score.of(scores.targets[row], stream).bpb for row in (ADAPTED, PLAIN))
                 bpb = f"epoch 1: {score:.4f} bits per byte, {plain:.4f} without adaptation"
                 known = f"every document that is to have a score has it ({bpb})"
             run.log(f"{known}; replay's other epochs follow, no scores")
@@ -3012,10 +3013,10 @@ def report_documents(scores: Scores, seconds: dict[str, float], began: float, ru
         targets["mixture"] = mixture(known, stream.starts, stream.lengths, s.ttt_mixture_share)
         arrays["nll_mixture"] = scores.of_documents(targets["mixture"])
         names = "no_adaptation", s.ttt_protocol, f"{s.ttt_protocol}_at_{s.ttt_mixture_lr:g}"
-        whole = np.where(sums == UNSCORED, sums[PLAIN], sums).sum(1) / math.log(2) / stream.byte_count
+        parts = (Score.of(row, stream).bpb for row in np.where(sums == UNSCORED, sums[PLAIN], sums))
         cut = (sums == UNSCORED).any(0)
         arrays["figures_finished"] *= ~cut  # of a score that lacks a part none is
-        mixed = arrays["nll_mixture"], int(cut.sum()), dict(zip(names, whole.tolist(), strict=False))
+        mixed = arrays["nll_mixture"], int(cut.sum()), dict(zip(names, parts, strict=False))
     account = dict(documents=len(stream.lengths)) | time_spent(began, run) | dict(passes=seconds)
     if len(scores.epochs):
         again = scores.epochs[0] != UNSCORED
@@ -3032,7 +3033,7 @@ def label_figures(nll, lacking: list[int], mixed, account: dict, stream, run: Ru
     each part's bits per byte."""
     s = run.s
     seconds = account["passes"]
-    plain, *scores = (Score(float(row.sum()), stream.target_count, stream.byte_count) for row in nll)
+    plain, *scores = (Score.of(row, stream) for row in nll)
     figures = account | dict(curve=[], score="backward_looking")
     figures["no_adaptation"] = plain.figure("no_adaptation", "cached", seconds["no_adaptation"])
     run.log(f"no_adaptation {plain}")
@@ -3050,7 +3051,7 @@ def label_figures(nll, lacking: list[int], mixed, account: dict, stream, run: Ru
         run.log(f"note: only epoch 1 is backward-looking, a valid score; {epoch} has seen its text {epoch - 1} times")
     score = first
     if mixed:
-        score = Score(float(mixed[0].sum()), stream.target_count, stream.byte_count)
+        score = Score.of(mixed[0], stream)
         reading = dict(lacking=mixed[1], share=s.ttt_mixture_share, parts={k: finite(v) for k, v in mixed[2].items()})
         figures["mixture"] = score.figure("mixture", s.ttt_context, seconds["score"], **reading)
         figures["score"] = "mixture"
