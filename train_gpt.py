@@ -3343,11 +3343,12 @@ def describe_what_follows(trainer: Trainer | None, stream, rehearsed: dict[str, 
         run.log(f"expected seconds of what follows: {pairs(known)}")
 
 
-def rehearse_batch(batch: DocumentBatch, a: np.ndarray, graphs: bool) -> tuple[np.ndarray, Tensor, float]:
+def rehearse_batch(batch: DocumentBatch, graphs: bool) -> tuple[np.ndarray, Tensor, float]:
     """NLL, the adapters' movement (B, n) and seconds of all the stream's documents, by graphs or kernel by kernel."""
     run = batch.run
     run.graphs = graphs
-    batch.load(np.arange(len(a)))
+    batch.load(np.arange(len(batch.stream.lengths)))
+    a = batch.draw_a()
     batch.score()
     run.wait()
     began = time.perf_counter()
@@ -3378,11 +3379,10 @@ def rehearse_adaptation(model: GPT, run: Run) -> bool:
     longest = s.ttt_eval_seq_len + s.ttt_chunk_size
     stream = synthetic_stream([longest // (1 + 3 * i // size) for i in range(size)], run)
     batch = DocumentBatch(model, stream, size, run)
-    a = np.stack([draw_lora_a(s, i) for i in range(size)])
     modes = dict(kernel_by_kernel=False, graphs=True) if run.cuda else dict(kernel_by_kernel=False)
-    again = eager, *graphs = [rehearse_batch(batch, a, mode) for mode in modes.values()]
+    again = eager, *graphs = [rehearse_batch(batch, mode) for mode in modes.values()]
     if run.cuda or run.compile:  # now nothing is compiled or recorded any more
-        again = [rehearse_batch(batch, a, mode) for mode in modes.values()]
+        again = [rehearse_batch(batch, mode) for mode in modes.values()]
     cost = training_steps(s) * batch_cost(stream.lengths, s, STEP_FLOOR[device])
     run.pace = {name: seconds / cost for name, (_, _, seconds) in zip(modes, again, strict=True)}
     if not graphs:
