@@ -70,21 +70,20 @@ def made(mixed: Path) -> Path:
     return folder / "made"
 
 
-def tokenizers() -> list:
+def tokenizers(folder: Path) -> list:
     train = dict(vocab_size=300, model_type="bpe", minloglevel=2, pad_id=0, bos_id=1, eos_id=2, unk_id=3)
     model = text.train_tokenizer([ODD["text with some of it"].decode(errors="ignore") * 9], 290)
-    sentences = dict(input=str(runs.data() / "text"), model_prefix=str(runs.data() / "other"))
+    sentences = dict(input=str(runs.data() / "text"), model_prefix=str(folder / "other"))
     sentencepiece.SentencePieceTrainer.train(**train | sentences | dict(vocab_size=40, byte_fallback=False))
-    paths = runs.data() / "tokenizer.model", runs.data() / "other.model"
+    paths = runs.data() / "tokenizer.model", folder / "other.model"
     return [
         sentencepiece.SentencePieceProcessor(model_proto=x) for x in (model, *(path.read_bytes() for path in paths))
     ]
 
 
-def test_any_bytes_are_tokens_and_what_they_lack() -> None:
-    for (
-        tokenizer
-    ) in tokenizers():  # loses nothing; puts a space in front, drops others, folds; has few letters, no bytes
+def test_any_bytes_are_tokens_and_what_they_lack(tmp_path: Path) -> None:
+    # One loses nothing; one puts a space in front, drops others and folds; one has few letters and no bytes.
+    for tokenizer in tokenizers(tmp_path):
         for name, part in ODD.items():
             tokens, patches, inserted = compress.tokenize(part, tokenizer)
             assert compress.restored(tokens, patches, inserted, tokenizer) == part, name
