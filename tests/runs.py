@@ -39,8 +39,8 @@ MICRO = dict(
     DEVICE="cpu", NUM_LAYERS=2, MODEL_DIM=16, NUM_HEADS=2, NUM_KV_HEADS=1, MLP_MULT=2, BIGRAM_VOCAB_SIZE=64,
     BIGRAM_DIM=8, VOCAB_SIZE=VOCABULARY, TRAIN_SEQ_LEN=32, TRAIN_BATCH_TOKENS=256, ITERATIONS=12, WARMDOWN_ITERS=8,
     WARMUP_STEPS=1, MAX_WALLCLOCK_SECONDS=0, VAL_LOSS_EVERY=6, VAL_BATCH_SIZE=1024, TRAIN_LOG_EVERY=5,
-    SWA_START_FRAC=0.8, SWA_EVERY=2, EVAL_STRIDE=16, TTT_LORA_RANK=2, TTT_LORA_LR=0.01, TTT_N_EPOCHS=3,
-    TTT_CHUNK_SIZE=32, TTT_EVAL_SEQ_LEN=64, TTT_BATCH_SIZE=4, CALIBRATION_TOKENS=128,
+    SWA_START_FRAC=0.8, SWA_EVERY=2, EVAL_STRIDE=16, TTT_LORA_RANK=2, TTT_LORA_LR=0.01, TTT_N_EPOCHS=2,
+    TTT_CHUNK_SIZE=32, TTT_EVAL_SEQ_LEN=64, TTT_BATCH_SIZE=6, CALIBRATION_TOKENS=128,
 )  # fmt: skip
 
 
@@ -87,6 +87,8 @@ def alone(folder: Path | str = os.devnull, **settings) -> train_gpt.Run:
     return train_gpt.Run(train_gpt.Settings.from_env(environment(folder, **settings)))
 
 
+# Imported once by the server: else each of its processes would import pytest and more to find its `before`.
+PLANTING = "test_command_line", "test_faults", "test_folders", "test_preflight", "test_ranks", "test_resume"
 KEPT = ("PATH", "HOME", "TMPDIR", "OMP_NUM_THREADS", "OMP_WAIT_POLICY")  # of the environment that tests run in
 
 
@@ -106,7 +108,7 @@ def _server():
     context = multiprocessing.get_context("forkserver")
     os.environ["OMP_NUM_THREADS"] = "1"
     os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
-    context.set_forkserver_preload(["runs"])
+    context.set_forkserver_preload(["runs", *PLANTING])
     return context
 
 

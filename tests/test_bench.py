@@ -30,7 +30,7 @@ def micro(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
         monkeypatch.delenv(name.upper(), raising=False)
     monkeypatch.delenv("GOLF_SHARED", raising=False)
     for name, value in runs.environment(
-        "", MICRO_BATCH_TOKENS=256, TTT_CHUNK_SIZE=16, OUTPUT_DIR=None, DEVICE=None
+        "", MICRO_BATCH_TOKENS=256, TTT_CHUNK_SIZE=16, TTT_N_EPOCHS=3, OUTPUT_DIR=None, DEVICE=None
     ).items():
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(speed, "FULL_SPLIT_DOCUMENTS", 400)

@@ -50,7 +50,7 @@ def torchrun(folder: Path, **settings_) -> subprocess.CompletedProcess:
 @pytest.fixture(scope="module")
 def reference(tmp_path_factory) -> runs.Run:
     """A whole run with every default of the protocol."""
-    return runs.run(tmp_path_factory.mktemp("reference"), SEED=5)
+    return runs.run(tmp_path_factory.mktemp("reference"), SEED=5, TTT_N_EPOCHS=3)
 
 
 @pytest.fixture(scope="module")
@@ -250,7 +250,7 @@ def test_an_artifact_alone_gives_the_same_figures_without_training_shards_or_mod
     shape = "NUM_LAYERS MODEL_DIM NUM_HEADS NUM_KV_HEADS MLP_MULT BIGRAM_VOCAB_SIZE BIGRAM_DIM VOCAB_SIZE"
     unset = dict.fromkeys(shape.split())
     artifact = reference.folder / "final_model.ptz"
-    done = runs.run(tmp_path / "out", EVAL_ONLY=artifact, DATA_PATH=tmp_path / "data", SEED=5, **unset)
+    done = runs.run(tmp_path / "out", EVAL_ONLY=artifact, DATA_PATH=tmp_path / "data", SEED=5, TTT_N_EPOCHS=3, **unset)
     names = ("no_adaptation val", "ttt_epoch", "final_")
     kept = ([x for x in run.log.splitlines() if x.startswith(names)] for run in (done, reference))
     assert next(kept) == next(kept)

@@ -24,7 +24,7 @@ import runs
 from runs import train_gpt
 
 UserError = train_gpt.UserError
-LONG = dict(ITERATIONS=24, WARMDOWN_ITERS=16, CHECKPOINT_EVERY=3, TRAIN_LOG_EVERY=1, VAL_LOSS_EVERY=12, TTT_N_EPOCHS=4)
+LONG = dict(ITERATIONS=24, WARMDOWN_ITERS=16, CHECKPOINT_EVERY=3, TRAIN_LOG_EVERY=1, VAL_LOSS_EVERY=12, TTT_ENABLED=0)
 
 
 @pytest.fixture(scope="module")
@@ -43,10 +43,21 @@ def same_end(one: runs.Run, other: runs.Run) -> bool:
 def unfinished(folder: Path) -> runs.Run:
     """Goes on with a run; one that has ended just before it was killed makes its result again."""
     (folder / "result.json").unlink(missing_ok=True)
-    return runs.Run(folder, RESUME=1, **LONG)
+    return runs.Run(folder, RESUME=1, **LONG | dict(TTT_ENABLED=1))
 
 
-def test_a_run_killed_again_and_again_in_every_phase_ends_byte_identical(tmp_path, whole):
+@pytest.fixture(scope="module")
+def adapted(whole, tmp_path_factory) -> runs.Run:
+    """Its artifact, scored by test-time training."""
+    return runs.run(tmp_path_factory.mktemp("adapted"), EVAL_ONLY=whole.folder / "final_model.ptz", TTT_ENABLED=1)
+
+
+def same_model(one: runs.Run, whole: runs.Run, adapted: runs.Run) -> bool:
+    """As one that nobody interrupted, to the last byte and digit."""
+    return one.artifact == whole.artifact and one.lines[-1] == adapted.lines[-1]
+
+
+def test_a_run_killed_again_and_again_in_every_phase_ends_byte_identical(tmp_path, whole, adapted):
     """kill -9 as soon as each of these lines appears."""
     moments = [
         "model parameters",
@@ -65,7 +76,8 @@ def test_a_run_killed_again_and_again_in_every_phase_ends_byte_identical(tmp_pat
         life.kill()
         kills += life.wait() == 128 + signal.SIGKILL  # on a busy machine it may have ended just before
     last = unfinished(tmp_path)
-    assert last.wait() == 0 and same_end(last, whole) and last.result["training"]["resumed"] is True and kills >= 8
+    assert last.wait() == 0 and same_model(last, whole, adapted)
+    assert last.result["training"]["resumed"] is True and kills >= 8
     assert not list(tmp_path.glob("*preflight*")) and not list(tmp_path.glob("scores*"))
     ends = [(row["stage"], row["ended"]) for row in last.result["sessions"]]
     assert ends[-2:] == [("training", "finished"), ("evaluation", "finished")] and ("training", "killed") in ends
@@ -73,7 +85,7 @@ def test_a_run_killed_again_and_again_in_every_phase_ends_byte_identical(tmp_pat
 
 
 @pytest.mark.parametrize("seed", [0, 1])
-def test_a_run_killed_at_random_moments_ends_byte_identical(tmp_path, whole, seed):
+def test_a_run_killed_at_random_moments_ends_byte_identical(tmp_path, whole, adapted, seed):
     rng, kills = random.Random(seed), 0
     for _ in range(7):
         life = unfinished(tmp_path)
@@ -81,7 +93,7 @@ def test_a_run_killed_at_random_moments_ends_byte_identical(tmp_path, whole, see
         life.kill()
         kills += life.wait() == 128 + signal.SIGKILL
     last = unfinished(tmp_path)
-    assert last.wait() == 0 and same_end(last, whole) and kills
+    assert last.wait() == 0 and same_model(last, whole, adapted) and kills
     print(f"figure: kills survived: {kills} of {kills}")
 
 
@@ -130,7 +142,7 @@ def test_nohup_keeps_a_run_from_sighup_but_not_from_that_of_torchrun(tmp_path, l
 
 
 def test_resume_without_a_checkpoint_starts_afresh_and_says_so(tmp_path):
-    done = runs.run(tmp_path, RESUME=1)
+    done = runs.run(tmp_path, RESUME=1, TTT_ENABLED=0)
     assert "this run starts afresh" in done.out
     assert done.result["training"]["steps"] == 12 and done.result["training"]["resumed"] is False
 
@@ -167,7 +179,7 @@ def test_a_checkpoint_of_another_source_or_other_data_is_refused(tmp_path, whole
 
 def test_a_checkpoint_goes_on_under_settings_that_do_not_change_the_weights(tmp_path, whole):
     shutil.copy(whole.folder / "checkpoint.pt", tmp_path)
-    changes = dict(VAL_LOSS_EVERY=5, CHECKPOINT_EVERY=1, TTT_N_EPOCHS=1, TRAIN_LOG_EVERY=7, WARMUP_STEPS=2)
+    changes = dict(VAL_LOSS_EVERY=5, CHECKPOINT_EVERY=1, EVAL_STRIDE=8, TRAIN_LOG_EVERY=7, WARMUP_STEPS=2)
     done = runs.run(tmp_path, RESUME=1, **LONG | changes)
     assert done.artifact == whole.artifact
     (tmp_path / "result.json").unlink()
@@ -225,7 +237,7 @@ def test_a_damaged_or_hostile_checkpoint_is_an_error_and_runs_no_code(tmp_path, 
 
 
 def test_a_checkpoint_of_two_ranks_goes_on_with_one(tmp_path):
-    settings = LONG | dict(MATRIX_LR=0.005, SCALAR_LR=0.005, TIED_EMBED_LR=0.005, TTT_ENABLED=0)
+    settings = LONG | dict(MATRIX_LR=0.005, SCALAR_LR=0.005, TIED_EMBED_LR=0.005)
     two = runs.ranks(tmp_path / "stopped", **settings)
     two[0].until("step:4/")
     two[1].kill(signal.SIGTERM)  # only one of the ranks is told
@@ -292,7 +304,7 @@ def save_weights_by_rank() -> None:
 
 def test_under_a_wall_clock_cap_ranks_stop_in_time_and_with_equal_weights(tmp_path):
     settings = dict(ITERATIONS=100_000, MAX_WALLCLOCK_SECONDS=0.7, WARMDOWN_ITERS=20, TRAIN_LOG_EVERY=1)
-    settings |= dict(VAL_LOSS_EVERY=0, TTT_N_EPOCHS=1, QUANTIZER="nearest")
+    settings |= dict(VAL_LOSS_EVERY=0, TTT_ENABLED=0, QUANTIZER="nearest")
     processes = runs.ranks(tmp_path, before=save_weights_by_rank, **settings)
     assert [process.wait() for process in processes] == [0, 0], processes[0].err
     times = [int(t) for t in re.findall(r"train_loss:\S+ train_time:(\d+)ms", processes[0].out)]
@@ -316,7 +328,7 @@ def slow_calibration() -> None:
     train_gpt.calibrate = calibrate
 
 
-SLOW = dict(ITERATIONS=100_000, WARMDOWN_ITERS=20, VAL_LOSS_EVERY=0, TTT_N_EPOCHS=1, CALIBRATION_TOKENS=8 * 32)
+SLOW = dict(ITERATIONS=100_000, WARMDOWN_ITERS=20, VAL_LOSS_EVERY=0, TTT_ENABLED=0, CALIBRATION_TOKENS=8 * 32)
 
 
 @pytest.mark.parametrize("world", [1, 2])
@@ -367,7 +379,7 @@ def test_the_last_checkpoint_waits_until_training_data_have_been_read_and_a_sign
 
 
 def test_an_evaluation_budget_of_a_second_still_scores_every_target_and_counts_what_each_figure_lacks(tmp_path, whole):
-    settings = dict(EVAL_MAX_SECONDS=1, TTT_N_EPOCHS=200, TTT_BATCH_SIZE=2)
+    settings = dict(TTT_ENABLED=1, EVAL_MAX_SECONDS=1, TTT_N_EPOCHS=200, TTT_BATCH_SIZE=2)
     done = runs.run(tmp_path, EVAL_ONLY=whole.folder / "final_model.ptz", **settings)
     figures = done.result["evaluation"]
     lacking = [row["lacking"] for row in figures["curve"]]
@@ -383,10 +395,11 @@ def test_an_evaluation_budget_of_a_second_still_scores_every_target_and_counts_w
 
 
 def test_when_the_plain_pass_alone_exceeds_the_budget_it_completes(tmp_path, whole):
-    done = runs.run(tmp_path, EVAL_ONLY=whole.folder / "final_model.ptz", EVAL_MAX_SECONDS=0.001)
+    settings = dict(TTT_ENABLED=1, EVAL_MAX_SECONDS=0.001)
+    done = runs.run(tmp_path, EVAL_ONLY=whole.folder / "final_model.ptz", **settings)
     figures = done.result["evaluation"]
     assert figures["within_budget"] is False and "every document that is to have a score" not in done.out
-    assert [row["lacking"] for row in figures["curve"]] == [len(runs.LENGTHS)] * 3
+    assert [row["lacking"] for row in figures["curve"]] == [len(runs.LENGTHS)] * 2
     assert {row["val_bpb"] for row in figures["curve"]} == {figures["no_adaptation"]["val_bpb"]}
 
 
@@ -525,7 +538,7 @@ def test_a_full_disk_in_training_ends_nothing_while_it_is_only_a_checkpoint_that
         assert "note: no checkpoint of step 3: cannot use" in done.out and "step:24/24 train_loss" in done.out
         assert (disk / "final_model.ptz").read_bytes() == whole.artifact and not list(disk.glob("*.tmp"))
         assert not (disk / "checkpoint.pt").exists() and "Traceback" not in done.err
-        scored = runs.run(tmp_path / "scored", EVAL_ONLY=disk / "final_model.ptz", TTT_N_EPOCHS=4)
+        scored = runs.run(tmp_path / "scored", EVAL_ONLY=disk / "final_model.ptz", TTT_ENABLED=0)
         assert scored.lines[-1] == whole.lines[-1]
 
 
@@ -582,13 +595,14 @@ WHOLE = [name for name in train_gpt.FILES if name not in ("train.log", "sessions
 @needs_full
 @pytest.mark.parametrize("name", WHOLE)
 def test_a_disk_that_fills_up_under_any_file_of_a_run_is_one_line_and_code_2(tmp_path, name):
-    done = runs.run(tmp_path, 2, before=no_space, FULL=name, CHECKPOINT_EVERY=2, TTT_N_EPOCHS=1)
+    settings = dict(CHECKPOINT_EVERY=2, TTT_N_EPOCHS=1, TTT_ENABLED=int(name.startswith("ttt_")))
+    done = runs.run(tmp_path, 2, before=no_space, FULL=name, **settings)
     message = runs.user_error(done.err)
     assert f"{tmp_path / name} (" in message and "No space left" in message and "Traceback" not in done.err
     assert not list(tmp_path.glob("*.tmp"))
     assert (tmp_path / "final_model.ptz").exists() == (name != "final_model.ptz")
     assert (tmp_path / "result.json").exists() == (name == "checkpoint.pt")  # which only a resume would need
-    again = runs.Run(tmp_path, RESUME=1, CHECKPOINT_EVERY=2, TTT_N_EPOCHS=1)
+    again = runs.Run(tmp_path, RESUME=1, **settings)
     if name == "checkpoint.pt":
         assert "everything else is written" in message and again.wait() == 2
         assert f"EVAL_ONLY={tmp_path / 'final_model.ptz'}" in runs.user_error(again.err)
@@ -598,7 +612,7 @@ def test_a_disk_that_fills_up_under_any_file_of_a_run_is_one_line_and_code_2(tmp
 
 @needs_full
 def test_an_account_of_sessions_that_cannot_be_written_ends_no_run(tmp_path):
-    done = runs.run(tmp_path, before=no_space, FULL="sessions.json", TTT_N_EPOCHS=1)
+    done = runs.run(tmp_path, before=no_space, FULL="sessions.json", TTT_ENABLED=0)
     assert done.result["training"]["steps"] == 12
     assert (done.out + done.err).count("sessions.json") == 1  # one note
 
@@ -636,7 +650,7 @@ def test_an_account_of_sessions_on_a_slow_disk_is_written_once_a_minute(monkeypa
 @needs_full
 def test_a_log_that_cannot_be_written_is_one_note_and_the_run_goes_on(tmp_path):
     (tmp_path / "train.log").symlink_to("/dev/full")
-    done = runs.run(tmp_path)
+    done = runs.run(tmp_path, TTT_ENABLED=0)
     (line,) = done.err.splitlines()
     assert f"{tmp_path / 'train.log'}: No space left" in line and done.lines[-1].startswith("final_int8")
     assert done.result["training"]["steps"] == 12

@@ -2,16 +2,16 @@
 together.
 
 Each machine is a folder with data and results of its own; a rank is a fork of the tests' server with the environment
-that torchrun gives it. Two tests use torchrun itself."""
+that torchrun gives it. One test uses torchrun's agent."""
 
 from __future__ import annotations
 
 import itertools
+import multiprocessing
 import os
 import re
 import shutil
 import signal
-import subprocess
 import sys
 import threading
 import time
@@ -90,7 +90,7 @@ def test_two_machines_score_an_artifact_as_one_does(tmp_path, trained, changes):
 
 def test_two_machines_stopped_in_training_go_on_to_the_artifact_of_one_that_was_not(tmp_path):
     """One of them is told; the checkpoint is on the other."""
-    settings = WIDE | dict(ITERATIONS=14, WARMDOWN_ITERS=8, TRAIN_LOG_EVERY=1, TTT_N_EPOCHS=1)
+    settings = WIDE | dict(ITERATIONS=14, WARMDOWN_ITERS=8, TRAIN_LOG_EVERY=1, TTT_ENABLED=0)
     folders, each = machines(tmp_path)
     stopped = runs.launch(folders, [1, 1], each, **settings)
     stopped[0].until("step:5/14 train")
@@ -337,40 +337,44 @@ def test_a_rank_without_its_peers_says_for_whom_it_waits_and_ends_on_a_signal(tm
 # ---- torchrun
 
 
-def torchrun(folder: Path, *arguments: str, script: Path = runs.ROOT / "train_gpt.py", **settings) -> subprocess.Popen:
-    env = dict(PATH=os.environ["PATH"], OMP_NUM_THREADS="1") | runs.environment(folder, **settings)
-    typed = [sys.executable, "-m", "torch.distributed.run", *arguments, str(script)]
-    with open(folder.with_suffix(".console"), "w") as console:
-        return subprocess.Popen(typed, env=env, stdout=console, stderr=console)
+def dies_once() -> None:
+    def step(self, number, multiplier, inner=train_gpt.Optimizer.step):
+        if number == 7 and self.run.ranks.rank == 1 and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
+            os.kill(os.getpid(), signal.SIGKILL)
+        return inner(self, number, multiplier)
+
+    train_gpt.Optimizer.step = step
 
 
-DIES_ONCE = """
-import os, sys
-sys.path.insert(0, {root!r})
-import train_gpt
+def by_torchrun(*arguments: str) -> None:
+    """Instead of a run: torchrun with these arguments, whose ranks are forks of it."""
+    dies_once()
+    train_gpt.GRACE = 1.0
 
-def step(self, number, multiplier, inner=train_gpt.Optimizer.step):
-    if number == 7 and self.run.ranks.rank == 1 and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
-        os.kill(os.getpid(), 9)
-    return inner(self, number, multiplier)
+    def rank(entry=train_gpt.entry) -> None:
+        sys.exit(entry())
 
-train_gpt.Optimizer.step = step
-sys.exit(train_gpt.entry())
-"""
+    def torchrun() -> int:
+        from torch.distributed.launcher.api import elastic_launch
+        from torch.distributed.run import config_from_args, parse_args
+
+        multiprocessing.current_process().daemon = False  # may have children
+        config, _, _ = config_from_args(parse_args([*arguments, "--start-method=fork", "train_gpt.py"]))
+        elastic_launch(config, rank)()
+        return 0
+
+    train_gpt.entry = torchrun
 
 
 def test_torchrun_starts_all_again_and_they_go_on_from_the_checkpoint(tmp_path):
-    script = tmp_path / "dies_once.py"
-    script.write_text(DIES_ONCE.format(root=str(runs.ROOT)))
-    arguments = "--standalone", "--nproc_per_node=2", "--max-restarts=2"
-    settings = dict(CHECKPOINT_EVERY=3, TRAIN_LOG_EVERY=1, TTT_N_EPOCHS=2)
-    job = torchrun(tmp_path / "run", *arguments, script=script, **settings)
+    arguments = "--nproc_per_node=2", "--max-restarts=2", "--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0"
+    settings = dict(CHECKPOINT_EVERY=3, TRAIN_LOG_EVERY=1, TTT_ENABLED=0)
+    job = runs.Run(tmp_path / "run", before=partial(by_torchrun, *arguments), **settings)
     together = runs.ranks(tmp_path / "one", **settings)
     assert runs.codes(together) == [0, 0]
-    console = tmp_path / "run.console"
-    assert job.wait(240) == 0, console.read_text()[-3000:]
-    assert console.read_text().count("final_int8_zlib_roundtrip_exact") == 1  # two ranks write one log
-    log = (tmp_path / "run" / "train.log").read_text()
+    assert job.wait(240) == 0, job.err[-3000:]
+    assert job.out.count("final_int8_zlib_roundtrip_exact") == 1  # two ranks write one log
+    log = job.log
     assert "resumed from" in log and "at step 6" in log and "world_size:2" in log
-    assert (tmp_path / "run" / "final_model.ptz").read_bytes() == together[0].artifact
+    assert job.artifact == together[0].artifact
     assert log.splitlines()[-1] == together[0].lines[-1]

@@ -33,18 +33,19 @@ from runs import train_gpt
 TARGETS = sum(runs.LENGTHS) - 1
 DOCUMENTS = list(range(len(runs.LENGTHS)))
 FINAL = "final_int8_zlib_roundtrip_exact"
+SCORING = dict(TTT_N_EPOCHS=4, TTT_BATCH_SIZE=4)  # three batches: more than ranks
 
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory) -> runs.Run:
     """The run that nobody interrupts."""
-    return runs.run(tmp_path_factory.mktemp("whole"), TTT_N_EPOCHS=4)
+    return runs.run(tmp_path_factory.mktemp("whole"), **SCORING)
 
 
 @pytest.fixture(scope="module")
 def scoring(whole) -> dict:
     """Settings that evaluate its artifact once more."""
-    return dict(EVAL_ONLY=whole.folder / "final_model.ptz", TTT_N_EPOCHS=4)
+    return dict(EVAL_ONLY=whole.folder / "final_model.ptz", **SCORING)
 
 
 def figures(run: runs.Run) -> list[str]:
@@ -369,7 +370,7 @@ def test_scores_whose_seconds_nobody_knows_are_of_at_least_those_that_are_counte
 @pytest.mark.parametrize("name, value", [("LOGIT_SOFTCAP", 2), ("ROPE_BASE", 100)])
 def test_nothing_is_taken_over_from_an_evaluation_under_another_setting(tmp_path, whole, name, value):
     """Of a state dict as it is, whose configuration comes from the environment alone."""
-    settings = dict(EVAL_ONLY=whole.folder / "final_model.pt", TTT_N_EPOCHS=4)
+    settings = dict(EVAL_ONLY=whole.folder / "final_model.pt", **SCORING)
     runs.run(tmp_path / "stopped", 143, before=partial(stop_in_adapt, 2), **settings)
     again = runs.run(tmp_path / "stopped", before=announce, RESUME=1, **settings | {name: value})
     assert announced(again, "score") == announced(again, "adapt 1") == announced(again, "adapt 4") == DOCUMENTS
@@ -403,8 +404,8 @@ def test_an_evaluation_is_known_by_all_that_its_figures_depend_on_and_by_nothing
 
 def test_fewer_documents_at_once_go_on_with_what_more_have_scored(tmp_path, scoring):
     """As a run that is out of memory says to do."""
-    runs.run(tmp_path, 143, before=partial(stop_in_adapt, 3), TTT_BATCH_SIZE=6, **scoring)
-    again = runs.run(tmp_path, before=announce, RESUME=1, TTT_BATCH_SIZE=3, **scoring)
+    runs.run(tmp_path, 143, before=partial(stop_in_adapt, 3), **scoring | dict(TTT_BATCH_SIZE=6))
+    again = runs.run(tmp_path, before=announce, RESUME=1, **scoring | dict(TTT_BATCH_SIZE=3))
     assert announced(again, "score") == announced(again, "adapt 1") == [] and announced(again, "adapt 4") == DOCUMENTS
 
 
@@ -504,8 +505,8 @@ def test_a_signal_in_a_validation_is_heard_when_that_ends(tmp_path):
 
 def test_a_kill_in_the_last_validation_costs_no_training(tmp_path, whole):
     """Which may take longer than a launcher waits for the end."""
-    runs.run(tmp_path, 137, before=partial(end_in_validation, signal.SIGKILL, 2), TTT_N_EPOCHS=4)
-    again = runs.run(tmp_path, RESUME=1, TTT_N_EPOCHS=4)
+    runs.run(tmp_path, 137, before=partial(end_in_validation, signal.SIGKILL, 2), **SCORING)
+    again = runs.run(tmp_path, RESUME=1, **SCORING)
     assert "at step 12" in again.out and "train_loss" not in again.out
     assert again.artifact == whole.artifact and figures(again) == figures(whole)
 
@@ -637,7 +638,7 @@ def test_a_console_that_goes_away_or_is_full_or_narrow_does_not_end_the_run(tmp_
     if kind == "full" and not os.path.exists("/dev/full"):
         pytest.skip("needs /dev/full")
     misspelt = dict(TTT_EPOCHS=1) if kind == "ascii" else {}  # whose warning has a dash that ASCII does not know
-    done = runs.run(tmp_path, before=partial(a_console_that_goes, kind), TTT_N_EPOCHS=1, **misspelt)
+    done = runs.run(tmp_path, before=partial(a_console_that_goes, kind), TTT_ENABLED=0, **misspelt)
     assert FINAL in done.log.splitlines()[-1] and not done.err and done.result["training"]["steps"] == 12
     notes = [line for line in done.log.splitlines() if line.startswith("note: the console is gone (")]
     assert len(notes) == (kind != "ascii")
