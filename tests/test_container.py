@@ -233,8 +233,8 @@ def test_the_entropy_of_the_codes_is_shannons():
 def test_the_artifact_is_smaller_than_torch_save_and_zstd():
     """On rows of different sizes and heavy tails, as training leaves them."""
     s = small(
-        vocab_size=1024, model_dim=256, num_layers=4, num_heads=8, num_kv_heads=4, bigram_vocab_size=2048,
-        bigram_dim=64, fp16_keep_name_patterns="tok_emb,blocks.2.attn.c_k",
+        vocab_size=1024, model_dim=256, num_layers=2, num_heads=8, num_kv_heads=4, bigram_vocab_size=2048,
+        bigram_dim=64, fp16_keep_name_patterns="tok_emb,blocks.1.attn.c_k",
     )  # fmt: skip
     g = torch.Generator().manual_seed(0)
     state = {}
@@ -254,7 +254,7 @@ def test_the_artifact_is_smaller_than_torch_save_and_zstd():
     usual = zstandard.ZstdCompressor(level=22).compress(reference.getvalue())
     count = sum(w.numel() for w in state.values())
     print(f"figure: {count} weights: {len(blob)} bytes, {len(blob) / len(usual):.4f} of torch.save and zstd-22")
-    assert count > 2.5e6 and len(blob) <= 0.975 * len(usual)
+    assert count > 1.5e6 and len(blob) <= 0.975 * len(usual)
 
 
 @pytest.fixture(scope="module")
@@ -366,11 +366,10 @@ def test_an_artifact_under_a_cap_that_binds_fits_with_at_most_half_a_percent_to_
     s, state, _, at = wide
     before, sizes = {name: w.clone() for name, w in state.items()}, [len(at(x)[0]) for x in (1.0, 1.4, 7.5)]
     assert sizes == sorted(sizes, reverse=True) and sizes[-1] < 0.7 * sizes[0]
-    caps = [10**8, CODE + sizes[0], CODE + sizes[0] - 1, CODE + sizes[1], CODE + sizes[2]]
+    caps = [CODE + sizes[0], CODE + sizes[0] - 1, CODE + sizes[1], CODE + sizes[2]]
     accounts = [exported(run, wide, tmp_path, cap) for cap in caps]
-    assert [account["stretch"] for account in accounts[:2]] == [1.0, 1.0]
     stretches = [account["stretch"] for account in accounts]
-    assert stretches == sorted(stretches) and stretches[2] > 1.0
+    assert stretches == sorted(stretches) and stretches[0] == 1.0 < stretches[1]
     for cap, account in zip(caps, accounts, strict=True):
         blob, kinds = at(account["stretch"])
         assert account["model_bytes"] == len(blob) and account["kinds"] == kinds
@@ -422,6 +421,7 @@ def test_a_model_larger_than_any_artifact_may_expand_to_is_refused_when_it_is_ma
         train_gpt.pack(tensors, run.s)
 
 
+@pytest.mark.parametrize("wide", ["row_maximum"], indirect=True)
 def test_a_cap_that_nothing_meets_gets_the_coarsest_artifact_and_says_how_much_it_lacks(run, tmp_path, wide):
     _, state, _, at = wide
     before, (blob, _) = {name: w.clone() for name, w in state.items()}, at(train_gpt.LARGEST_STRETCH)

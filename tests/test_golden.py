@@ -172,20 +172,21 @@ TTT = [  # section, its figures, settings
     ("ttt_cached", {"single_pass_epochs_3_val_loss": ALL}, dict(ttt_protocol="single_pass", ttt_n_epochs=3)),
 ]
 LONGEST_FIRST = [1, 0, 2]  # of the three documents, of 1,259, 523 and 331 targets
-SHORTEST = LONGEST_FIRST[-1]  # of more targets than a window, too
+SHORTER = LONGEST_FIRST[1:]  # of more targets than a window, too
 
 
 @pytest.mark.parametrize("section, figures, how", TTT, ids=["recompute", "replay", "single_pass"])
 def test_losses_of_test_time_training(golden, section, figures, how):
+    """The longest document in replay alone: it takes as long as all else here."""
     e = golden.expected[section]
     setting = [golden.s.ttt_chunk_size, golden.s.ttt_eval_seq_len, golden.s.ttt_lora_rank, golden.s.ttt_lora_lr]
     assert setting == [e[name] for name in ("chunk_size", "eval_seq_len", "rank", "lr")]
-    golden.check_test_time_training(section, figures, how, [LONGEST_FIRST])
+    golden.check_test_time_training(section, figures, how, [LONGEST_FIRST if figures is REPLAY else SHORTER])
 
 
 def test_losses_of_a_document_alone(golden):
     first = {"replay_epochs_1_val_loss": ALL, "no_adaptation_val_loss": PLAIN}
-    golden.check_test_time_training("ttt_cached", first, dict(ttt_n_epochs=1), [[SHORTEST]])
+    golden.check_test_time_training("ttt_cached", first, dict(ttt_n_epochs=1), [SHORTER[1:]])
 
 
 def test_everything_through_plain_attention(golden, monkeypatch):
@@ -195,4 +196,4 @@ def test_everything_through_plain_attention(golden, monkeypatch):
     assert golden.nll(model, *e["tokens"])[:16].tolist() == pytest.approx(e["nll_first_16"], rel=1e-4)
     monkeypatch.setattr(golden, "model", model)
     first = {"replay_epochs_1_val_loss": ALL, "no_adaptation_val_loss": PLAIN}
-    golden.check_test_time_training("ttt_cached", first, dict(ttt_n_epochs=1), [[SHORTEST]])
+    golden.check_test_time_training("ttt_cached", first, dict(ttt_n_epochs=1), [SHORTER[1:]])

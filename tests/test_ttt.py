@@ -224,7 +224,7 @@ def test_at_rate_zero_longer_documents_score_as_without_adaptation(run):
 
 # ---- What a score does not depend on
 
-LENGTHS = [40, 130, 16, 1, 90, 33, 17, 64, 88]
+LENGTHS = [40, 100, 16, 1, 70, 33, 17, 49, 64]
 
 
 @every_mode
@@ -308,7 +308,7 @@ def test_totals_do_not_depend_on_batch_size_or_order(run, tmp_path, protocol, co
         with np.load(tmp_path / name / "ttt_documents.npz") as kept:
             return report, {key: kept[key] for key in kept}
 
-    report, kept = evaluate("one", 1)
+    report, kept = evaluate("two", 2)
     assert kept["index"].tolist() == list(range(9)) and kept["targets"].tolist() == LENGTHS
     assert kept["bytes"].tolist() == stream.document_bytes.tolist()
     assert (kept["figures_finished"] == s.ttt_figures).all()
@@ -319,7 +319,7 @@ def test_totals_do_not_depend_on_batch_size_or_order(run, tmp_path, protocol, co
     losses = [report[name]["val_loss"] * sum(LENGTHS) for name in ("no_adaptation", "backward_looking", "last_epoch")]
     rows = kept["nll_no_adaptation"], kept["nll_per_epoch"][0], kept["nll_per_epoch"][-1]
     assert losses == pytest.approx([row.sum() for row in rows])
-    for other in (evaluate("three", 3), evaluate("all", 20), evaluate("backwards", 2, reverse=True)):
+    for other in (evaluate("all", 20), evaluate("backwards", 3, reverse=True)):
         for name in ("nll_no_adaptation", "nll_per_epoch"):
             np.testing.assert_allclose(other[1][name], kept[name], rtol=1e-5)
         assert other[0]["last_epoch"]["val_bpb"] == pytest.approx(report["last_epoch"]["val_bpb"], rel=1e-5)
@@ -482,7 +482,7 @@ def test_the_evaluation_stops_a_tenth_of_its_budget_or_two_seconds_before_its_en
 ):
     s = small(num_layers=2, ttt_protocol=protocol, ttt_n_epochs=99, eval_max_seconds=budget, ttt_batch_size=2)
     model, stream = random_model(s), stream_of(s, [40, 40])
-    clock = Clock(monkeypatch, 0.25)
+    clock = Clock(monkeypatch, 0.5)
     report, _, _ = evaluated(model, stream, run_of(run, s, tmp_path), clock.now)
     assert report["seconds"] == budget - margin  # the first step that would begin later does not
     assert report["within_budget"] is True and report["last_epoch"]["lacking"] == 2
