@@ -705,6 +705,13 @@ def test_a_missing_shard_folder_ends_with_code_2_and_one_line(tmp_path):
     assert "nowhere" in runs.user_error(done.err)
 
 
+def test_under_torchrun_ranks_end_with_one_score(tmp_path):
+    """torchrun itself, of which other tests make a fork."""
+    done = torchrun(tmp_path, ITERATIONS=1, TTT_ENABLED=0)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("final_int8_zlib_roundtrip_exact ") == 1 and "world_size:2" in done.stdout
+
+
 def test_under_torchrun_a_bad_shard_is_reported_once_and_before_training(tmp_path):
     """torchrun itself: what it makes of a user's error, and that its own lines do not hide ours."""
     runs.write_shard(tmp_path / "fineweb_val_000000.bin", [1, 5, 299, 300])

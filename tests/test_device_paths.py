@@ -206,7 +206,8 @@ def test_a_training_step_is_one_graph_and_has_eager_gradients(run, graphs, atten
 # ---- Test-time training ---------------------------------------------------------------------------------------------
 def test_compiled_test_time_training_equals_eager_with_few_graphs(run, graphs, tmp_path):
     """The number of graphs is the compile time that the preflight pays for: none may come back unnoticed. What a single
-    document's batch has of its own, and what another protocol or context adds to the first, is part of that number."""
+    document's batch has of its own, and what another protocol or context adds to the first, is part of that number.
+    Whether a step scores, trains or does both is not: what is compiled is the same."""
     known, kinds = 0, [("replay", ALL), ("single_pass", ALL), ("single_pass", [0])]
     both = [("cached", *kind) for kind in kinds] + [("recompute", *kind) for kind in kinds[1:]]
     for context, protocol, documents in both:
@@ -239,6 +240,7 @@ def test_code_that_inductor_generates_bears_a_context_that_grows(run, compiler):
     quick = {
         "compile_threads": 1,
         "cpp_cache_precompile_headers": False,
+        "cpp.simdlen": 1,
         "cpp.vec_isa_ok": False,
         "pattern_matcher": False,
         "aot_inductor.debug_compile": True,

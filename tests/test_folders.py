@@ -84,8 +84,9 @@ def test_a_damaged_checkpoint_beside_its_artifact_is_not_advised_to_be_deleted(a
 
 def test_pipes_are_refused_before_anybody_waits_for_their_other_end(tmp_path):
     os.mkfifo(tmp_path / "pipe.ptz")
-    done = runs.run(tmp_path / "run", 2, EVAL_ONLY=tmp_path / "pipe.ptz")
-    assert "pipe.ptz is no file" in runs.user_error(done.err)
+    for path in (tmp_path / "pipe.ptz", os.devnull):
+        done = runs.run(tmp_path / "run", 2, EVAL_ONLY=path)
+        assert f"EVAL_ONLY={path} is no file" in runs.user_error(done.err)
     os.mkfifo(tmp_path / "train.log")
     done = runs.run(tmp_path / "consoles", 2, OUTPUT_DIR=tmp_path)
     assert "train.log is no file" in runs.user_error(done.err)

@@ -2,7 +2,7 @@
 together.
 
 Each machine is a folder with data and results of its own; a rank is a fork of the tests' server with the environment
-that torchrun gives it. One test uses torchrun's agent."""
+that torchrun gives it. In one test torchrun's agent starts them."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ import pytest
 import runs
 from runs import train_gpt
 
-WIDE = dict(MODEL_DIM=96, ITERATIONS=6, TRAIN_BATCH_TOKENS=96 * 8, MICRO_BATCH_TOKENS=96, TTT_N_EPOCHS=2)
+WIDE = dict(MODEL_DIM=96, ITERATIONS=6, TRAIN_BATCH_TOKENS=96 * 8, MICRO_BATCH_TOKENS=96, TTT_BATCH_SIZE=3)
 TARGETS = sum(runs.LENGTHS) - 1
 
 

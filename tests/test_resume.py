@@ -33,7 +33,7 @@ from runs import train_gpt
 TARGETS = sum(runs.LENGTHS) - 1
 DOCUMENTS = list(range(len(runs.LENGTHS)))
 FINAL = "final_int8_zlib_roundtrip_exact"
-SCORING = dict(TTT_N_EPOCHS=4, TTT_BATCH_SIZE=4)  # three batches: more than ranks
+SCORING = dict(TTT_N_EPOCHS=4, TTT_BATCH_SIZE=4)  # a batch for each of up to three ranks
 
 
 @pytest.fixture(scope="module")

@@ -167,6 +167,20 @@ def test_gradients_as_small_as_1e_10_still_move_the_adapters_as_adams_epsilon_le
     assert moved_like(alone, batch_of(model, stream, [0], run_of(run, s)).adapters) > 0.1
 
 
+@pytest.mark.parametrize("compiled", (False, True))
+def test_only_what_is_trained_on_or_compiled_keeps_what_a_backward_pass_asks_for(run, compiled):
+    s = small(ttt_protocol="single_pass")
+    run, asked = run_of(run, s), []
+    run.compile, run.compiled = compiled, lambda function, **_: function
+    batch = loaded(model := random_model(s), stream_of(s, [40]), [0], run)
+    model.register_forward_pre_hook(lambda *_: asked.append(torch.is_grad_enabled()))
+    launch = batch._launch
+    batch._launch = lambda step: asked.append(step.train) or launch(step)
+    batch.read()
+    trained, enabled = asked[::2], asked[1::2]
+    assert {*trained} == {False, True} and enabled == [compiled or train for train in trained]
+
+
 @every_mode
 def test_each_figure_scores_each_target_once(run, protocol, context):
     """A target that is scored twice counts once, by what is scored last; one that is not scored is UNSCORED."""
