@@ -286,12 +286,12 @@ def test_checks_cost_a_bit_for_so_many_tokens_however_long_the_text(
     mixed: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     codec = compress.Codec.open(common.read_run(mixed), "no_adaptation")
-    document = compress.Document(0, 400, runs.documents([401], 3)[1:])
+    document = compress.Document(0, 200, runs.documents([201], 3)[1:])
     sizes = {}
-    for tokens in (8, 1 << 30):
+    for tokens in (2, 1 << 30):
         monkeypatch.setattr(compress, "CHECKED_TOKENS", tokens)
         sizes[tokens] = 32 * len(codec.encode([document]))
-    assert abs(sizes[8] - sizes[1 << 30] - 400 / 8) <= 64  # the coder's words have 32 bits
+    assert abs(sizes[2] - sizes[1 << 30] - 200 / 2) <= 64  # the coder's words have 32 bits
 
 
 def test_a_machine_that_computes_otherwise_writes_nothing(

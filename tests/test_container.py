@@ -337,7 +337,7 @@ def random_hessians(state, seed=0):
     """E[x x'] of correlated inputs for every matrix of the first block."""
     g, hessians = torch.Generator().manual_seed(seed), {}
     for name, w in state.items():
-        if name.startswith("blocks.0.") and name.endswith(".weight"):  # the others are rounded to nearest
+        if name.startswith("blocks.0.mlp.") or name == "blocks.0.attn.c_q.weight":  # the others are rounded to nearest
             x = torch.randn(2 * w.shape[1], w.shape[1], generator=g, dtype=torch.float64).cumsum(1)
             hessians[name] = x.mT @ x / len(x)
     return hessians
@@ -364,9 +364,9 @@ def exported(run, wide, folder, cap):
 
 def test_an_artifact_under_a_cap_that_binds_fits_with_at_most_half_a_percent_to_spare(run, tmp_path, wide):
     s, state, _, at = wide
-    before, sizes = {name: w.clone() for name, w in state.items()}, [len(at(x)[0]) for x in (1.0, 1.4, 7.5)]
+    before, sizes = {name: w.clone() for name, w in state.items()}, [len(at(x)[0]) for x in (1.0, 5.0)]
     assert sizes == sorted(sizes, reverse=True) and sizes[-1] < 0.7 * sizes[0]
-    caps = [CODE + sizes[0], CODE + sizes[0] - 1, CODE + sizes[1], CODE + sizes[2]]
+    caps = [CODE + sizes[0], CODE + sizes[0] - 1, CODE + sizes[1]]
     accounts = [exported(run, wide, tmp_path, cap) for cap in caps]
     stretches = [account["stretch"] for account in accounts]
     assert stretches == sorted(stretches) and stretches[0] == 1.0 < stretches[1]

@@ -91,7 +91,8 @@ def test_a_file_that_is_cut_off_anywhere_costs_only_what_came_after(run, tmp_pat
         ends.append(scores.path.stat().st_size)
         tables.append(scores.targets[PLAIN].tolist())
     content = scores.path.read_bytes()
-    for length in range(len(content)):
+    near = {end + off for end in ends for off in (-1, 0, 1)}
+    for length in sorted({*near, *range(0, len(content), 5)} & {*range(len(content))}):
         scores.path.write_bytes(content[:length])
         whole = sum(end <= length for end in ends[1:])
         again = scores_of(run, tmp_path)
